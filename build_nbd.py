@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""The cffi build script: finds libnbd, runs the generator, hands cffi the cdef and the shim.
+
+setup.py calls it; by hand, `python build_nbd.py FOLDER` writes what is generated into a folder.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+from cffi import FFI
+
+ROOT = Path(__file__).resolve().parent
+if str(ROOT) not in sys.path:  # a build backend does not put the project on the path
+    sys.path.insert(0, str(ROOT))
+
+from generator.calls import load_documentation  # noqa: E402
+from generator.emit_c import glue_header, glue_source  # noqa: E402
+from generator.emit_cdef import cdef, extern_python  # noqa: E402
+from generator.emit_python import (  # noqa: E402
+    build_module,
+    closures_module,
+    constants_module,
+    methods_module,
+)
+from generator.header import BuildError, Library, find_library, preprocess, read  # noqa: E402
+from generator.model import Header  # noqa: E402
+
+CSRC = ROOT / "csrc"
+SHIM = CSRC / "nbdshim.c"
+INCLUDES = '#include "nbdshim.h"\n#include "nbdglue.h"\n'
+STRICT = ("-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra")
+
+
+class Build(NamedTuple):
+    """What one build works with."""
+
+    mode: str
+    library: Library
+    header: Header
+    folder: Path
+
+    @property
+    def sources(self) -> list[str]:
+        return [os.path.relpath(SHIM), str(self.folder / "nbdglue.c")]
+
+    @property
+    def include_dirs(self) -> list[str]:
+        return [str(CSRC), str(self.folder)]
+
+
+def chosen_mode() -> str:
+    """API where cffi can compile against Python.h, else ABI; NBD_CFFI_MODE overrides."""
+    asked = os.environ.get("NBD_CFFI_MODE", "").upper()
+    if asked in ("API", "ABI"):
+        return asked
+    if asked:
+        raise BuildError(f"NBD_CFFI_MODE is {asked.lower()!r}; it can be api or abi")
+    return "API" if Path(sysconfig.get_paths()["include"], "Python.h").is_file() else "ABI"
+
+
+def prepare(folder: Path) -> Build:
+    """Read libnbd.h and write the C glue into a folder.
+
+    Raises:
+        BuildError: A tool or libnbd's header is missing; the message says how to get it.
+    """
+    library = find_library()
+    header = read(library.header)
+    for name, reason in header.unbound:
+        print(f"warning: {name} is not bound: {reason}", file=sys.stderr)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "nbdglue.h").write_text(glue_header(header), encoding="utf-8")
+    (folder / "nbdglue.c").write_text(glue_source(header), encoding="utf-8")
+    return Build(chosen_mode(), library, header, folder)
+
+
+def python_modules(build: Build) -> dict[str, str]:
+    """The generated modules of the package, by file name."""
+    modules = {
+        "_build.py": build_module(build.mode, build.library.version),
+        "constants.py": constants_module(build.header),
+        "closures.py": closures_module(build.header),
+        "methods.py": methods_module(build.header, load_documentation()),
+    }
+    if build.mode == "ABI":
+        modules["_abi.py"] = abi_module(build)
+    return modules
+
+
+def declarations(build: Build) -> str:
+    """The cdef that both modes share."""
+    return cdef(preprocess(build.folder / "nbdglue.h", f"-I{CSRC}"))
+
+
+def abi_module(build: Build) -> str:
+    """_abi.py: the cdef as cffi's out-of-line ABI mode stores it."""
+    ffi = FFI()
+    ffi.cdef(declarations(build))
+    ffi.set_source("nbd._abi", None)
+    target = build.folder / "_abi.py"
+    ffi.emit_python_code(str(target))
+    return target.read_text(encoding="utf-8")
+
+
+def api_builder(build: Build) -> FFI:
+    """The FFI that compiles nbd._api, the shim included."""
+    ffi = FFI()
+    ffi.cdef(declarations(build))
+    ffi.cdef(extern_python(build.header))
+    ffi.set_source(
+        "nbd._api",
+        INCLUDES,
+        sources=build.sources,
+        include_dirs=build.include_dirs,
+        extra_compile_args=[*STRICT, *build.library.cflags],
+        extra_link_args=list(build.library.libs),
+    )
+    return ffi
+
+
+def main() -> None:
+    """Write everything that is generated into the folder given as argument."""
+    if len(sys.argv) != 2:
+        sys.exit("usage: python build_nbd.py FOLDER")
+    try:
+        build = prepare(Path(sys.argv[1]))
+    except BuildError as reason:
+        sys.exit(f"build_nbd.py: {reason}")
+    for name, text in python_modules(build).items():
+        (build.folder / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

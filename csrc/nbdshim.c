@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: LGPL-2.0-or-later
+/* The part of the shim that does not depend on which calls libnbd.h has; see nbdshim.h. */
+
+#include "nbdshim.h"
+#include "handle.h"
+#include "nbdglue.h"
+
+#include <netinet/in.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+struct nbdshim_upcalls nbdshim_up;
+
+void nbdshim_register(const struct nbdshim_upcalls *upcalls)
+{
+    nbdshim_up = *upcalls;
+}
+
+struct nbdshim *nbdshim_create(void)
+{
+    struct nbdshim *s = malloc(sizeof *s);
+
+    if (s == NULL)
+        return NULL;
+    s->h = nbd_create();
+    if (s->h == NULL) {
+        free(s);
+        return NULL;
+    }
+    atomic_init(&s->users, 1);
+    atomic_init(&s->calling_up, 0);
+    return s;
+}
+
+void nbdshim_leave(struct nbdshim *s)
+{
+    struct nbd_handle *h = s->h;
+
+    /* Once the count is down another thread may free s, so s is not touched after that. */
+    if (atomic_fetch_sub_explicit(&s->users, 1, memory_order_acq_rel) == (NBDSHIM_CLOSING | 1))
+        nbd_close(h);
+}
+
+int nbdshim_close(struct nbdshim *s)
+{
+    if (nbdshim_is_reentry(s))
+        return NBDSHIM_REENTERED;
+    if (atomic_fetch_or_explicit(&s->users, NBDSHIM_CLOSING, memory_order_acq_rel) &
+        NBDSHIM_CLOSING)
+        return NBDSHIM_CLOSED;
+    nbdshim_leave(s);
+    return 0;
+}
+
+void nbdshim_destroy(struct nbdshim *s)
+{
+    if (s == NULL)
+        return;
+    nbdshim_close(s);
+    free(s);
+}
+
+int nbdshim_check(struct nbdshim *s)
+{
+    if (nbdshim_is_reentry(s))
+        return NBDSHIM_REENTERED;
+    return atomic_load(&s->users) & NBDSHIM_CLOSING ? NBDSHIM_CLOSED : 0;
+}
+
+const char *nbdshim_error(void)
+{
+    return nbd_get_error();
+}
+
+int nbdshim_errno(void)
+{
+    return nbd_get_errno();
+}
+
+void nbdshim_free(void *p)
+{
+    free(p);
+}
+
+int nbdshim_closure_new(struct nbdshim *s, uintptr_t token, struct nbdshim_closure **closure)
+{
+    *closure = NULL;
+    if (token == 0)
+        return 0;
+    *closure = malloc(sizeof **closure);
+    if (*closure == NULL) {
+        nbdshim_release(token);
+        return NBDSHIM_NO_MEMORY;
+    }
+    **closure = (struct nbdshim_closure){.s = s, .token = token, .released = false};
+    return 0;
+}
+
+void nbdshim_closure_free(void *closure)
+{
+    struct nbdshim_closure *c = closure;
+
+    if (c == NULL)
+        return;
+    if (!c->released)
+        nbdshim_release(c->token);
+    free(c);
+}
+
+void nbdshim_release(uintptr_t token)
+{
+    if (token != 0)
+        nbdshim_up.release(token);
+}
+
+uint32_t nbdshim_address_unix(void *addr, uint32_t room, const char *path, size_t length)
+{
+    struct sockaddr_un sun = {.sun_family = AF_UNIX};
+    size_t size = offsetof(struct sockaddr_un, sun_path) + length;
+
+    /* A path has a NUL behind it, which counts; an abstract name has one before it. */
+    if (length == 0 || path[0] != '\0')
+        size++;
+    if (length >= sizeof sun.sun_path || sizeof sun > room)
+        return 0;
+    memcpy(sun.sun_path, path, length);
+    memcpy(addr, &sun, size);
+    return (uint32_t)size;
+}
+
+uint32_t nbdshim_address_inet(void *addr, uint32_t room, const char *ip, uint16_t port)
+{
+    struct sockaddr_in sin = {.sin_family = AF_INET, .sin_port = htons(port)};
+
+    if (sizeof sin > room)
+        return 0;
+    memcpy(&sin.sin_addr, ip, sizeof sin.sin_addr);
+    memcpy(addr, &sin, sizeof sin);
+    return sizeof sin;
+}
+
+uint32_t nbdshim_address_inet6(void *addr, uint32_t room, const char *ip, uint16_t port,
+                               uint32_t flow, uint32_t scope)
+{
+    struct sockaddr_in6 sin6 = {.sin6_family = AF_INET6,
+                                .sin6_port = htons(port),
+                                .sin6_flowinfo = htonl(flow),
+                                .sin6_scope_id = scope};
+
+    if (sizeof sin6 > room)
+        return 0;
+    memcpy(&sin6.sin6_addr, ip, sizeof sin6.sin6_addr);
+    memcpy(addr, &sin6, sizeof sin6);
+    return sizeof sin6;
+}
+
+bool nbdshim_is_zero(const void *p, size_t size)
+{
+    const char *bytes = p;
+
+    return size == 0 || (bytes[0] == 0 && memcmp(bytes, bytes + 1, size - 1) == 0);
+}
+
+void nbdshim_clear(void *p, size_t size)
+{
+    memset(p, 0, size);
+}
+
+void nbdshim_advise_huge(void *p, size_t size)
+{
+#ifdef MADV_HUGEPAGE
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    uintptr_t first = ((uintptr_t)p + page - 1) & ~(page - 1);
+    uintptr_t end = ((uintptr_t)p + size) & ~(page - 1);
+
+    if (first < end)
+        (void)madvise((void *)first, end - first, MADV_HUGEPAGE);
+#else
+    (void)p;
+    (void)size;
+#endif
+}

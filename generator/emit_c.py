@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""model -> C: nbdglue.h, the flat declarations, and nbdglue.c, which adapts them to libnbd's."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from generator.calls import LOCK_FREE
+from generator.model import CallbackKind, Closure, Function, Header, Kind, Parameter
+
+BANNER = """\
+// SPDX-License-Identifier: LGPL-2.0-or-later
+/* Made from libnbd.h by generator/emit_c.py: change that, not this. */
+"""
+COLUMNS = 100
+UNSIGNED_64 = ("uint64_t", "uintptr_t", "size_t", "unsigned long", "unsigned long long")
+
+
+def glue_header(header: Header) -> str:
+    """nbdglue.h: also the part of the cdef that depends on libnbd.h."""
+    blocks = [
+        f'{BANNER}#ifndef NBDGLUE_H\n#define NBDGLUE_H\n\n#include "nbdshim.h"\n',
+        upcalls_struct(header),
+        *(f"{wrapped(prototype(function) + ';')}\n" for function in header.functions),
+        "#endif\n",
+    ]
+    return "\n".join(blocks)
+
+
+def glue_source(header: Header) -> str:
+    """nbdglue.c."""
+    blocks = [
+        f'{BANNER}\n#include "nbdglue.h"\n#include "handle.h"\n\n#include <string.h>\n',
+        "/* Where callbacks go: set once, by nbdshim_register. */\n"
+        "extern struct nbdshim_upcalls nbdshim_up;\n",
+        *(upcall_function(closure) for closure in header.closures),
+        *(glue_function(function) for function in header.functions),
+    ]
+    return "\n".join(blocks)
+
+
+def upcalls_struct(header: Header) -> str:
+    """The functions that the shim calls upwards, one for each callback type and `release`."""
+    lines = ["struct nbdshim_upcalls {", "    void (*release)(uintptr_t token);"]
+    for closure in header.closures:
+        arguments = ", ".join(["uintptr_t token", *upcall_parameters(closure)])
+        lines.append(wrapped(f"    int (*{closure.name})({arguments});"))
+    return "\n".join([*lines, "};\n"])
+
+
+def upcall_parameters(closure: Closure) -> Iterator[str]:
+    """The parameters of an upcall behind the token."""
+    for argument in closure.arguments:
+        if argument.kind is CallbackKind.INTS:
+            yield f"const {argument.ctype} *{argument.name}"
+        elif argument.kind is CallbackKind.PAIRS:
+            yield f"const uint64_t *{argument.name}"
+        else:
+            yield declare(argument.ctype, argument.name)
+        if argument.length:
+            yield f"size_t {argument.length}"
+
+
+def libnbd_parameters(closure: Closure) -> Iterator[str]:
+    """The parameters of libnbd's callback behind user_data."""
+    for argument in closure.arguments:
+        is_array = argument.kind in (CallbackKind.INTS, CallbackKind.PAIRS)
+        yield declare(f"{argument.ctype} *" if is_array else argument.ctype, argument.name)
+        if argument.length:
+            yield f"size_t {argument.length}"
+
+
+def upcall_function(closure: Closure) -> str:
+    """What libnbd calls for a callback type: marks the handle and goes up."""
+    name = closure.name
+    passed = []
+    asserts = ""
+    for argument in closure.arguments:
+        is_pairs = argument.kind is CallbackKind.PAIRS
+        passed.append(f"(const uint64_t *){argument.name}" if is_pairs else argument.name)
+        if argument.length:
+            passed.append(argument.length)
+        if is_pairs:
+            asserts = (
+                f"_Static_assert(sizeof({argument.ctype}) == 2 * sizeof(uint64_t),\n"
+                f'               "{argument.ctype} is read as two uint64_t");\n\n'
+            )
+    head = wrapped(
+        f"static int call_{name}({', '.join(['void *user_data', *libnbd_parameters(closure)])})"
+    )
+    call = wrapped(f"    int ret = nbdshim_up.{name}({', '.join(['closure->token', *passed])});")
+    spent = "    if (ret == 1)\n        closure->released = true;\n" if name == "completion" else ""
+    return (
+        f"{asserts}/* {name} callbacks: up to the token's owner; its int goes back to libnbd. */\n"
+        f"{head}\n{{\n"
+        "    struct nbdshim_closure *closure = user_data;\n"
+        "    uintptr_t before = nbdshim_call_up(closure->s);\n"
+        f"{call}\n"
+        "    nbdshim_came_back(closure->s, before);\n"
+        f"{spent}    return ret;\n}}\n"
+    )
+
+
+def declare(ctype: str, name: str) -> str:
+    """`int *` and `p` -> `int *p`."""
+    return f"{ctype}{name}" if ctype.endswith("*") else f"{ctype} {name}"
+
+
+def returned_type(function: Function) -> str:
+    """The flat return type: wide enough to refuse with a negative number, pointers apart."""
+    if function.returns in ("uint32_t", "unsigned", "unsigned int"):
+        return "int64_t"
+    return "int" if function.returns == "bool" else function.returns
+
+
+def flat_parameters(function: Function) -> Iterator[str]:
+    """The parameters of the flat function behind the handle."""
+    for parameter in function.parameters:
+        if parameter.kind is Kind.CLOSURE:
+            yield f"uintptr_t {parameter.name}"
+            if parameter.optional:
+                yield f"bool has_{parameter.name}"
+        elif parameter.kind is Kind.ADDRESS:
+            yield f"const void *{parameter.name}"
+            yield f"uint32_t {parameter.length}"
+        else:
+            yield declare(parameter.ctype, parameter.name)
+            if parameter.length:
+                yield f"size_t {parameter.length}"
+
+
+def prototype(function: Function) -> str:
+    """The flat function's declaration, without a semicolon."""
+    parameters = ", ".join(["struct nbdshim *s", *flat_parameters(function)])
+    return declare(returned_type(function), f"nbdcall_{function.name}({parameters})")
+
+
+def passed_on(parameter: Parameter) -> Iterator[str]:
+    """The arguments for libnbd that a parameter becomes."""
+    if parameter.kind is Kind.CLOSURE:
+        yield f"{parameter.name}_callback"
+    elif parameter.kind is Kind.ADDRESS:
+        yield parameter.name
+        yield f"(socklen_t){parameter.length}"
+    else:
+        yield parameter.name
+        if parameter.length:
+            yield parameter.length
+
+
+def glue_function(function: Function) -> str:
+    """One flat function: enter the handle, call libnbd, leave."""
+    lines = [
+        comment(f"nbd_{function.name}.{ownership(function)}"),
+        wrapped(prototype(function)),
+        "{",
+    ]
+    lines += refusal(function)
+    for parameter in function.closures:
+        lines += closure_struct(parameter)
+    arguments = ["s->h", *(a for p in function.parameters for a in passed_on(p))]
+    result = declare(returned_type(function), "ret")
+    lines.append(wrapped(f"    {result} = nbd_{function.name}({', '.join(arguments)});"))
+    lines += ["", "    nbdshim_leave(s);", "    return ret;", "}", ""]
+    return "\n".join(lines)
+
+
+def ownership(function: Function) -> str:
+    """What the comment of a flat function says besides its name."""
+    names = [p.name for p in function.closures]
+    told = (
+        [f"{' and '.join(names)} {'are tokens' if names[1:] else 'is a token'}."] if names else []
+    )
+    if function.buffer and function.is_asynchronous:
+        told.append(f"{function.buffer.name} stays in place until the last token is released.")
+    if function.returns == "char *":
+        told.append("The caller frees what it returns.")
+    return "".join(f" {sentence}" for sentence in told)
+
+
+def comment(text: str) -> str:
+    """A comment of one line or more."""
+    if len(text) <= COLUMNS - len("/*  */"):
+        return f"/* {text} */"
+    lines = textwrap.wrap(text, COLUMNS - len(" * "))
+    return "\n".join(["/*", *(f" * {line}" for line in lines), " */"])
+
+
+def refusal(function: Function) -> list[str]:
+    """Make the closures and enter; undo and return if either is refused."""
+    names = [p.name for p in function.closures]
+    enter = "nbdshim_enter_unlocked(s)" if function.name in LOCK_FREE else "nbdshim_enter(s)"
+    value = "refused"
+    if returned_type(function).endswith("*"):
+        value = "NULL"
+    elif function.returns in UNSIGNED_64:
+        value = "0"
+    undo = [f"        nbdshim_closure_free({name}_closure);" for name in names]
+    if function.buffer and function.buffer.kind is Kind.ROOM:
+        undo.insert(0, f"        memset({function.buffer.name}, 0, {function.buffer.length});")
+    lines = [f"    struct nbdshim_closure *{name}_closure;" for name in names]
+    if names:
+        made = [f"nbdshim_closure_new(s, {name}, &{name}_closure)" for name in names]
+        lines.append("    int refused = " + " |\n                  ".join(made) + ";")
+        lines += ["", "    if (!refused)", f"        refused = {enter};"]
+    else:
+        lines += [f"    int refused = {enter};", ""]
+    if undo:
+        return [*lines, "    if (refused) {", *undo, f"        return {value};", "    }"]
+    return [*lines, "    if (refused)", f"        return {value};"]
+
+
+def closure_struct(parameter: Parameter) -> list[str]:
+    """libnbd's struct for one callback."""
+    name = parameter.name
+    call = f"call_{parameter.closure}"
+    callback = f"has_{name} ? {call} : NULL" if parameter.optional else call
+    indent = " " * len(f"    {parameter.ctype} {name}_callback = {{")
+    return [
+        f"    {parameter.ctype} {name}_callback = {{.callback = {callback},",
+        f"{indent}.user_data = {name}_closure,",
+        f"{indent}.free = nbdshim_closure_free}};",
+    ]
+
+
+def wrapped(text: str) -> str:
+    """A declaration or call broken after commas, each line lined up behind its open parenthesis."""
+    lines: list[str] = []
+    while len(text) > COLUMNS:
+        cut = text.rfind(", ", 0, COLUMNS) + 1
+        lines.append(text[:cut])
+        text = " " * (open_parenthesis(lines) + 1) + text[cut + 1 :]
+    return "\n".join([*lines, text])
+
+
+def open_parenthesis(lines: Sequence[str]) -> int:
+    """The column of the innermost parenthesis that is open behind the last line."""
+    columns: list[int] = []
+    for line in lines:
+        for column, character in enumerate(line):
+            if character == "(":
+                columns.append(column)
+            elif character == ")":
+                columns.pop()
+    return columns[-1]

@@ -1,0 +1,431 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""model -> Python: the modules constants, closures and methods of the package.
+
+What is written here is what people see in help(), tracebacks and debuggers.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+
+from generator.calls import (
+    Documentation,
+    Returns,
+    has_default,
+    in_order_of_use,
+    returned,
+)
+from generator.model import CallbackKind, Closure, Function, Header, Kind, Parameter
+
+BANNER = """\
+# SPDX-License-Identifier: LGPL-2.0-or-later
+# Made from libnbd.h by generator/emit_python.py: change that, not this.
+"""
+COLUMNS = 100
+
+ANNOTATIONS = {
+    Kind.BOOL: "object",
+    Kind.INT: "int",
+    Kind.STRING: "str",
+    Kind.PATH: "StrOrBytesPath",
+    Kind.STRINGS: "Sequence[str]",
+    Kind.DATA: "ReadableBuffer | Buffer",
+    Kind.ROOM: "WriteableBuffer | Buffer",
+    Kind.ADDRESS: "Address",
+}
+
+#: Callback types that nbd.types names; a new one of libnbd's is any callable.
+NAMED_CALLBACKS = ("chunk", "completion", "context", "debug", "extent", "extent64", "list")
+
+RETURN_ANNOTATIONS = {
+    Returns.NOTHING: "None",
+    Returns.TRUTH: "bool",
+    Returns.NUMBER: "int",
+    Returns.UNSIGNED: "int",
+    Returns.TEXT: "str",
+    Returns.OWNED_TEXT: "str",
+}
+
+
+def constants_module(header: Header) -> str:
+    """constants.py."""
+    names = "".join(f'    "{name}",\n' for name, _ in header.constants)
+    lines = [f'{BANNER}"""The constants of libnbd.h, without the prefix LIBNBD_."""\n']
+    lines += ["from __future__ import annotations\n", f"__all__ = [\n{names}]\n"]
+    lines += [f"{name} = {literal(value)}" for name, value in header.constants]
+    return "\n".join(lines) + "\n"
+
+
+def literal(value: int | str) -> str:
+    """A constant as Python spells it."""
+    return str(value) if isinstance(value, int) else f'"{value}"'
+
+
+def build_module(mode: str, version: str) -> str:
+    """_build.py."""
+    return (
+        f'{BANNER}"""What this build of the package is."""\n\n'
+        f'MODE = "{mode}"\nLIBNBD = "{version}"\n'
+    )
+
+
+def closures_module(header: Header) -> str:
+    """closures.py: what the shim calls, one function for each callback type."""
+    functions = [closure_function(closure) for closure in header.closures]
+    used = "".join(functions)
+    converters = [name for name in ("numbers", "pairs", "text") if f"{name}(" in used]
+    head = f'''\
+{BANNER}"""What libnbd's callbacks call: each finds its callable and converts the arguments."""
+
+from __future__ import annotations
+
+from nbd._callbacks import ErrorNumber, as_int, forget, keep, registry
+from nbd._ffi import install, upcall
+from nbd._pins import BOUNCES, copy_back, part
+from nbd._values import {", ".join(converters)}
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
+@upcall("release")
+def release(token: int) -> None:
+    """libnbd, or the shim, will not use token again."""
+    forget(token, None)
+'''
+    return "\n\n".join([head, *functions, "install()\n"])
+
+
+def closure_function(closure: Closure) -> str:
+    """The function for one callback type."""
+    parameters = ["token: int"]
+    for argument in closure.arguments:
+        is_number = argument.kind is CallbackKind.INT
+        parameters.append(f"{argument.name}: {'int' if is_number else 'Any'}")
+        if argument.length:
+            parameters.append(f"{argument.length}: int")
+    errors = [a.name for a in closure.arguments if a.kind is CallbackKind.ERROR]
+    passed = ", ".join(callback_argument(a.name, a.kind, a.length) for a in closure.arguments)
+    lines = ["try:"]
+    if closure.name == "completion":
+        lines += completion_lines(errors[0])
+    else:
+        entry = "callback, _, buffer, room" if closure.has_buffer else "callback, *_"
+        lines += [f"    {entry} = registry[token]"]
+        lines += [f"    {name}_cell = ErrorNumber({name}[0])" for name in errors]
+        call = wrap(f"result = as_int(callback({passed}))", 8)
+        if not errors:
+            call = call.replace("result =", "return", 1)
+        lines += textwrap.indent(call, "    ").splitlines()
+        lines += [f"    {name}[0] = {name}_cell.value" for name in errors]
+        lines += ["    return result"] if errors else []
+    lines += ["except BaseException as raised:", "    return keep(raised, token)"]
+    signature = wrap(f"def {closure.name}_upcall({', '.join(parameters)}) -> int:", 0)
+    doc = f'    """Run the {closure.name} callback that token stands for."""'
+    body = textwrap.indent("\n".join(lines), "    ")
+    return f'@upcall("{closure.name}")\n{signature}\n{doc}\n{body}\n'
+
+
+def completion_lines(error: str) -> list[str]:
+    """The body for completions: the common path, which also retires the command."""
+    return [
+        "    callback, _, buffer, room = registry[token]",
+        "    if BOUNCES and buffer is not None:",
+        "        copy_back(buffer, room)",
+        "    if callback is None:",
+        "        return 0",
+        f"    {error}_cell = ErrorNumber({error}[0])",
+        f"    result = as_int(callback({error}_cell))",
+        f"    {error}[0] = {error}_cell.value",
+        "    if result == 1:",
+        "        forget(token, None)",
+        "    return result",
+    ]
+
+
+def callback_argument(name: str, kind: CallbackKind, length: str) -> str:
+    """The Python expression for one argument of a callback."""
+    return {
+        CallbackKind.INT: name,
+        CallbackKind.STRING: f"text({name})",
+        CallbackKind.ERROR: f"{name}_cell",
+        CallbackKind.VIEW: f"part(buffer, room, {name}, {length})",
+        CallbackKind.INTS: f"numbers({name}, {length})",
+        CallbackKind.PAIRS: f"pairs({name}, {length})",
+    }[kind]
+
+
+def methods_module(header: Header, documentation: Mapping[str, Documentation]) -> str:
+    """methods.py: the class NBD."""
+    groups = in_order_of_use(header, documentation)
+    methods = [
+        method(function, header, documentation.get(function.name))
+        for _, functions in groups
+        for function in functions
+    ]
+    used = "".join(methods)
+    types = sorted(["Address", *map(callback_type, NAMED_CALLBACKS)])
+    imported = "".join(f"        {name},\n" for name in types if f": {name}" in used)
+    abstract = [name for name in ("Callable", "Sequence") if f": {name}[" in used]
+    head = f'''\
+{BANNER}"""The class NBD: one method for every call of libnbd.h."""
+
+from __future__ import annotations
+
+from operator import index
+
+import nbd.closures  # noqa: F401 - tells the shim whom to call
+from nbd._arguments import address_of, bad_numbers, path, string, strings
+from nbd._callbacks import (
+    abandon,
+    register,
+    register_optional,
+    require_callable,
+    settle,
+    settle_unsigned,
+)
+from nbd._ffi import lib, pending
+from nbd._handle import Handle
+from nbd._pins import BOUNCES, disclaim, held_data, held_room, read_into, readable
+from nbd._values import owned_text, text
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import {", ".join(abstract)}
+
+    from _typeshed import ReadableBuffer, StrOrBytesPath, WriteableBuffer
+
+    from nbd.buffer import Buffer
+    from nbd.types import (
+{imported}    )
+
+
+class NBD(Handle):
+    """{class_summary()}
+
+{textwrap.indent(group_index(groups), "    ")}
+    """
+
+    __slots__ = ()
+'''
+    return "\n".join([head, *methods])
+
+
+def class_summary() -> str:
+    return "A connection to an NBD server: a handle of libnbd."
+
+
+def group_index(groups: Sequence[tuple[str, Sequence[Function]]]) -> str:
+    """The table of contents of the class."""
+    blocks = [
+        textwrap.fill(
+            f"{group}: " + ", ".join(f.name for f in functions) + ".",
+            width=72,
+            subsequent_indent="    ",
+            break_on_hyphens=False,
+        )
+        for group, functions in groups
+    ]
+    return "Methods, in the order in which a program uses them:\n\n" + "\n\n".join(blocks)
+
+
+def callback_type(closure: str) -> str:
+    """The name in nbd.types of a callback's type."""
+    return (
+        f"{closure.capitalize()}Callback" if closure in NAMED_CALLBACKS else "Callable[..., object]"
+    )
+
+
+def method(function: Function, header: Header, entry: Documentation | None) -> str:
+    """One method."""
+    kind = returned(function, header)
+    parts = ["self", *(p for q in function.parameters for p in python_parameter(function, q))]
+    returns = RETURN_ANNOTATIONS[kind]
+    if kind is Returns.NOTHING and reads_synchronously(function):
+        returns = "bytearray"
+    signature = wrap(f"def {function.name}({', '.join(parts)}) -> {returns}:", 4)
+    body = "\n".join([docstring(function, entry), *statements(function, kind)])
+    return f"{textwrap.indent(signature, ' ' * 4)}\n{textwrap.indent(body, ' ' * 8)}\n"
+
+
+def reads_synchronously(function: Function) -> bool:
+    """Whether the caller gives a count and gets a new bytearray."""
+    buffer = function.buffer
+    return not function.is_asynchronous and buffer is not None and buffer.kind is Kind.ROOM
+
+
+def python_parameter(function: Function, parameter: Parameter) -> Iterator[str]:
+    """A parameter as it stands in the method's signature."""
+    if parameter.kind is Kind.CLOSURE:
+        annotation = callback_type(parameter.closure)
+        yield f"{parameter.name}: {annotation}" + (" | None = None" if parameter.optional else "")
+    elif parameter.kind is Kind.ROOM and not function.is_asynchronous:
+        yield f"{parameter.length}: int"
+    else:
+        default = " = 0" if has_default(function, parameter) else ""
+        yield f"{parameter.name}: {ANNOTATIONS[parameter.kind]}{default}"
+
+
+def docstring(function: Function, entry: Documentation | None) -> str:
+    """The method's documentation, with the C call behind it in the last line."""
+    if entry is None:
+        text = (
+            f"Call nbd_{function.name} of libnbd.\n\n"
+            "This build of the package knows this call from libnbd.h alone, so\n"
+            "its arguments and result follow the general rules, and its manual\n"
+            f"is nbd_{function.name}(3)."
+        )
+        origin = f"C: nbd_{function.name}."
+    else:
+        text = entry.text
+        origin = f"C: nbd_{function.name}, since libnbd {entry.since}."
+    prefix = "r" if "\\" in text else ""
+    return f'{prefix}"""{text}\n\n{origin}\n"""'
+
+
+def statements(function: Function, kind: Returns) -> Iterator[str]:
+    """The method's body."""
+    yield from conversions(function)
+    yield from registrations(function)
+    numbers = [p for p in function.parameters if p.kind is Kind.INT]
+    sized = [function.buffer] if reads_synchronously(function) and function.buffer else []
+    arguments = ["self._h", *(a for p in function.parameters for a in c_arguments(function, p))]
+    is_text = kind in (Returns.TEXT, Returns.OWNED_TEXT)
+    declared = "result" if is_text else "result: int"
+    call = wrap(
+        f"{declared} = lib.nbdcall_{function.name}({', '.join(arguments)})", 12 if numbers else 8
+    )
+    if numbers or sized:
+        named = [f'{p.length}=({p.length}, "size_t")' for p in sized]
+        named += [f'{p.name}=({p.name}, "{p.ctype}")' for p in numbers]
+        yield "try:"
+        yield textwrap.indent(call, "    ")
+        yield "except (TypeError, OverflowError) as raised:"
+        if function.closures:
+            yield f"    abandon({', '.join(f'{c.name}_token' for c in function.closures)})"
+        if writes_in_flight(function) and function.buffer:
+            yield f"    disclaim({function.buffer.name})"
+        refused = wrap(f"raise bad_numbers(raised, {', '.join(named)}) from None", 12)
+        yield textwrap.indent(refused, "    ")
+    else:
+        yield call
+    yield from outcome(function, kind)
+
+
+def conversions(function: Function) -> Iterator[str]:
+    """Make C's arguments of Python's, where that takes more than a cast."""
+    for parameter in function.parameters:
+        name = parameter.name
+        if parameter.kind is Kind.STRING:
+            yield f'{name}_utf8 = string("{name}", {name})'
+        elif parameter.kind is Kind.PATH:
+            yield f'{name}_bytes = path("{name}", {name})'
+        elif parameter.kind is Kind.STRINGS:
+            yield f'{name}_array, _{name}_alive = strings("{name}", {name})'
+        elif parameter.kind is Kind.ADDRESS:
+            yield f"{name}_room, {name}_size = address_of({name})"
+    for closure in function.closures[:-1]:
+        yield f'require_callable("{closure.name}", {closure.name})'
+    buffer = function.buffer
+    if buffer is None:
+        return
+    if not function.is_asynchronous:
+        if buffer.kind is Kind.DATA:
+            yield f'room = readable("{buffer.name}", {buffer.name})'
+        else:
+            yield f"{buffer.name}, room = read_into({buffer.length})"
+    elif buffer.kind is Kind.DATA:
+        yield f'room = held_data("{buffer.name}", {buffer.name})'
+    else:
+        yield f'room = held_room("{buffer.name}", {buffer.name}, self._h)'
+
+
+def registrations(function: Function) -> Iterator[str]:
+    """Register the callables, the last one first: it alone has not been checked yet."""
+    buffer = function.buffer
+    held = ""
+    if buffer is not None:
+        held = f", {buffer.name if buffer.kind is Kind.ROOM else None}, room"
+    for closure in reversed(function.closures):
+        register = "register_optional" if closure.optional else "register"
+        yield f'{closure.name}_token = {register}("{closure.name}", {closure.name}, self._h{held})'
+
+
+def writes_in_flight(function: Function) -> bool:
+    """Whether libnbd writes the caller's buffer after the call has returned."""
+    buffer = function.buffer
+    return function.is_asynchronous and buffer is not None and buffer.kind is Kind.ROOM
+
+
+def c_arguments(function: Function, parameter: Parameter) -> Iterator[str]:
+    """The arguments of the flat function that a parameter becomes."""
+    name = parameter.name
+    if parameter.kind is Kind.CLOSURE:
+        yield f"{name}_token"
+        if parameter.optional:
+            yield f"{name} is not None" + (" or BOUNCES" if writes_in_flight(function) else "")
+    elif parameter.kind in (Kind.DATA, Kind.ROOM):
+        yield "room"
+        yield "len(room)"
+    elif parameter.kind is Kind.ADDRESS:
+        yield f"{name}_room"
+        yield f"{name}_size"
+    else:
+        yield {
+            Kind.BOOL: f"bool({name})",
+            Kind.INT: f"index({name})",
+            Kind.STRING: f"{name}_utf8",
+            Kind.PATH: f"{name}_bytes",
+            Kind.STRINGS: f"{name}_array",
+        }[parameter.kind]
+
+
+def outcome(function: Function, kind: Returns) -> Iterator[str]:
+    """Raise, or return the result as what it means."""
+    if kind is Returns.OWNED_TEXT:
+        yield "if not result or pending:"
+        yield "    settle(self._h, result)"
+        yield "return owned_text(result)"
+    elif kind is Returns.TEXT:
+        yield "if not result or pending:"
+        yield "    settle(self._h, result)"
+        yield "return text(result)"
+    elif kind is Returns.UNSIGNED:
+        yield "if not result or pending:"
+        yield "    settle_unsigned(self._h, result)"
+        yield "return result"
+    else:
+        yield "if result < 0 or pending:"
+        yield "    settle(self._h, result)"
+        if reads_synchronously(function) and function.buffer:
+            yield f"return {function.buffer.name}"
+        elif kind is Returns.TRUTH:
+            yield "return result != 0"
+        elif kind is Returns.NUMBER:
+            yield "return result"
+
+
+def wrap(text: str, indent: int) -> str:
+    """A call or signature, one argument a line if it is too long for one line."""
+    if len(text) + indent <= COLUMNS:
+        return text
+    opened = text.index("(")
+    closed = text.rindex(")")
+    arguments = split_arguments(text[opened + 1 : closed])
+    inner = "".join(f"    {argument},\n" for argument in arguments)
+    return f"{text[: opened + 1]}\n{inner}{text[closed:]}"
+
+
+def split_arguments(text: str) -> list[str]:
+    """Arguments at the commas that are in no brackets."""
+    found = [""]
+    depth = 0
+    for character in text:
+        depth += (character in "([") - (character in ")]")
+        if character == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += character
+    return [argument.strip() for argument in found]

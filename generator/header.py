@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""libnbd.h -> model: preprocess with the real compiler, then walk the syntax tree."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from pycparser import c_ast, c_generator, c_parser
+
+from generator.model import (
+    CallbackArgument,
+    CallbackKind,
+    Closure,
+    Function,
+    Header,
+    Kind,
+    Parameter,
+)
+
+#: Headers that libnbd.h includes.  Empty stand-ins are enough: only their types' names matter.
+SYSTEM_HEADERS = ("stdbool.h", "stddef.h", "stdint.h", "sys/socket.h", "sys/types.h")
+TYPES = [
+    "bool",
+    "int8_t",
+    "uint8_t",
+    "int16_t",
+    "uint16_t",
+    "int32_t",
+    "uint32_t",
+    "int64_t",
+    "uint64_t",
+    "intptr_t",
+    "uintptr_t",
+    "size_t",
+    "ssize_t",
+    "socklen_t",
+]
+PRELUDE = "".join(f"typedef int {name};\n" for name in TYPES)
+
+INTEGERS = frozenset(TYPES) - {"bool"} | {
+    "int", "unsigned", "unsigned int", "long", "unsigned long", "short", "char",
+    "long long", "unsigned long long",
+}  # fmt: skip
+
+#: Bound by hand in the shim, because they make, end or explain a handle rather than use it.
+BY_HAND = frozenset({"create", "close", "get_error", "get_errno"})
+
+#: Parameters that name a file: these take bytes and os.PathLike as well as str.
+PATHS = frozenset({"unixsocket", "dir", "filename"})
+
+INSTALL = "Debian: apt install {debian}; Fedora: dnf install {fedora}"
+
+
+class BuildError(Exception):
+    """The build cannot go on; the message says what is missing and how to get it."""
+
+
+class Unbindable(Exception):
+    """A declaration that no rule covers."""
+
+
+class Library(NamedTuple):
+    """Where libnbd is, as pkg-config says."""
+
+    header: Path
+    version: str
+    cflags: tuple[str, ...]
+    libs: tuple[str, ...]
+
+
+def run_tool(command: Sequence[str], missing: str) -> str:
+    """The output of a build tool; BuildError with `missing` if it is not there or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise BuildError(f"{command[0]} was not found. {missing}") from None
+    if done.returncode != 0:
+        raise BuildError(f"{shlex.join(command)} failed: {done.stderr.strip()}\n{missing}")
+    return done.stdout
+
+
+def find_library(environ: Mapping[str, str] = os.environ) -> Library:
+    """Ask pkg-config for libnbd.
+
+    Raises:
+        BuildError: pkg-config, libnbd.pc or libnbd.h is missing.
+    """
+    tool = environ.get("PKG_CONFIG", "pkg-config")
+    install_tool = INSTALL.format(debian="pkg-config", fedora="pkgconf-pkg-config")
+    install_libnbd = INSTALL.format(debian="libnbd-dev", fedora="libnbd-devel")
+    run_tool([tool, "--version"], f"It is needed to find libnbd. {install_tool}")
+
+    def ask(*what: str) -> str:
+        return run_tool(
+            [tool, *what, "libnbd"], f"libnbd's header is needed. {install_libnbd}"
+        ).strip()
+
+    header = Path(ask("--variable=includedir") or "/usr/include") / "libnbd.h"
+    if not header.is_file():
+        raise BuildError(f"{header} is missing although libnbd.pc is there. {install_libnbd}")
+    return Library(
+        header,
+        ask("--modversion"),
+        tuple(shlex.split(ask("--cflags"))),
+        tuple(shlex.split(ask("--libs"))),
+    )
+
+
+def preprocess(header: Path, *options: str, compiler: str | None = None) -> str:
+    """What the C preprocessor makes of a header, the system's own headers left out."""
+    command = shlex.split(compiler or os.environ.get("CC") or "cc")
+    missing = "A C compiler is needed. " + INSTALL.format(debian="gcc libc6-dev", fedora="gcc")
+    with tempfile.TemporaryDirectory() as stand_ins:
+        for name in SYSTEM_HEADERS:
+            path = Path(stand_ins, name)
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+        fixed = ["-E", "-P", "-nostdinc", f"-I{stand_ins}", "-D__attribute__(x)="]
+        return run_tool([*command, *fixed, *options, str(header)], missing)
+
+
+def read(header: Path) -> Header:
+    """The model of a libnbd.h."""
+    return parse(preprocess(header), preprocess(header, "-dM"))
+
+
+def parse(declarations: str, macros: str) -> Header:
+    """The model of a preprocessed libnbd.h and of the macros it defines (`cc -E -dM`)."""
+    defined = dict(object_macros(macros))
+    optional = frozenset(
+        name[len("NBD_NULL_") :].lower() for name in defined if name.startswith("NBD_NULL_")
+    )
+    tree = c_parser.CParser().parse(PRELUDE + declarations, filename="libnbd.h")
+    structs = dict(struct_typedefs(tree))
+    closures: dict[str, Closure] = {}
+    functions: list[Function] = []
+    unbound: list[tuple[str, str]] = []
+    for name, fields in structs.items():
+        if name.startswith("nbd_") and name.endswith("_callback"):
+            try:
+                closure = read_closure(name[len("nbd_") : -len("_callback")], fields, structs)
+            except Unbindable as reason:
+                unbound.append((name, str(reason)))
+            else:
+                closures[name] = closure
+    for name, declaration in function_declarations(tree):
+        if name in BY_HAND:
+            continue
+        try:
+            functions.append(read_function(name, declaration, closures, optional))
+        except Unbindable as reason:
+            unbound.append((f"nbd_{name}", str(reason)))
+    constants = tuple(read_constants(defined))
+    return Header(tuple(functions), tuple(closures.values()), constants, tuple(unbound))
+
+
+def function_declarations(tree: c_ast.FileAST) -> Iterator[tuple[str, c_ast.FuncDecl]]:
+    """The functions called nbd_*, without that prefix, in the header's order."""
+    for node in tree.ext:
+        is_function = isinstance(node, c_ast.Decl) and isinstance(node.type, c_ast.FuncDecl)
+        if is_function and node.name.startswith("nbd_"):
+            yield node.name[len("nbd_") :], node.type
+
+
+def struct_typedefs(tree: c_ast.FileAST) -> Iterator[tuple[str, list[c_ast.Decl]]]:
+    """The fields of every `typedef struct { ... } name;`."""
+    for node in tree.ext:
+        is_named = isinstance(node, c_ast.Typedef) and isinstance(node.type, c_ast.TypeDecl)
+        if is_named and isinstance(node.type.type, c_ast.Struct) and node.type.type.decls:
+            yield node.name, node.type.type.decls
+
+
+def spell(node: c_ast.Node) -> str:
+    """A type as C spells it, without a name: `const char *`."""
+    text: str = c_generator.CGenerator().visit(c_ast.Typename(None, [], None, strip_name(node)))
+    return text
+
+
+def strip_name(node: c_ast.Node) -> c_ast.Node:
+    """The same type with no declared name in it."""
+    if isinstance(node, c_ast.PtrDecl):
+        return c_ast.PtrDecl(node.quals, strip_name(node.type))
+    if isinstance(node, c_ast.TypeDecl):
+        return c_ast.TypeDecl(None, node.quals, None, node.type)
+    raise Unbindable(f"no rule for a parameter of the form {type(node).__name__}")
+
+
+class Declared(NamedTuple):
+    """A parameter as it stands in C."""
+
+    name: str
+    ctype: str
+
+
+def declared_parameters(declaration: c_ast.FuncDecl) -> list[Declared]:
+    """The parameters of a function, (void) being none."""
+    listed = [] if declaration.args is None else declaration.args.params
+    if any(isinstance(node, c_ast.EllipsisParam) for node in listed):
+        raise Unbindable("no rule for a variable number of arguments")
+    found = [Declared(getattr(node, "name", None) or "", spell(node.type)) for node in listed]
+    return [p for p in found if p.ctype != "void"]
+
+
+def read_function(
+    name: str,
+    declaration: c_ast.FuncDecl,
+    closures: Mapping[str, Closure],
+    optional: frozenset[str],
+) -> Function:
+    """A call by the rules from C to Python; Unbindable if one of its types has no rule."""
+    declared = declared_parameters(declaration)
+    if not declared or declared[0].ctype != "struct nbd_handle *":
+        raise Unbindable("its first parameter is not a handle")
+    returns = spell(declaration.type)
+    if returns not in INTEGERS | {"bool", "char *", "const char *"}:
+        raise Unbindable(f"no rule for the return type {returns}")
+    parameters: list[Parameter] = []
+    rest = iter(declared[1:])
+    for parameter in rest:
+        parameters.append(read_parameter(parameter, rest, closures, optional))
+    return Function(name, returns, tuple(parameters))
+
+
+def read_parameter(
+    declared: Declared,
+    rest: Iterator[Declared],
+    closures: Mapping[str, Closure],
+    optional: frozenset[str],
+) -> Parameter:
+    """The rule for one parameter; a length that goes with it is taken from `rest`."""
+    name, ctype = declared
+    if ctype in closures:
+        short = name[: -len("_callback")] if name.endswith("_callback") else name
+        closure = closures[ctype].name
+        return Parameter(short, Kind.CLOSURE, ctype, closure, closure in optional)
+    if ctype in ("const void *", "void *"):
+        kind = Kind.DATA if ctype.startswith("const") else Kind.ROOM
+        return Parameter(name, kind, ctype, length=next_of_type(rest, "size_t", name).name)
+    if ctype == "const struct sockaddr *":
+        return Parameter(
+            name, Kind.ADDRESS, ctype, length=next_of_type(rest, "socklen_t", name).name
+        )
+    if ctype == "const char *":
+        return Parameter(name, Kind.PATH if name in PATHS else Kind.STRING, ctype)
+    if ctype in ("char **", "const char **", "char * const *", "const char * const *"):
+        return Parameter(name, Kind.STRINGS, ctype)
+    if ctype == "bool":
+        return Parameter(name, Kind.BOOL, ctype)
+    if ctype in INTEGERS:
+        return Parameter(name, Kind.INT, ctype)
+    raise Unbindable(f"no rule for the parameter {ctype} {name}")
+
+
+def next_of_type(rest: Iterator[Declared], ctype: str, owner: str) -> Declared:
+    """The length that must follow the pointer `owner`."""
+    following = next(rest, None)
+    if following is None or following.ctype != ctype:
+        raise Unbindable(f"the pointer {owner} is not followed by a {ctype}")
+    return following
+
+
+def read_closure(
+    name: str, fields: Sequence[c_ast.Decl], structs: Mapping[str, list[c_ast.Decl]]
+) -> Closure:
+    """A callback type, from the `callback` field of its struct."""
+    pointer = next((field.type for field in fields if field.name == "callback"), None)
+    if not isinstance(pointer, c_ast.PtrDecl) or not isinstance(pointer.type, c_ast.FuncDecl):
+        raise Unbindable("its struct has no function pointer called callback")
+    declared = declared_parameters(pointer.type)
+    if spell(pointer.type.type) != "int" or not declared or declared[0].name != "user_data":
+        raise Unbindable("its callback is not int (*) (void *user_data, ...)")
+    arguments: list[CallbackArgument] = []
+    rest = iter(declared[1:])
+    for argument in rest:
+        arguments.append(read_callback_argument(argument, rest, structs))
+    return Closure(name, tuple(arguments))
+
+
+def read_callback_argument(
+    declared: Declared, rest: Iterator[Declared], structs: Mapping[str, list[c_ast.Decl]]
+) -> CallbackArgument:
+    """The rule for one argument of a callback."""
+    name, ctype = declared
+    if ctype == "const char *":
+        return CallbackArgument(name, CallbackKind.STRING, ctype)
+    if ctype == "int *":
+        return CallbackArgument(name, CallbackKind.ERROR, ctype)
+    if ctype == "const void *":
+        length = next_of_type(rest, "size_t", name).name
+        return CallbackArgument(name, CallbackKind.VIEW, ctype, length)
+    if ctype in INTEGERS:
+        return CallbackArgument(name, CallbackKind.INT, ctype)
+    item = ctype[: -len(" *")] if ctype.endswith(" *") else ""
+    item = item[len("const ") :] if item.startswith("const ") else item
+    if item in INTEGERS:
+        return CallbackArgument(
+            name, CallbackKind.INTS, item, next_of_type(rest, "size_t", name).name
+        )
+    if item in structs and [spell(field.type) for field in structs[item]] == ["uint64_t"] * 2:
+        length = next_of_type(rest, "size_t", name).name
+        return CallbackArgument(name, CallbackKind.PAIRS, item, length)
+    raise Unbindable(f"no rule for the callback argument {ctype} {name}")
+
+
+def object_macros(macros: str) -> Iterator[tuple[str, str]]:
+    """Macros without parameters, in the order of definition, with their text."""
+    for line in macros.splitlines():
+        directive, _, definition = line.partition(" ")
+        name, _, text = definition.partition(" ")
+        if directive == "#define" and "(" not in name:
+            yield name, text
+
+
+def is_constant(name: str) -> bool:
+    """Whether a macro is part of the API: not a feature test, not a compiler's matter."""
+    private = ("LIBNBD_HAVE_", "LIBNBD_GCC_", "LIBNBD_ATTRIBUTE_")
+    return name.startswith("LIBNBD_") and not name.startswith(private)
+
+
+def read_constants(defined: Mapping[str, str]) -> Iterator[tuple[str, int | str]]:
+    """The constants without their prefix, those with no value (the include guard) left out."""
+    for name in sorted(filter(is_constant, defined)):
+        if defined[name]:
+            try:
+                yield name[len("LIBNBD_") :], evaluate(defined[name], defined)
+            except Unbindable:
+                continue
+
+
+def evaluate(text: str, defined: Mapping[str, str]) -> int | str:
+    """The value of a macro's text, other macros resolved."""
+    source = f"{PRELUDE}int value = {text};"
+    try:
+        tree = c_parser.CParser().parse(source, filename="constant")
+    except Exception as reason:  # pycparser's ParseError has moved between its versions
+        raise Unbindable(f"{text} is not an expression: {reason}") from None
+    return fold(tree.ext[-1].init, defined)
+
+
+def fold(node: c_ast.Node, defined: Mapping[str, str]) -> int | str:
+    """The value of a constant expression."""
+    if isinstance(node, c_ast.Constant) and node.type == "string":
+        return str(node.value).replace('"', "")
+    if isinstance(node, c_ast.Constant):
+        return int(node.value.rstrip("uUlL"), 0)
+    if isinstance(node, c_ast.ID) and node.name in defined:
+        return evaluate(defined[node.name], defined)
+    if isinstance(node, c_ast.UnaryOp) and node.op in ("-", "~"):
+        inner = fold(node.expr, defined)
+        if isinstance(inner, int):
+            return -inner if node.op == "-" else ~inner
+    if isinstance(node, c_ast.BinaryOp):
+        left, right = fold(node.left, defined), fold(node.right, defined)
+        if isinstance(left, int) and isinstance(right, int):
+            return fold_binary(node.op, left, right)
+    raise Unbindable("not a constant expression that the generator can evaluate")
+
+
+def fold_binary(op: str, left: int, right: int) -> int:
+    """left op right, for the operators that flags are made with."""
+    if op == "|":
+        return left | right
+    if op == "<<":
+        return left << right
+    if op == "+":
+        return left + right
+    if op == "-":
+        return left - right
+    raise Unbindable(f"no rule for the operator {op}")

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""Arguments from Python to C: each function takes what a caller may pass and gives what C takes."""
+
+from __future__ import annotations
+
+import os
+from operator import index
+
+from nbd._ffi import ffi, lib
+from nbd.error import Error
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any
+
+_SOCKADDR_ROOM = 128
+
+
+def string(name: str, value: str) -> bytes:
+    """A str as C's UTF-8."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: str is needed, not {type(value).__name__}")
+    return _without_nul(name, value.encode("utf-8", "surrogateescape"))
+
+
+def path(name: str, value: Any) -> bytes:
+    """A file name: str, bytes or os.PathLike."""
+    try:
+        value = os.fspath(value)
+    except TypeError:
+        raise TypeError(
+            f"{name}: str, bytes or os.PathLike is needed, not {type(value).__name__}"
+        ) from None
+    if isinstance(value, str):
+        value = value.encode("utf-8", "surrogateescape")
+    return _without_nul(name, value)
+
+
+def _without_nul(name: str, value: bytes) -> bytes:
+    if b"\0" in value:
+        raise ValueError(f"{name}: a NUL character cannot be passed to C")
+    return value
+
+
+def strings(name: str, values: Iterable[str]) -> tuple[Any, list[Any]]:
+    """A list of str as C's NULL-terminated array, and what the caller keeps alive for it."""
+    if isinstance(values, (str, bytes)):
+        raise TypeError(f"{name}: a list of str is needed, not {type(values).__name__}")
+    try:
+        listed = list(values)
+    except TypeError:
+        raise TypeError(f"{name}: a list of str is needed, not {type(values).__name__}") from None
+    items = [ffi.new("char[]", string(f"{name}[{i}]", v)) for i, v in enumerate(listed)]
+    return ffi.new("char *[]", [*items, ffi.NULL]), items
+
+
+def bad_numbers(raised: Exception, **numbers: tuple[object, str]) -> Exception:
+    """The exception that names the argument which C could not take; else the one that was raised.
+
+    Args:
+        raised: What cffi said: it knows the value but not the name.
+        numbers: Each argument's value and C type, by its name.
+    """
+    for name, (value, ctype) in numbers.items():
+        try:
+            number = index(value)  # type: ignore[arg-type]
+        except TypeError:
+            return TypeError(f"{name}: int is needed, not {type(value).__name__}")
+        try:
+            ffi.new(f"{ctype} *", number)
+        except OverflowError:
+            bits = 8 * ffi.sizeof(ctype)
+            signed = int(ffi.cast(ctype, -1)) < 0
+            least, most = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+            return OverflowError(f"{name}: {number} is not between {least} and {most}")
+    return raised
+
+
+def address_of(address: Any) -> tuple[Any, int]:
+    """A socket address as the socket module writes it, and its length.
+
+    str, bytes or os.PathLike name a Unix socket (a leading NUL an abstract one), (host, port) is
+    IPv4 or, if the host has no such address, IPv6, and (host, port, flow, scope) is IPv6.
+    """
+    room = ffi.new("char[]", _SOCKADDR_ROOM)
+    if isinstance(address, tuple) and len(address) in (2, 3, 4):
+        size = _internet_address(room, *address)
+    elif isinstance(address, (str, bytes)) or hasattr(address, "__fspath__"):
+        name = os.fsencode(address)
+        size = lib.nbdshim_address_unix(room, _SOCKADDR_ROOM, name, len(name))
+        if size == 0:
+            raise ValueError(f"addr: the name of a Unix socket has at most 107 bytes: {address!r}")
+    else:
+        raise TypeError(
+            "addr: str (Unix), (host, port) or (host, port, flow, scope) is needed, "
+            f"not {type(address).__name__}"
+        )
+    return room, size
+
+
+def _internet_address(room: Any, host: str, port: int, flow: int = -1, scope: int = 0) -> int:
+    import socket
+
+    if not isinstance(host, str):
+        raise TypeError(f"addr: the host must be str, not {type(host).__name__}")
+    try:
+        number = index(port)
+    except TypeError:
+        raise TypeError(f"addr: the port must be int, not {type(port).__name__}") from None
+    if not 0 <= number <= 65535:
+        raise OverflowError(f"addr: the port must be between 0 and 65535, not {number}")
+    families = [socket.AF_INET, socket.AF_INET6] if flow < 0 else [socket.AF_INET6]
+    reason: Exception | None = None
+    for family in families:
+        try:
+            found = socket.getaddrinfo(host, number, family, socket.SOCK_STREAM)
+        except OSError as raised:
+            reason = raised
+            continue
+        resolved: tuple[Any, ...] = found[0][4]
+        packed = socket.inet_pton(family, str(resolved[0]).partition("%")[0])
+        if family == socket.AF_INET:
+            size: int = lib.nbdshim_address_inet(room, _SOCKADDR_ROOM, packed, number)
+        else:
+            size = lib.nbdshim_address_inet6(
+                room, _SOCKADDR_ROOM, packed, number, max(flow, 0), scope or int(resolved[3])
+            )
+        return size
+    raise Error(f"nbd_aio_connect: {host}: {reason}")

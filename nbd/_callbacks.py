@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""The way of a callback, from the method it is given to until libnbd is done with it.
+
+A method registers the callable under a token, an int, and gives the token to the shim.  libnbd
+calls the shim, the shim calls the function of nbd.closures for that type of callback, and that one
+finds the callable by the token, converts the arguments and calls it.  When libnbd frees the
+callback the shim says `release`, and the entry goes: so the registry keeps alive just what libnbd
+still needs, the callable, and the buffer of a command in flight.
+
+A callable that raises cannot raise through C.  libnbd is told -1, and the exception waits in
+`pending` until the call that ran the callback comes back to its method in that thread.  There
+`settle` raises it if it is one that must not be held up (KeyboardInterrupt, SystemExit), makes it
+the cause of the nbd.Error if the call failed, and else gives it to sys.unraisablehook.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from _thread import get_ident
+from itertools import count
+
+from nbd._ffi import lib, pending
+from nbd._values import text
+from nbd.error import ClosedHandle, Error
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    # The callable (None if only the end of the command matters), the handle, and for a command with
+    # a buffer the caller's object and the memory that libnbd uses.
+    Entry = tuple[Any, Any, Any, Any]
+
+registry: dict[int, Entry] = {}
+
+_next_token = count(1).__next__
+forget = registry.pop
+
+
+class ErrorNumber:
+    """The errno of a command, as a callback sees it and may change it.
+
+    Attributes:
+        value: The errno; 0 is success.
+    """
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.value})"
+
+
+def require_callable(name: str, callback: object) -> None:
+    """TypeError unless callback can be called."""
+    if not callable(callback):
+        raise TypeError(f"{name}: a callable is needed, not {type(callback).__name__}")
+
+
+def register(name: str, callback: Any, handle: Any, buffer: Any = None, room: Any = None) -> int:
+    """A token for a callable and the buffer that goes with it."""
+    if not callable(callback):
+        require_callable(name, callback)
+    token = _next_token()
+    registry[token] = (callback, handle, buffer, room)
+    return token
+
+
+def register_optional(
+    name: str, callback: Any, handle: Any, buffer: Any = None, room: Any = None
+) -> int:
+    """The same where the callable may be None: then a token only for the buffer, or 0."""
+    if callback is None:
+        if room is None:
+            return 0
+    elif not callable(callback):
+        require_callable(name, callback)
+    token = _next_token()
+    registry[token] = (callback, handle, buffer, room)
+    return token
+
+
+def as_int(result: object) -> int:
+    """What a callable returned, as libnbd is told: an int as it is, anything else as 0."""
+    return result if isinstance(result, int) else 0
+
+
+def abandon(*tokens: int) -> None:
+    """Forget the tokens of a call that C was never given."""
+    for token in tokens:
+        forget(token, None)
+
+
+def keep(raised: BaseException, token: int) -> int:
+    """Keep what a callable raised for the method whose call ran it; the -1 for libnbd."""
+    entry = registry.get(token)
+    pending.append((get_ident(), entry[1] if entry else None, raised))
+    return -1
+
+
+def settle(handle: Any, result: Any) -> None:
+    """Raise what a call left to raise: it failed, or callbacks of it raised."""
+    failure = _failure(handle, result)
+    raised = _take(handle)
+    for exception in raised:
+        if not isinstance(exception, Exception):
+            raised.remove(exception)
+            _report(raised)
+            raise exception
+    if failure is not None:
+        cause = raised.pop(0) if raised else None
+        _report(raised)
+        raise failure from cause
+    _report(raised)
+
+
+def settle_unsigned(handle: Any, result: int) -> None:
+    """The same for a call whose only failure is that the shim refused it."""
+    settle(handle, result or lib.nbdshim_check(handle))
+
+
+def report_pending(handle: Any) -> None:
+    """Give what callbacks raised to sys.unraisablehook: nobody waits for it."""
+    _report(_take(handle))
+
+
+def _take(handle: Any) -> list[BaseException]:
+    """The exceptions that callbacks of this handle raised in this thread."""
+    mine = [one for one in pending if one[0] == get_ident() and one[1] in (handle, None)]
+    for one in mine:
+        pending.remove(one)
+    return [exception for _, _, exception in mine]
+
+
+def _failure(handle: Any, result: Any) -> Exception | None:
+    """The exception for a result: a negative number or a null pointer; None for a good one."""
+    if isinstance(result, int):
+        if result >= 0:
+            return None
+        code = result
+    else:
+        if result:
+            return None
+        code = lib.nbdshim_check(handle) or -1
+    if code == lib.NBDSHIM_CLOSED:
+        return ClosedHandle("the handle is closed; make a new one with nbd.NBD()")
+    if code == lib.NBDSHIM_REENTERED:
+        return Error(
+            "called from inside a callback of the same handle, where libnbd would deadlock; "
+            "make the call after the callback has returned",
+            errno.EDEADLK,
+        )
+    if code == lib.NBDSHIM_NO_MEMORY:
+        return MemoryError("no memory for a callback")
+    return last_error()
+
+
+def last_error() -> Error:
+    """This thread's last libnbd error."""
+    message = lib.nbdshim_error()
+    return Error(text(message) if message else "unknown error", lib.nbdshim_errno())
+
+
+def _report(exceptions: list[BaseException]) -> None:
+    """Hand exceptions to sys.unraisablehook, as the interpreter does for a destructor's."""
+    if not exceptions:
+        return
+    from types import SimpleNamespace
+
+    for exception in exceptions:
+        unraisable: Any = SimpleNamespace(
+            exc_type=type(exception),
+            exc_value=exception,
+            exc_traceback=exception.__traceback__,
+            err_msg="Exception ignored in a callback of libnbd",
+            object=None,
+        )
+        sys.unraisablehook(unraisable)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""Types for annotations: what the callables that libnbd calls look like, and addresses.
+
+Import this in programs that are type checked; the package itself needs it only there.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol, Union
+
+Address = Union[str, bytes, "os.PathLike[str]", tuple[str, int], tuple[str, int, int, int]]
+
+
+class ErrorNumber(Protocol):
+    """The errno of a command: value can be read and set."""
+
+    value: int
+
+
+class ChunkCallback(Protocol):
+    """Given a part of a structured read as it arrives."""
+
+    def __call__(
+        self, subbuf: memoryview, offset: int, status: int, error: ErrorNumber, /
+    ) -> object: ...
+
+
+class CompletionCallback(Protocol):
+    """Called once when a command or option is done; returning 1 retires a command at once."""
+
+    def __call__(self, error: ErrorNumber, /) -> object: ...
+
+
+class ContextCallback(Protocol):
+    """Given the name of a meta context."""
+
+    def __call__(self, name: str, /) -> object: ...
+
+
+class DebugCallback(Protocol):
+    """Given a debug message and the name of the C function it comes from."""
+
+    def __call__(self, function: str, message: str, /) -> object: ...
+
+
+class ExtentCallback(Protocol):
+    """Given the extents of one meta context as a flat list: length, flags, length, flags, ..."""
+
+    def __call__(
+        self, metacontext: str, offset: int, entries: list[int], error: ErrorNumber, /
+    ) -> object: ...
+
+
+class Extent64Callback(Protocol):
+    """Given the extents of one meta context as a list of (length, flags)."""
+
+    def __call__(
+        self, metacontext: str, offset: int, entries: list[tuple[int, int]], error: ErrorNumber, /
+    ) -> object: ...
+
+
+class ListCallback(Protocol):
+    """Given the name and the description of an export."""
+
+    def __call__(self, name: str, description: str, /) -> object: ...

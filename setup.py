@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""Build what setup.cfg describes: the generated modules, and the shim in a mode of cffi."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import build_nbd
+from generator.header import BuildError
+
+try:
+    build = build_nbd.prepare(Path("build") / "generated")
+except BuildError as reason:
+    sys.exit(f"libnbd-cffi cannot be built: {reason}")
+
+
+class BuildModules(build_py):
+    """Add the generated modules to the package."""
+
+    def run(self) -> None:
+        super().run()
+        for name, text in build_nbd.python_modules(build).items():
+            target = Path("nbd") if self.editable_mode else Path(self.build_lib, "nbd")
+            target.mkdir(parents=True, exist_ok=True)
+            (target / name).write_text(text, encoding="utf-8")
+
+
+class BuildShim(build_ext):
+    """ABI mode's shim is a plain shared library: no Python in its name, none of its headers."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        if fullname.endswith("_nbdshim"):
+            return str(Path(*fullname.split("."))) + ".so"
+        return str(super().get_ext_filename(fullname))  # type: ignore[no-untyped-call]
+
+
+options = {}
+if build.mode == "API":
+    extension = build_nbd.api_builder(build).distutils_extension(str(build.folder))
+    if sys.implementation.name == "cpython":
+        extension.py_limited_api = True  # type: ignore[attr-defined]
+        extension.define_macros.append(("Py_LIMITED_API", "0x03090000"))
+        options["bdist_wheel"] = {"py_limited_api": "cp39"}
+else:
+    extension = Extension(
+        "nbd._nbdshim",
+        sources=build.sources,
+        include_dirs=build.include_dirs,
+        extra_compile_args=[*build_nbd.STRICT, *build.library.cflags],
+        extra_link_args=list(build.library.libs),
+    )
+
+setup(
+    ext_modules=[extension],
+    cmdclass={"build_py": BuildModules, "build_ext": BuildShim},
+    options=options,
+)
