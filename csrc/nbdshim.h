@@ -9,7 +9,7 @@
  *
  * Return values.  A call returns what libnbd returns.  -1 (or NULL) is libnbd's failure, explained
  * by nbdshim_error and nbdshim_errno until the same thread's next libnbd call.  The other negative
- * values are the shim's own refusals (enum nbdshim_refusal), and then libnbd was not called.  Calls
+ * values are the shim's own (enum nbdshim_refusal): but for the last, libnbd was not called.  Calls
  * that return a pointer or an unsigned 64-bit number refuse with NULL or 0; nbdshim_check tells
  * why.
  *
@@ -40,7 +40,8 @@ struct nbdshim_upcalls;
 enum nbdshim_refusal {
     NBDSHIM_NO_MEMORY = -2, /* the shim could not allocate */
     NBDSHIM_CLOSED = -3,    /* the handle is closed */
-    NBDSHIM_REENTERED = -4  /* inside a callback of this handle: libnbd would deadlock */
+    NBDSHIM_REENTERED = -4, /* inside a callback of this handle: libnbd would deadlock */
+    NBDSHIM_TOO_LARGE = -5  /* libnbd's 64-bit result, a server's number, was below -1 */
 };
 
 /* Copy the functions to call upwards, once for the process, before any other call. */

@@ -162,8 +162,14 @@ def glue_function(function: Function) -> str:
     arguments = ["s->h", *(a for p in function.parameters for a in passed_on(p))]
     result = declare(returned_type(function), "ret")
     lines.append(wrapped(f"    {result} = nbd_{function.name}({', '.join(arguments)});"))
-    lines += ["", "    nbdshim_leave(s);", "    return ret;", "}", ""]
+    checked = "ret < -1 ? NBDSHIM_TOO_LARGE : ret" if is_wide(function) else "ret"
+    lines += ["", "    nbdshim_leave(s);", f"    return {checked};", "}", ""]
     return "\n".join(lines)
+
+
+def is_wide(function: Function) -> bool:
+    """Whether it may return a number that a server chose and libnbd did not check."""
+    return function.returns in ("int64_t", "ssize_t") and not function.closures
 
 
 def ownership(function: Function) -> str:

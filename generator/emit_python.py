@@ -114,13 +114,7 @@ def closure_function(closure: Closure) -> str:
     else:
         entry = "callback, _, buffer, room" if closure.has_buffer else "callback, *_"
         lines += [f"    {entry} = registry[token]"]
-        lines += [f"    {name}_cell = ErrorNumber({name}[0])" for name in errors]
-        call = wrap(f"result = as_int(callback({passed}))", 8)
-        if not errors:
-            call = call.replace("result =", "return", 1)
-        lines += textwrap.indent(call, "    ").splitlines()
-        lines += [f"    {name}[0] = {name}_cell.value" for name in errors]
-        lines += ["    return result"] if errors else []
+        lines += called(f"as_int(callback({passed}))", errors)
     lines += ["except BaseException as raised:", "    return keep(raised, token)"]
     signature = wrap(f"def {closure.name}_upcall({', '.join(parameters)}) -> int:", 0)
     doc = f'    """Run the {closure.name} callback that token stands for."""'
@@ -128,20 +122,29 @@ def closure_function(closure: Closure) -> str:
     return f'@upcall("{closure.name}")\n{signature}\n{doc}\n{body}\n'
 
 
+def called(call: str, errors: Sequence[str]) -> list[str]:
+    """Call the callable; what it made of the errno counts also when it raises."""
+    if not errors:
+        return textwrap.indent(wrap(f"return {call}", 8), "    ").splitlines()
+    lines = [f"    {name}_cell = ErrorNumber({name}[0])" for name in errors]
+    lines += ["    try:", *textwrap.indent(wrap(f"result = {call}", 12), " " * 8).splitlines()]
+    lines += ["    finally:", *(f"        {name}[0] = {name}_cell.value" for name in errors)]
+    return [*lines, "    return result"]
+
+
 def completion_lines(error: str) -> list[str]:
     """The body for completions: the common path, which also retires the command."""
+    *lines, last = called(f"as_int(callback({error}_cell))", [error])
     return [
         "    callback, _, buffer, room = registry[token]",
         "    if BOUNCES and buffer is not None:",
         "        copy_back(buffer, room)",
         "    if callback is None:",
         "        return 0",
-        f"    {error}_cell = ErrorNumber({error}[0])",
-        f"    result = as_int(callback({error}_cell))",
-        f"    {error}[0] = {error}_cell.value",
+        *lines,
         "    if result == 1:",
         "        forget(token, None)",
-        "    return result",
+        last,
     ]
 
 

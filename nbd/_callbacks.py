@@ -153,6 +153,8 @@ def _failure(handle: Any, result: Any) -> Exception | None:
             "make the call after the callback has returned",
             errno.EDEADLK,
         )
+    if code == lib.NBDSHIM_TOO_LARGE:
+        return Error("the server's number is larger than any size can be", errno.EOVERFLOW)
     if code == lib.NBDSHIM_NO_MEMORY:
         return MemoryError("no memory for a callback")
     return last_error()
@@ -164,18 +166,34 @@ def last_error() -> Error:
     return Error(text(message) if message else "unknown error", lib.nbdshim_errno())
 
 
-def _report(exceptions: list[BaseException]) -> None:
-    """Hand exceptions to sys.unraisablehook, as the interpreter does for a destructor's."""
-    if not exceptions:
-        return
-    from types import SimpleNamespace
+class _callback_of_libnbd:  # noqa: N801 - its name is what the message shows
+    """Raises where nobody can catch it."""
 
+    def __init__(self, exception: BaseException) -> None:
+        self.exception = exception
+
+    def __del__(self) -> None:
+        raise self.exception
+
+
+def _report(exceptions: list[BaseException]) -> None:
+    """Hand exceptions to sys.unraisablehook, as the interpreter does for a destructor's.
+
+    CPython's own hook takes no arguments but those that the interpreter has made, and PyPy runs
+    destructors late.
+    """
     for exception in exceptions:
-        unraisable: Any = SimpleNamespace(
-            exc_type=type(exception),
-            exc_value=exception,
-            exc_traceback=exception.__traceback__,
-            err_msg="Exception ignored in a callback of libnbd",
-            object=None,
-        )
-        sys.unraisablehook(unraisable)
+        if sys.implementation.name == "cpython":
+            _callback_of_libnbd(exception)
+        else:
+            from types import SimpleNamespace
+
+            unraisable: Any = SimpleNamespace(
+                exc_type=type(exception),
+                exc_value=exception,
+                exc_traceback=exception.__traceback__,
+                err_msg="Exception ignored in a callback of libnbd",
+                object=None,
+                extra_line="",
+            )
+            sys.unraisablehook(unraisable)

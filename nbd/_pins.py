@@ -29,6 +29,7 @@ BOUNCES = sys.implementation.name == "pypy"
 
 #: More than any libnbd reads in one request: not even allocated.
 _TOO_LARGE = 2**30
+_SIZE_MAX = 2 ** (8 * ffi.sizeof("size_t")) - 1
 
 _from_buffer = ffi.from_buffer
 
@@ -38,6 +39,8 @@ def read_into(count: int) -> tuple[bytearray, Any]:
     size = index(count)
     if size < 0:
         raise ValueError(f"count: {size} is negative")
+    if size > _SIZE_MAX:
+        raise OverflowError(f"count: {size} is not between 0 and {_SIZE_MAX}")
     if size > _TOO_LARGE:
         raise Error(
             f"count: {size} is more than libnbd reads at once (64 MiB); read it in pieces",
@@ -69,9 +72,11 @@ def held_data(name: str, buffer: Any) -> Any:
 def held_room(name: str, buffer: Any, handle: Any) -> Any:
     """The memory of a writable object or nbd.Buffer that a command in flight writes."""
     if isinstance(buffer, Buffer):
+        if buffer._is_readonly:
+            raise _unusable(name, buffer._storage, BufferError())
         return buffer._claim(handle)
     try:
-        memory = _from_buffer(buffer, True)
+        memory = _from_buffer(buffer, require_writable=True)
     except (TypeError, ValueError, BufferError) as reason:
         raise _unusable(name, buffer, reason) from None
     return ffi.new("char[]", len(memory)) if BOUNCES else memory

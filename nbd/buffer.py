@@ -41,7 +41,7 @@ class Buffer:
     """
 
     __module__ = "nbd"
-    __slots__ = ("__weakref__", "_pointer", "_state", "_storage")
+    __slots__ = ("__weakref__", "_is_readonly", "_pointer", "_state", "_storage")
 
     def __init__(self, len: int) -> None:
         size = index(len)
@@ -51,13 +51,14 @@ class Buffer:
         self._storage, is_zero = new_bytearray(size)
         self._state = _WRITTEN if is_zero else _UNWRITTEN
         self._pointer: Any = ffi.from_buffer(self._storage)
+        self._is_readonly = False
 
     @classmethod
-    def from_buffer(cls, buffer: ReadableBuffer) -> Buffer:
+    def from_buffer(cls, buf: ReadableBuffer) -> Buffer:
         """A Buffer that shares the memory of a bytes-like object.
 
         Args:
-            buffer: bytearray, memoryview, mmap, bytes, ...: any contiguous bytes-like object.  Its
+            buf: bytearray, memoryview, mmap, bytes, ...: any contiguous bytes-like object.  Its
                 size cannot change while the Buffer exists.  aio_pread needs a writable one.
 
         Example:
@@ -66,9 +67,10 @@ class Buffer:
             True
         """
         self = cls.__new__(cls)
-        self._pointer = ffi.from_buffer(buffer)
-        self._storage = buffer
+        self._pointer = ffi.from_buffer(buf)
+        self._storage = buf
         self._state = _WRITTEN
+        self._is_readonly = memoryview(buf).readonly
         return self
 
     @classmethod
