@@ -102,8 +102,19 @@ def keep(raised: BaseException, token: int) -> int:
 
 
 def settle(handle: Any, result: Any) -> None:
-    """Raise what a call left to raise: it failed, or callbacks of it raised."""
-    failure = _failure(handle, result)
+    """Raise what a method's call left to raise: it failed, or callbacks of it raised."""
+    failure = _failure(handle, result, sys._getframe(1).f_code.co_name)
+    _raise(handle, failure)
+
+
+def settle_unsigned(handle: Any, result: int) -> None:
+    """The same for a call whose only failure is that the shim refused it."""
+    refused = result or lib.nbdshim_check(handle)
+    failure = _failure(handle, refused, sys._getframe(1).f_code.co_name)
+    _raise(handle, failure)
+
+
+def _raise(handle: Any, failure: Exception | None) -> None:
     raised = _take(handle)
     for exception in raised:
         if not isinstance(exception, Exception):
@@ -115,11 +126,6 @@ def settle(handle: Any, result: Any) -> None:
         _report(raised)
         raise failure from cause
     _report(raised)
-
-
-def settle_unsigned(handle: Any, result: int) -> None:
-    """The same for a call whose only failure is that the shim refused it."""
-    settle(handle, result or lib.nbdshim_check(handle))
 
 
 def report_pending(handle: Any) -> None:
@@ -135,7 +141,7 @@ def _take(handle: Any) -> list[BaseException]:
     return [exception for _, _, exception in mine]
 
 
-def _failure(handle: Any, result: Any) -> Exception | None:
+def _failure(handle: Any, result: Any, method: str) -> Exception | None:
     """The exception for a result: a negative number or a null pointer; None for a good one."""
     if isinstance(result, int):
         if result >= 0:
@@ -149,14 +155,14 @@ def _failure(handle: Any, result: Any) -> Exception | None:
         return ClosedHandle("the handle is closed; make a new one with nbd.NBD()")
     if code == lib.NBDSHIM_REENTERED:
         return Error(
-            "called from inside a callback of the same handle, where libnbd would deadlock; "
+            f"nbd_{method}: called from inside a callback of the same handle, where libnbd would deadlock; "
             "make the call after the callback has returned",
             errno.EDEADLK,
         )
     if code == lib.NBDSHIM_TOO_LARGE:
-        return Error("the server's number is larger than any size can be", errno.EOVERFLOW)
+        return Error(f"nbd_{method}: the server's number is too large", errno.EOVERFLOW)
     if code == lib.NBDSHIM_NO_MEMORY:
-        return MemoryError("no memory for a callback")
+        return MemoryError(f"nbd_{method}: no memory for a callback")
     return last_error()
 
 

@@ -41,7 +41,7 @@ class Buffer:
     """
 
     __module__ = "nbd"
-    __slots__ = ("__weakref__", "_is_readonly", "_pointer", "_state", "_storage")
+    __slots__ = ("__weakref__", "_is_readonly", "_pin", "_pointer", "_state", "_storage")
 
     def __init__(self, len: int) -> None:
         size = index(len)
@@ -50,7 +50,8 @@ class Buffer:
         self._storage: Any
         self._storage, is_zero = new_bytearray(size)
         self._state = _WRITTEN if is_zero else _UNWRITTEN
-        self._pointer: Any = ffi.from_buffer(self._storage)
+        self._pin: Any = ffi.from_buffer(self._storage)
+        self._pointer: Any = self._pin
         self._is_readonly = False
 
     @classmethod
@@ -67,7 +68,7 @@ class Buffer:
             True
         """
         self = cls.__new__(cls)
-        self._pointer = ffi.from_buffer(buf)
+        self._pin, self._pointer = _pin(buf)
         self._storage = buf
         self._state = _WRITTEN
         self._is_readonly = memoryview(buf).readonly
@@ -180,3 +181,20 @@ class Buffer:
         """Undo _claim: libnbd was not called."""
         if self._state == _CLAIMED:
             self._state = _UNWRITTEN
+
+
+def _pin(buf: Any) -> tuple[Any, Any]:
+    """What keeps the memory of a bytes-like object in place, and the memory.
+
+    Of a memoryview the object behind it is pinned: until CPython 3.12.7 the garbage collector may
+    clear a memoryview that is still pinned, and crash (gh-77894).
+    """
+    memory = ffi.from_buffer(buf)
+    if not isinstance(buf, memoryview):
+        return memory, memory
+    try:
+        whole = ffi.from_buffer(buf.obj)
+    except (TypeError, ValueError, BufferError):
+        return memory, memory
+    start = ffi.cast("char *", memory)
+    return whole, ffi.from_buffer(ffi.buffer(start, len(memory)))
