@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""nbdsh without -c: an interactive session on a terminal, or statements read from a pipe."""
+
+from __future__ import annotations
+
+import builtins
+import code
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+
+import nbd
+from nbd import hexdump
+
+# A longer result is dumped: up to this length the escapes of repr() still fit on a few lines.
+_SHORT = 64
+_HISTORY_LENGTH = 1000
+
+
+def run(scope: dict[str, object], handle: nbd.NBD | None) -> None:
+    """Run what the user types, or what standard input has, in the namespace `scope`."""
+    if sys.stdin and sys.stdin.isatty():
+        _interact(scope, _banner(handle))
+    else:
+        _feed(scope)
+
+
+def _interact(scope: dict[str, object], banner: str) -> None:
+    sys.ps1, sys.ps2 = "nbd> ", "...  "
+    sys.displayhook = _display
+    # PyPy's line editor fails without what a dumb terminal lacks.
+    with nullcontext() if _dumb() else _line_editing(scope):
+        code.interact(banner, local=scope, exitmsg="")
+
+
+def _feed(scope: dict[str, object]) -> None:
+    """Run standard input as the interactive interpreter does: results shown, errors survived.
+
+    There is no banner and no prompt, which nobody would read.
+    """
+    console = code.InteractiveConsole(scope)
+    for line in sys.stdin or ():
+        console.push(line.rstrip("\n"))
+    # The end of input ends a block, as an empty line does.
+    if console.push(""):
+        print("nbdsh: standard input ends inside a statement", file=sys.stderr)
+        sys.exit(1)
+
+
+def _banner(handle: nbd.NBD | None) -> str:
+    state, calls = _situation(handle)
+    names = [("nbd", "the module; help(nbd) is its manual"), ("h", state)]
+    calls += [
+        ("h.get_size()", "size of the export in bytes"),
+        ("h.pread(512, 0)", "512 bytes from offset 0"),
+        ("exit() or Ctrl-D", "leave"),
+    ]
+    return "\n".join(
+        [
+            "",
+            f"nbdsh, a Python shell for NBD (libnbd {nbd.__version__})",
+            *(f"  {name:<5} {what}" for name, what in names),
+            "",
+            *(f"  {call:<34} # {what}" for call, what in calls),
+            "",
+        ]
+    )
+
+
+def _situation(handle: nbd.NBD | None) -> tuple[str, list[tuple[str, str]]]:
+    """Say what `h` is, and which calls come before those that need a connection."""
+    connect = ('h.connect_uri("nbd://localhost")', "connect to a server")
+    go = ("h.opt_go()", "end the negotiation")
+    if handle is None:
+        return "not there yet", [("h = nbd.NBD()", "make a handle"), connect]
+    if handle.aio_is_created():
+        calls = [connect, go] if handle.get_opt_mode() else [connect]
+        return "a handle, not connected", calls
+    if handle.aio_is_negotiating():
+        return "a handle, negotiating options", [go]
+    return "a handle, connected", []
+
+
+def _display(value: object) -> None:
+    """Show a result: a long bytes-like one as a hexdump, all else as Python does."""
+    view = _view(value)
+    if view is None:
+        sys.__displayhook__(value)
+        return
+    builtins._ = value  # type: ignore[attr-defined]
+    for line in hexdump.dump(view, colour=_colour()):
+        print(line)
+
+
+def _view(value: object) -> memoryview | None:
+    """Return the bytes of `value` if they are to be dumped."""
+    shared = value.to_buffer() if isinstance(value, nbd.Buffer) else value
+    if not isinstance(shared, (bytes, bytearray, memoryview)):
+        return None
+    view = memoryview(shared)
+    return view.cast("B") if view.nbytes > _SHORT and view.c_contiguous else None
+
+
+def _colour() -> bool:
+    return not os.environ.get("NO_COLOR") and not _dumb() and sys.stdout.isatty()
+
+
+def _dumb() -> bool:
+    return os.environ.get("TERM", "dumb") == "dumb"
+
+
+@contextmanager
+def _line_editing(scope: dict[str, object]) -> Iterator[None]:
+    """Give the prompt line editing, completion and history, if this Python has readline."""
+    try:
+        import readline
+        import rlcompleter
+    except ImportError:
+        yield
+        return
+    readline.set_completer(rlcompleter.Completer(scope).complete)
+    editline = "libedit" in (readline.__doc__ or "")
+    readline.parse_and_bind("bind ^I rl_complete" if editline else "tab: complete")
+    readline.set_history_length(_HISTORY_LENGTH)
+    path = _history_path()
+    with suppress(OSError):
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        # A session is not worth an error because its history cannot be kept.
+        with suppress(OSError):
+            _create_private(path)
+            readline.write_history_file(path)
+
+
+def _history_path() -> str:
+    # By default in the home directory, where other shells and Python keep theirs and which exists;
+    # XDG_STATE_HOME is honoured for those who have set it.
+    path = os.environ.get("NBDSH_HISTORY")
+    if path is None:
+        state = os.environ.get("XDG_STATE_HOME")
+        path = os.path.join(state, "nbdsh_history") if state else "~/.nbdsh_history"
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _create_private(path: str) -> None:
+    """Make a file for the user alone: commands can contain passwords."""
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))

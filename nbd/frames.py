@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""Tracebacks of commands given with -c: their source lines shown, the shell's own frames not.
+
+Imported only when a command fails, because linecache and traceback are slow to import.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+import traceback
+from types import TracebackType
+
+SHELL = "nbd.shell"
+
+
+def install(sources: dict[str, str]) -> None:
+    """Make an exception that ends the process be shown by us, unless a hook is there already.
+
+    To be called before the exception leaves the shell.  A hook that is only then imported makes
+    CPython forget that a KeyboardInterrupt ends the process by its signal.
+    """
+    _remember(sources)
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _show
+
+
+def show(error: BaseException, sources: dict[str, str]) -> None:
+    """Print the traceback of `error`, which a command with one of these sources raised."""
+    _remember(sources)
+    _show(type(error), error, error.__traceback__)
+
+
+def _remember(sources: dict[str, str]) -> None:
+    for name, text in sources.items():
+        lines = [line + "\n" for line in text.split("\n")]
+        linecache.cache[name] = (len(text), None, lines, name)
+
+
+def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    below = _below_shell(trace)
+    # A command that does not compile has no frame of its own, and needs none.
+    if below is None and not isinstance(error, SyntaxError):
+        below = trace
+    traceback.print_exception(kind, error, below)
+
+
+def _below_shell(trace: TracebackType | None) -> TracebackType | None:
+    below = None
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__") == SHELL:
+            below = trace.tb_next
+        trace = trace.tb_next
+    return below

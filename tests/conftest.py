@@ -1,0 +1,175 @@
+"""Fixtures: servers that the test which uses them starts, handles, and what must not leak."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+import servers
+
+import nbd
+
+MIB = 1 << 20
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare our marker, and refuse to test the source folder instead of the installed package."""
+    config.addinivalue_line(
+        "markers", "needs(*names): skip where the libnbd in use lacks one of these methods"
+    )
+    checkout = Path(__file__).resolve().parent.parent
+    if Path(nbd.__file__).resolve().parent.parent == checkout:
+        pytest.exit(f"these tests are for the installed package, but nbd came from {checkout}", 3)
+
+
+def pytest_report_header() -> str:
+    """Say what is tested."""
+    return f"nbd: {nbd.__file__}, libnbd {nbd.NBD().get_version()}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test whose methods the libnbd in use lacks."""
+    for marker in item.iter_markers("needs"):
+        reason = servers.library_has(nbd, marker.args)
+        if reason is not None:
+            pytest.skip(reason)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """Fail at the end of the session if a server that a test or a handle started still runs."""
+    yield
+    gc.collect()
+    left = servers.children()
+    assert not left, f"these processes are still running: {left}"
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """Return a folder for Unix sockets: tmp_path can be too long for sun_path."""
+    folder = servers.short_folder()
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def tmp_sock(short_path: Path) -> str:
+    """Return the path of a Unix socket that does not exist yet."""
+    return str(short_path / "sock")
+
+
+@pytest.fixture
+def nbdkit() -> Iterator[Callable[..., servers.Server]]:
+    """Start nbdkit: nbdkit("memory", "1M", "--filter=error", "error=EIO").
+
+    Keyword arguments: tcp=True (on 127.0.0.1, or on host=...), tls="require" with psk=FILE or
+    certificates=FOLDER.
+    """
+    started: list[servers.Server] = []
+
+    def start(
+        *args: str,
+        tcp: bool = False,
+        host: str = "127.0.0.1",
+        tls: str | None = None,
+        psk: Path | None = None,
+        certificates: Path | None = None,
+    ) -> servers.Server:
+        argv = servers.nbdkit_argv(args, tls, psk, certificates)
+        where = host if tcp else None
+        scheme = "nbds" if tls else "nbd"
+        started.append(servers.Server(argv, servers.short_folder(), where, scheme))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()
+
+
+@pytest.fixture
+def qemu_nbd() -> Iterator[Callable[..., servers.Server]]:
+    """Start qemu-nbd: qemu_nbd(image, "--format=qcow2", "--bitmap=bitmap0"), or with tcp=True."""
+    started: list[servers.Server] = []
+
+    def start(image: Path, *options: str, tcp: bool = False) -> servers.Server:
+        argv = servers.qemu_nbd_argv(image, options)
+        where = "127.0.0.1" if tcp else None
+        started.append(servers.Server(argv, servers.short_folder(), where))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()
+
+
+@pytest.fixture(scope="session")
+def made_qcow2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make the image of dirty_qcow2 once: it takes three programs."""
+    return servers.dirty_qcow2(tmp_path_factory.mktemp("qcow2") / "dirty.qcow2")
+
+
+@pytest.fixture
+def dirty_qcow2(made_qcow2: Path, tmp_path: Path) -> Path:
+    """Return a 1 MiB qcow2 image with bitmap "bitmap0", in which 64 KiB at 128 KiB are dirty."""
+    return Path(shutil.copy(made_qcow2, tmp_path))
+
+
+@pytest.fixture
+def nbd_server(tmp_path: Path) -> Callable[..., servers.NbdServer]:
+    """Offer nbd-server on a file of 1 MiB: nbd_server("-r").argv is for connect_command."""
+
+    def offer(*options: str, size: int = MIB) -> servers.NbdServer:
+        path = tmp_path / "nbd-server.img"
+        path.write_bytes(bytes(size))
+        servers.program("nbd-server")
+        return servers.NbdServer(path, options)
+
+    return offer
+
+
+@pytest.fixture
+def psk(tmp_path: Path) -> Path:
+    """Return a file of pre-shared keys for TLS; its one user is alice."""
+    return servers.psk_file(tmp_path / "keys.psk")
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with X.509 certificates: an authority, server localhost, client alice."""
+    return servers.certificates(tmp_path_factory.mktemp("pki"))
+
+
+@pytest.fixture
+def h() -> Iterator[nbd.NBD]:
+    """Return a new handle that is not connected; it is closed afterwards if the test did not."""
+    handle = nbd.NBD()
+    yield handle
+    close(handle)
+
+
+@pytest.fixture
+def disk(nbdkit: Callable[..., servers.Server], h: nbd.NBD) -> nbd.NBD:
+    """Return a handle that is connected to an empty disk of 1 MiB, with base:allocation."""
+    h.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+    h.connect_unix(nbdkit("memory", "1M").socket)
+    return h
+
+
+@pytest.fixture
+def unraisable(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return the list to which sys.unraisablehook appends what reaches it during the test."""
+    caught: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: caught.append(args.exc_value))
+    return caught
+
+
+def close(handle: nbd.NBD) -> None:
+    """Close a handle, unless the test has already closed it."""
+    with suppress(nbd.ClosedHandle):
+        handle.close()

@@ -1,0 +1,87 @@
+"""What tests do with a handle besides the call they are about: drive it, never wait for ever."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any, Callable
+
+import nbd
+
+PATIENCE = 20_000  # milliseconds until a handle on which nothing happens fails the test
+
+Extents = list[tuple[str, int, list[Any], int]]
+
+
+def poll(handle: nbd.NBD) -> None:
+    """Let the handle make one step; fail where it makes none."""
+    assert handle.poll(PATIENCE) == 1, f"nothing happened in state {handle.connection_state()}"
+
+
+def raiser(exception: BaseException) -> Callable[..., int]:
+    """Return a callback that raises exception when it is called for the first time.
+
+    A later libnbd calls a completion again when a handle is closed whose command is not retired.
+    """
+    waiting = [exception]
+
+    def callback(*arguments: Any) -> int:
+        if waiting:
+            raise waiting.pop()
+        return 0
+
+    return callback
+
+
+def drain(handle: nbd.NBD) -> None:
+    """Run the handle until no command is in flight."""
+    while handle.aio_in_flight():
+        poll(handle)
+
+
+def drain_dying(handle: nbd.NBD) -> None:
+    """Do the same where the server has died, which may but need not be an error of poll."""
+    while handle.aio_in_flight():
+        with suppress(nbd.Error):
+            poll(handle)
+
+
+def run_until(handle: nbd.NBD, reached: Callable[[], bool]) -> None:
+    """Run the handle until a state is reached: run_until(h, h.aio_is_ready)."""
+    while not reached():
+        poll(handle)
+
+
+def finish(handle: nbd.NBD, cookie: int) -> None:
+    """Run the handle until a command has completed, and retire it; a failure raises nbd.Error."""
+    while not handle.aio_command_completed(cookie):
+        poll(handle)
+
+
+def retired(handle: nbd.NBD) -> bool:
+    """Tell whether every command is forgotten: neither in flight nor completed and to be asked."""
+    try:
+        handle.aio_peek_command_completed()
+    except nbd.Error:
+        return True
+    return False
+
+
+def closed(handle: nbd.NBD) -> bool:
+    """Tell whether close() has been called."""
+    try:
+        handle.get_debug()
+    except nbd.ClosedHandle:
+        return True
+    return False
+
+
+def extents(handle: nbd.NBD, count: int, offset: int = 0, flags: int = 0) -> Extents:
+    """Return what block_status calls its callback with: (context, offset, entries, error)."""
+    found: Extents = []
+
+    def extent(context: str, where: int, entries: list[int], error: Any) -> int:
+        found.append((context, where, list(entries), error.value))
+        return 0
+
+    handle.block_status(count, offset, extent, flags)
+    return found

@@ -1,0 +1,266 @@
+"""NBD servers for the tests: each listens before it starts, so no test waits for one or sleeps.
+
+A test process binds and listens by itself and hands the socket to the server by systemd socket
+activation.  A client can connect from that moment on: the kernel queues it until the server
+accepts.  nbd-server knows no activation, so it serves one client over its standard input.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pytest
+
+PACKAGES = {
+    "certtool": "gnutls-bin",
+    "nbd-server": "nbd-server",
+    "nbdkit": "nbdkit",
+    "qemu-img": "qemu-utils",
+    "qemu-io": "qemu-utils",
+    "qemu-nbd": "qemu-utils",
+}
+
+# The socket arrives as standard input, because Popen can put it at that number on its own;
+# activation wants it as descriptor 3, and LISTEN_PID wants the process that exec keeps.
+ACTIVATE = 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<&0 </dev/null'
+
+PATIENCE = 20  # seconds until a server that does not do what it should fails the test
+
+
+def program(name: str) -> str:
+    """Return the path of a program, or skip the test with the Debian package that has it."""
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not installed (Debian package: {PACKAGES[name]})")
+    return path
+
+
+def short_folder() -> Path:
+    """Make a folder whose path leaves room for a socket's name in sun_path (108 bytes)."""
+    parent = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="nbd-", dir=parent if len(parent) < 60 else "/tmp"))
+
+
+def listening_unix(path: Path) -> socket.socket:
+    """Return a Unix socket that listens at path."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.bind(str(path))
+    sock.listen()
+    return sock
+
+
+def listening_tcp(host: str) -> socket.socket:
+    """Return a TCP socket that listens on host at a port which the kernel chose."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.bind((host, 0))
+    except OSError as error:
+        sock.close()
+        pytest.skip(f"this machine has no address {host}: {error}")
+    sock.listen()
+    return sock
+
+
+class Server:
+    """A server process, where it listens, and how it ends."""
+
+    def __init__(
+        self, argv: Sequence[str], folder: Path, host: str | None = None, scheme: str = "nbd"
+    ) -> None:
+        """Start argv on a socket of its own: TCP on host if given, else a Unix socket.
+
+        Args:
+            argv: The command line; it must understand systemd socket activation.
+            folder: A short folder, this server's alone, that is removed with it.
+            host: The address of a TCP socket.
+            scheme: The start of the URI: "nbd", or "nbds" for a server with TLS.
+        """
+        self.argv = list(argv)
+        self.folder = folder
+        self.socket = str(folder / "sock")
+        self.host = host
+        self.port = 0
+        if host is None:
+            listener = listening_unix(Path(self.socket))
+            self.uri = f"{scheme}+unix:///?socket={self.socket}"
+        else:
+            listener = listening_tcp(host)
+            self.port = listener.getsockname()[1]
+            self.uri = f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+        self._errors = folder / "stderr"
+        with listener, self._errors.open("wb") as errors:
+            self.process = subprocess.Popen(
+                ["/bin/sh", "-c", ACTIVATE, "sh", *argv],
+                stdin=listener.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+            )
+
+    @property
+    def stderr(self) -> str:
+        """What the server has written to its standard error until now."""
+        return self._errors.read_text(errors="replace")
+
+    def kill(self) -> None:
+        """End the server at once (SIGKILL) and wait until it is gone."""
+        self.process.kill()
+        self.process.wait(PATIENCE)
+
+    def stop(self) -> int:
+        """Ask the server to end (SIGTERM), wait, and return its exit status.
+
+        nbdkit ends when its clients have gone: close the handles first.
+        """
+        self.process.terminate()
+        return self.wait()
+
+    def wait(self) -> int:
+        """Wait until the server ends by itself and return its exit status."""
+        return self.process.wait(PATIENCE)
+
+    def close(self) -> None:
+        """End the server if it runs and remove its folder."""
+        # Not stop(): nbdkit then waits for its clients, and a test may have left one connected.
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> Server:
+        """Return the running server."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop the server."""
+        self.close()
+
+    def __str__(self) -> str:
+        """Return the command line, for the message of a failed assertion."""
+        return shlex.join(self.argv)
+
+
+def nbdkit_argv(
+    args: Sequence[str], tls: str | None, psk: Path | None, certificates: Path | None
+) -> list[str]:
+    """Return the command line of an nbdkit that serves in the foreground with these arguments."""
+    options = ["--foreground", "--exit-with-parent"]
+    if tls is not None:
+        options.append(f"--tls={tls}")
+    if psk is not None:
+        options.append(f"--tls-psk={psk}")
+    if certificates is not None:
+        options.append(f"--tls-certificates={certificates}")
+    return [program("nbdkit"), *options, *args]
+
+
+def qemu_nbd_argv(image: Path, options: Sequence[str]) -> list[str]:
+    """Return the command line of a qemu-nbd that serves image to one client after the other."""
+    return [program("qemu-nbd"), "--persistent", "--shared=16", *options, str(image)]
+
+
+@dataclass
+class NbdServer:
+    """nbd-server on a file: it serves the one client at the other end of its standard input."""
+
+    path: Path
+    options: tuple[str, ...] = ()
+
+    @property
+    def argv(self) -> list[str]:
+        """The command line, for connect_command."""
+        # Port 0 is its word for "the client is at standard input".
+        configuration = ["-C", "/dev/null"]
+        return [program("nbd-server"), "-d", *configuration, "0", str(self.path), *self.options]
+
+    def start(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        """Start it on one end of a socket pair and return it with the other end."""
+        ours, its = socket.socketpair()
+        with its:
+            process = subprocess.Popen(
+                self.argv, stdin=its.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+        return process, ours
+
+
+def run(*argv: str) -> str:
+    """Run a program that must succeed and return what it prints."""
+    command = [program(argv[0]), *argv[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, f"{shlex.join(command)}: {done.stderr}"
+    return done.stdout
+
+
+def dirty_qcow2(path: Path, bitmap: str = "bitmap0") -> Path:
+    """Make a 1 MiB qcow2 image whose persistent bitmap knows of 64 KiB written at 128 KiB."""
+    run("qemu-img", "create", "-q", "-f", "qcow2", str(path), "1M")
+    run("qemu-img", "bitmap", "--add", "-g", "65536", str(path), bitmap)
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 90 128k 64k", str(path))
+    return path
+
+
+def psk_file(path: Path, username: str = "alice") -> Path:
+    """Write a file of pre-shared keys for TLS with one user."""
+    path.write_text(f"{username}:{os.urandom(32).hex()}\n")
+    return path
+
+
+def certificates(folder: Path) -> Path:
+    """Make a certificate authority and a certificate of localhost, as nbdkit and libnbd name them.
+
+    Args:
+        folder: An existing empty folder that takes the files.
+    """
+    template = folder / "template"
+
+    def pem(name: str) -> str:
+        return str(folder / f"{name}.pem")
+
+    def sign(name: str, text: str, *how: str) -> None:
+        run("certtool", "--generate-privkey", "--key-type=ecdsa", "--outfile", pem(f"{name}-key"))
+        template.write_text(text)
+        key = ["--load-privkey", pem(f"{name}-key"), "--template", str(template)]
+        run("certtool", *how, *key, "--outfile", pem(f"{name}-cert"))
+
+    authority = "--load-ca-certificate", pem("ca-cert"), "--load-ca-privkey", pem("ca-key")
+    sign("ca", "cn=test authority\nca\ncert_signing_key\n", "--generate-self-signed")
+    server = "cn=localhost\ndns_name=localhost\nip_address=127.0.0.1\ntls_www_server\nsigning_key\n"
+    sign("server", server, "--generate-certificate", *authority)
+    sign("client", "cn=alice\ntls_www_client\nsigning_key\n", "--generate-certificate", *authority)
+    return folder
+
+
+def children() -> dict[int, str]:
+    """Return the processes whose parent is this process and that still run, with their names."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with suppress(OSError):
+            name, _, rest = (entry / "stat").read_text(errors="replace").rpartition(")")
+            state, parent = rest.split()[:2]
+            if int(parent) == os.getpid() and state != "Z":
+                found[int(entry.name)] = name.partition("(")[2]
+    return found
+
+
+def library_has(module: Any, names: Sequence[str]) -> str | None:
+    """Return why the libnbd in use lacks some of these methods, or None if it has all."""
+    missing = [name for name in names if not hasattr(module.NBD, name)]
+    if not missing:
+        return None
+    return f"libnbd {module.NBD().get_version()} has no {', '.join(missing)}"
