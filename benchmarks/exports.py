@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""The NBD servers that the workloads talk to, on sockets that nobody else can meet.
+
+nbdkit gets its listening socket by socket activation.  The socket accepts connections from the
+moment it is made, so that nothing has to wait for a server to come up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+# exec keeps the shell's process id, which is the one that LISTEN_PID has to name.
+_ACTIVATE = 'exec env LISTEN_PID=$$ LISTEN_FDS=1 "$@" 3<&0 </dev/null'
+
+
+def _plugin(name: str, memory_size: int) -> list[str]:
+    return {
+        "null": ["null", "size=1T"],
+        "memory": ["memory", f"size={memory_size}"],
+        # Runs of one block each: data and hole take turns, 100,000 extents in all.
+        "extents": ["sparse-random", "size=409600000", "percent=50", "runlength=4096", "seed=1"],
+    }[name]
+
+
+def _listen(name: str, folder: Path) -> tuple[socket.socket, str]:
+    if name == "extents":
+        # nbdkit sends every extent with a system call of its own.  TCP gathers them into full
+        # segments; a Unix socket would wake the client up for each.
+        listener = socket.create_server(("127.0.0.1", 0))
+        return listener, f"nbd://127.0.0.1:{listener.getsockname()[1]}"
+    path = folder / f"{name}.sock"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen(64)
+    return listener, f"nbd+unix:///?socket={path}"
+
+
+def _start(listener: socket.socket, plugin: list[str]) -> subprocess.Popen[bytes]:
+    nbdkit = ["nbdkit", "--foreground", "--exit-with-parent", *plugin]
+    return subprocess.Popen(["sh", "-c", _ACTIVATE, "sh", *nbdkit], stdin=listener.fileno())
+
+
+@contextlib.contextmanager
+def running(names: set[str], memory_size: int, folder: Path) -> Iterator[dict[str, str]]:
+    """Start the named servers; yields their URIs, and stops them at the end."""
+    started = []
+    uris = {}
+    try:
+        for name in sorted(names):
+            listener, uris[name] = _listen(name, folder)
+            with listener:
+                started.append(_start(listener, _plugin(name, memory_size)))
+        yield uris
+    finally:
+        for server in started:
+            server.terminate()
+        for server in started:
+            server.wait()

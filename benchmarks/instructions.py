@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""Count the instructions of one operation, which no other load on the machine changes.
+
+Usage: instructions.py NAME=PYTHON...
+
+callgrind runs each workload twice, once longer than the other; the difference between the two
+counts, divided by the operations that the longer run has more, leaves out start and end.  What
+the kernel does, page faults among it, is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import plan
+from exports import running
+from plan import Workload
+from report import align
+from subjects import HERE, RunError, compile_limit
+
+SHORT, LONG = 500, 2_500
+WORKLOADS = ["pread-512", "aio-pread-4k"]
+ENVIRONMENT = {
+    **os.environ,
+    # The order of a dict or set of str must not differ between the two runs.
+    "PYTHONHASHSEED": "0",
+    # callgrind counts `rep stosb` once for every byte: let memset use vectors at any size.
+    "GLIBC_TUNABLES": "glibc.cpu.x86_rep_stosb_threshold=0x40000000",
+}
+
+
+def count(command: list[str], folder: Path) -> int:
+    """All instructions that a command executes in user space."""
+    valgrind = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/callgrind.out"]
+    done = subprocess.run(
+        [*valgrind, *command],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=False,
+    )
+    collected = re.search(r"Collected : (\d+)", done.stderr)
+    if done.returncode or not collected:
+        raise RunError(f"{command[0]}: status {done.returncode}\n{done.stderr}")
+    return int(collected.group(1))
+
+
+def per_operation(
+    program: list[str], workload: Workload, uris: dict[str, str], folder: Path
+) -> float:
+    """Instructions of one operation."""
+    short, long = (
+        count([*program, *plan.of_length(workload, operations).arguments(uris)], folder)
+        for operations in (SHORT, LONG)
+    )
+    return (long - short) / (LONG - SHORT)
+
+
+def main(arguments: list[str]) -> None:
+    """Count, and print the table."""
+    parser = argparse.ArgumentParser(description="Count instructions per operation.")
+    parser.add_argument("subjects", nargs="+", metavar="NAME=PYTHON")
+    pairs = (pair.partition("=") for pair in parser.parse_args(arguments).subjects)
+    script = str(HERE / "workloads.py")
+    rows = [["instructions per operation", *WORKLOADS]]
+    with tempfile.TemporaryDirectory(prefix="nbd-bench-") as temporary:
+        folder = Path(temporary)
+        programs = {"C": [str(compile_limit(folder))]}
+        programs.update((name, [python, script]) for name, _, python in pairs)
+        with running({"null"}, 0, folder) as uris:
+            for name, program in programs.items():
+                print(f"callgrind: {name}", file=sys.stderr)
+                counts = [
+                    per_operation(program, workload, uris, folder)
+                    for workload in plan.workloads(WORKLOADS, quick=False)
+                ]
+                rows.append([name, *(f"{number:,.0f}" for number in counts)])
+    print("\n".join(align(rows)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""What is measured: every workload with its servers, sizes and number of operations.
+
+The numbers of operations are fixed, so that every subject does the same work, and chosen so that
+one run takes 0.2 to 1 s with libnbd's own module on a small machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+KIB = 1024
+MIB = 1024 * KIB
+
+QUICK_DIVISOR = 10
+WARM_UP_BYTES = 64 * MIB
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One row of the table: the function to run, and how often.
+
+    ``kind`` names a function of ``workloads.py`` and a case of ``limit.c``.  ``servers`` has one
+    entry for each handle to connect.  ``warm_up`` operations run before the clock starts, for
+    caches and just-in-time compilers.  ``clock`` tells whether the figure is elapsed time
+    (``wall``) or the client's own processor time (``cpu``).  ``fresh`` says that each operation
+    has a buffer of its own.
+    """
+
+    name: str
+    kind: str
+    operations: int
+    servers: tuple[str, ...] = ()
+    size: int = 0
+    depth: int = 1
+    clock: str = "wall"
+    warm_up: int = 0
+    fresh: bool = False
+
+    @property
+    def fresh_bytes(self) -> int:
+        """How much memory a subject that never uses a buffer again needs."""
+        return (self.operations + self.warm_up) * self.size if self.fresh else 0
+
+    def arguments(self, uris: dict[str, str]) -> list[str]:
+        """The command line of a child, the same for Python and for C."""
+        numbers = (self.operations, self.warm_up, self.size, self.depth)
+        return [self.kind, *map(str, numbers), *(uris[server] for server in self.servers)]
+
+
+NULL = ("null",)
+
+_ALL = (
+    Workload("import", "import", 10),
+    Workload("getter", "getter", 2_000_000, NULL),
+    Workload("debug-callback", "debug-callback", 600_000, NULL),
+    Workload("pread-512", "pread", 10_000, NULL, 512),
+    Workload("pread-64k", "pread", 7_000, NULL, 64 * KIB),
+    Workload("pread-1m", "pread", 1_000, NULL, MIB),
+    Workload("pread-32m", "pread", 20, NULL, 32 * MIB, fresh=True),
+    Workload("pwrite-64k", "pwrite", 7_000, NULL, 64 * KIB),
+    Workload("pwrite-1m", "pwrite", 1_500, NULL, MIB),
+    Workload("aio-pread-4k", "aio-pread", 30_000, NULL, 4 * KIB, 64, fresh=True),
+    Workload("aio-pread-64k", "aio-pread", 5_000, NULL, 64 * KIB, 16, fresh=True),
+    Workload("aio-pread-1m", "aio-pread", 600, NULL, MIB, 8, fresh=True),
+    Workload("aio-pread-4k-bytearray", "aio-pread-bytearray", 30_000, NULL, 4 * KIB, 64),
+    Workload("aio-pread-64k-bytearray", "aio-pread-bytearray", 10_000, NULL, 64 * KIB, 16),
+    Workload("aio-pread-1m-bytearray", "aio-pread-bytearray", 1_200, NULL, MIB, 8),
+    Workload("aio-pwrite-64k", "aio-pwrite", 10_000, NULL, 64 * KIB, 16),
+    Workload("pread-structured-1m", "pread-structured", 1_000, NULL, MIB),
+    # nbdkit needs some 130 ms to send 100,000 extents, the client 1 to 10: elapsed time would
+    # compare nbdkit with itself.
+    Workload("block-status-100k", "block-status", 8, ("extents",), clock="cpu"),
+    Workload("threads-8", "threads", 8_000, NULL * 8, 64 * KIB),
+    Workload("handles", "handles", 300_000),
+    Workload("copy", "copy", 4_096, ("memory", "null"), 256 * KIB, 16, fresh=True),
+)
+
+
+def workloads(only: list[str], quick: bool) -> list[Workload]:
+    """The workloads whose name matches one of the patterns ``only`` (all, if there is none)."""
+    chosen = [w for w in _ALL if not only or any(fnmatchcase(w.name, p) for p in only)]
+    return [_sized(w, quick) for w in chosen]
+
+
+def _sized(workload: Workload, quick: bool) -> Workload:
+    operations = max(workload.operations // (QUICK_DIVISOR if quick else 1), 2)
+    warm_up = workload.operations // (QUICK_DIVISOR if quick else 4)
+    if workload.size:
+        warm_up = min(warm_up, WARM_UP_BYTES // workload.size)
+    return replace(workload, operations=operations, warm_up=warm_up)
+
+
+def of_length(workload: Workload, operations: int) -> Workload:
+    """The same workload with another number of operations, and none before the clock starts."""
+    return replace(workload, operations=operations, warm_up=0)
+
+
+def memory_size(chosen: list[Workload]) -> int:
+    """How large the source of the copy has to be."""
+    return max(
+        (max(w.operations, w.warm_up) * w.size for w in chosen if w.kind == "copy"), default=0
+    )
+
+
+def fill(size: int) -> Workload:
+    """The work that gives the source of the copy its contents, before anything is measured."""
+    return Workload("fill", "pwrite", size // MIB, ("memory",), MIB)

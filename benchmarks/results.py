@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""What was measured, and the figures drawn from it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from plan import Workload
+from subjects import Sample
+
+LIMIT = "C"
+LIBNBD = "libnbd"
+API = "api"
+
+# Which subject is held against which; any other is held against libnbd's own module.
+_PAIRS = ((API, LIBNBD), (API, LIMIT), ("abi", API), ("pypy", LIBNBD), ("pypy-abi", "pypy"))
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value with the quartiles of the rounds that it comes from."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def spread(self) -> float:
+        """Half of the distance between the quartiles."""
+        return (self.high - self.low) / 2
+
+
+def summary(values: Sequence[float], stat: str) -> Figure:
+    """The median or the minimum of the rounds."""
+    value = min(values) if stat == "min" else statistics.median(values)
+    if len(values) == 1:
+        return Figure(value, value, value)
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Figure(value, low, high)
+
+
+@dataclass
+class Results:
+    """The samples of every round; None stands for a run that failed."""
+
+    workloads: list[Workload]
+    subjects: list[str]
+    stat: str = "median"
+    samples: dict[tuple[str, str], list[Sample | None]] = field(default_factory=dict)
+
+    def add(self, workload: Workload, subject: str, sample: Sample | None) -> None:
+        """Keep the sample of one round."""
+        self.samples.setdefault((workload.name, subject), []).append(sample)
+
+    def _times(self, workload: Workload, subject: str) -> list[float | None]:
+        samples = self.samples.get((workload.name, subject), [])
+        return [s[workload.clock] / s["operations"] if s else None for s in samples]
+
+    def time(self, workload: Workload, subject: str) -> Figure | None:
+        """Seconds per operation."""
+        times = [t for t in self._times(workload, subject) if t is not None]
+        return summary(times, self.stat) if times else None
+
+    def ratio(self, workload: Workload, subject: str, other: str) -> Figure | None:
+        """How many times as long as ``other`` the subject took.
+
+        The rounds are compared one by one and the median taken of their ratios, since what else
+        the machine does changes from round to round.  With ``min`` it is the ratio of the minima.
+        """
+        ours, theirs = self._times(workload, subject), self._times(workload, other)
+        rounds = [a / b for a, b in zip(ours, theirs) if a is not None and b is not None]
+        if not rounds:
+            return None
+        figure = summary(rounds, "median")
+        if self.stat == "median":
+            return figure
+        best = min(t for t in ours if t is not None) / min(t for t in theirs if t is not None)
+        return Figure(best, figure.low, figure.high)
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """The comparisons that the subjects at hand allow."""
+        pairs = [pair for pair in _PAIRS if set(pair) <= set(self.subjects)]
+        known = {name for pair in _PAIRS for name in pair}
+        if LIBNBD in self.subjects:
+            pairs += [(name, LIBNBD) for name in self.subjects if name not in known]
+        return pairs

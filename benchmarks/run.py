@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""Measure this package beside libnbd's own module and beside C.
+
+Usage: run.py [options] NAME=PYTHON...
+
+Each NAME=PYTHON is an interpreter that can import nbd.  The names libnbd, api, abi, pypy and
+pypy-abi are known to the targets; any other name is compared with libnbd.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import plan
+import plot
+import report
+from exports import running
+from plan import Workload
+from results import Results
+from subjects import (
+    RunError,
+    Subject,
+    call,
+    limit_subject,
+    nbdcopy_subjects,
+    python_subject,
+)
+
+Step = tuple[int, Workload, Subject]
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Measure nbd beside libnbd's own module and C.")
+    parser.add_argument("subjects", nargs="+", metavar="NAME=PYTHON")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the work, 3 rounds")
+    parser.add_argument("--rounds", type=int, help="default 7")
+    parser.add_argument("--only", action="append", default=[], metavar="PATTERN")
+    parser.add_argument("--stat", choices=("median", "min"), default="median")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg")
+    parser.add_argument("--check", action="store_true", help="fail if a target is missed")
+    options = parser.parse_args(arguments)
+    options.rounds = options.rounds or (3 if options.quick else 7)
+    return options
+
+
+def progress(message: str) -> None:
+    """Say on standard error what is happening; one line that changes on a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{message}", end="", file=sys.stderr, flush=True)
+    else:
+        print(message, file=sys.stderr, flush=True)
+
+
+def gather(pairs: list[str], folder: Path) -> list[Subject]:
+    """The subjects of the command line, and those that are always there."""
+    subjects = []
+    try:
+        subjects.append(limit_subject(folder))
+    except RunError as reason:
+        progress(f"C is left out: {reason}\n")
+    for name, _, python in (pair.partition("=") for pair in pairs):
+        subjects.append(python_subject(name, python, folder))
+    return subjects + nbdcopy_subjects()
+
+
+def steps(workloads: list[Workload], subjects: list[Subject], rounds: int) -> Iterator[Step]:
+    """Every run, in order: the subjects take turns, in another order each time."""
+    shuffle = random.Random(0).shuffle
+    for number in range(rounds):
+        for workload in workloads:
+            turn = [s for s in subjects if s.runs(workload)]
+            shuffle(turn)
+            for subject in turn:
+                yield number, workload, subject
+
+
+def settle(workload: Workload) -> None:
+    """Touch the memory that a run can need, and free it.
+
+    A virtual machine may have given free memory back to its host.  The next to use it pays for
+    that, many times the price of an ordinary page fault, and should not be one of the subjects.
+    """
+    if workload.fresh_bytes:
+        call([sys.executable, "-c", f"b'x' * {workload.fresh_bytes}"])
+
+
+def measure(
+    workloads: list[Workload], subjects: list[Subject], uris: dict[str, str], rounds: int, stat: str
+) -> tuple[Results, dict[str, str]]:
+    """Run everything; also returns what went wrong."""
+    results = Results(workloads, [s.name for s in subjects if not s.copies_only], stat)
+    failures: dict[str, str] = {}
+    todo = list(steps(workloads, subjects, rounds))
+    for done, (number, workload, subject) in enumerate(todo):
+        what = f"{workload.name} {subject.name}"
+        progress(f"[{done + 1}/{len(todo)}] round {number + 1} of {rounds}: {what}")
+        sample = None
+        try:
+            settle(workload)
+            sample = subject.run(workload, uris)
+        except RunError as reason:
+            failures[what] = str(reason)
+        results.add(workload, subject.name, sample)
+    progress("" if sys.stderr.isatty() else "done")
+    return results, failures
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, and print the tables."""
+    options = parse(arguments)
+    workloads = plan.workloads(options.only, options.quick)
+    names = {server for w in workloads for server in w.servers}
+    with tempfile.TemporaryDirectory(prefix="nbd-bench-") as temporary:
+        folder = Path(temporary)
+        subjects = gather(options.subjects, folder)
+        with running(names, plan.memory_size(workloads), folder) as uris:
+            if "memory" in uris:
+                filler = next(s for s in subjects if "python" in s.about)
+                filler.run(plan.fill(plan.memory_size(workloads)), uris)
+            results, failures = measure(workloads, subjects, uris, options.rounds, options.stat)
+    print(report.text(results, subjects, options.rounds))
+    for what, reason in failures.items():
+        print(f"failed: {what}: {reason}", file=sys.stderr)
+    if options.json:
+        document = report.document(results, subjects, options.rounds)
+        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        options.plot.write_text(plot.svg(results), encoding="utf-8")
+    return 1 if failures or (options.check and report.missed(results)) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""The programs that are compared, and how one run of a workload is started in each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plan import Workload
+
+HERE = Path(__file__).resolve().parent
+TIMEOUT = 300  # seconds; a run takes less than one
+
+Sample = dict[str, Any]
+Runner = Callable[[Workload, dict[str, str]], Sample]
+
+_IMPORT = "import time; t = time.perf_counter(); import nbd; print(time.perf_counter() - t)"
+_DESCRIBE = """
+import json, platform, nbd
+print(json.dumps({
+    "python": platform.python_implementation() + " " + platform.python_version(),
+    "module": nbd.__file__,
+    "libnbd": nbd.NBD().get_version(),
+}))
+"""
+
+
+class RunError(Exception):
+    """A child did not finish its work."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One column of the table.  ``copies_only`` marks nbdcopy."""
+
+    name: str
+    run: Runner
+    about: dict[str, str]
+    copies_only: bool = False
+
+    def runs(self, workload: Workload) -> bool:
+        """Whether the workload makes sense for this subject."""
+        if self.copies_only:
+            return workload.kind == "copy"
+        return workload.kind != "import" or "python" in self.about
+
+
+def call(command: list[str], cwd: Path | None = None) -> str:
+    """The standard output of a command; RunError with the last line of its errors if it fails."""
+    try:
+        done = subprocess.run(
+            command, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT, check=True
+        )
+    except FileNotFoundError as missing:
+        raise RunError(str(missing)) from None
+    except subprocess.TimeoutExpired:
+        raise RunError(f"{command[0]}: no answer after {TIMEOUT} s") from None
+    except subprocess.CalledProcessError as failed:
+        last = failed.stderr.strip().rpartition("\n")[2]
+        raise RunError(f"{command[0]}: status {failed.returncode}: {last}") from None
+    return done.stdout
+
+
+def _measure_import(python: str, launches: int, folder: Path) -> Sample:
+    times = [float(call([python, "-c", _IMPORT], folder)) for _ in range(launches)]
+    return {"operations": 1, "wall": statistics.median(times)}
+
+
+def python_subject(name: str, python: str, folder: Path) -> Subject:
+    """A Python interpreter; its ``nbd`` is the one it finds outside of any source tree."""
+
+    def run(workload: Workload, uris: dict[str, str]) -> Sample:
+        if workload.kind == "import":
+            return _measure_import(python, workload.operations, folder)
+        script = str(HERE / "workloads.py")
+        outcome: Sample = json.loads(call([python, script, *workload.arguments(uris)], folder))
+        return outcome
+
+    about: dict[str, str] = json.loads(call([python, "-c", _DESCRIBE], folder))
+    return Subject(name, run, about)
+
+
+def compile_limit(folder: Path) -> Path:
+    """Build limit.c; returns the program."""
+    program = folder / "limit"
+    flags = call(["pkg-config", "--cflags", "--libs", "libnbd"]).split()
+    source = str(HERE / "limit.c")
+    call(["cc", "-std=c11", "-O2", "-pthread", source, "-o", str(program), *flags])
+    return program
+
+
+def limit_subject(folder: Path) -> Subject:
+    """The same in C."""
+    program = compile_limit(folder)
+
+    def run(workload: Workload, uris: dict[str, str]) -> Sample:
+        outcome: Sample = json.loads(call([str(program), *workload.arguments(uris)], folder))
+        return outcome
+
+    return Subject("C", run, {"libnbd": call(["pkg-config", "--modversion", "libnbd"]).strip()})
+
+
+def nbdcopy_subjects() -> list[Subject]:
+    """The nbdcopy program with the settings of the copy workload, and with its own."""
+    if not shutil.which("nbdcopy"):
+        return []
+    return [
+        _nbdcopy("nbdcopy", ["--connections=1", "--requests={depth}", "--request-size={size}"]),
+        _nbdcopy("nbdcopy-default", []),
+    ]
+
+
+def _nbdcopy(name: str, options: list[str]) -> Subject:
+    def run(workload: Workload, uris: dict[str, str]) -> Sample:
+        chosen = [o.format(depth=workload.depth, size=workload.size) for o in options]
+        start = time.perf_counter()
+        call(["nbdcopy", *chosen, *(uris[server] for server in workload.servers)])
+        blocks = max(workload.operations, workload.warm_up)
+        return {"operations": blocks, "wall": time.perf_counter() - start}
+
+    version = call(["nbdcopy", "--version"]).split()[-1]
+    return Subject(name, run, {"libnbd": version}, copies_only=True)
