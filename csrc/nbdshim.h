@@ -21,7 +21,10 @@
  * token only wants to know when the command retires.  Token 0 with false is no callback at all.
  *
  * Buffers.  The caller keeps a buffer in place until the command's last token is released.  A
- * refused read fills its buffer with zeroes, as libnbd does before any failure of its own.
+ * refused read fills its buffer with zeroes, as libnbd does before any failure of its own.  A
+ * buffer that is stale holds bytes nobody may see: it is cleared also where libnbd is told not to.
+ *
+ * Errnos.  A callback's errno goes up by value, and its address as a number, for changing it.
  *
  * Threads.  Every function may be called from any thread.  nbdshim_close may run while other
  * threads are inside calls: the last one to leave then ends the libnbd handle.

@@ -7,7 +7,15 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from generator.calls import LOCK_FREE
-from generator.model import CallbackKind, Closure, Function, Header, Kind, Parameter
+from generator.model import (
+    CallbackArgument,
+    CallbackKind,
+    Closure,
+    Function,
+    Header,
+    Kind,
+    Parameter,
+)
 
 BANNER = """\
 // SPDX-License-Identifier: LGPL-2.0-or-later
@@ -35,7 +43,7 @@ def glue_source(header: Header) -> str:
         "/* Where callbacks go: set once, by nbdshim_register. */\n"
         "extern struct nbdshim_upcalls nbdshim_up;\n",
         *(upcall_function(closure) for closure in header.closures),
-        *(glue_function(function) for function in header.functions),
+        *(glue_function(function, header) for function in header.functions),
     ]
     return "\n".join(blocks)
 
@@ -56,6 +64,9 @@ def upcall_parameters(closure: Closure) -> Iterator[str]:
             yield f"const {argument.ctype} *{argument.name}"
         elif argument.kind is CallbackKind.PAIRS:
             yield f"const uint64_t *{argument.name}"
+        elif argument.kind is CallbackKind.ERROR:
+            yield f"int {argument.name}"
+            yield f"uintptr_t {argument.name}_at"
         else:
             yield declare(argument.ctype, argument.name)
         if argument.length:
@@ -77,11 +88,8 @@ def upcall_function(closure: Closure) -> str:
     passed = []
     asserts = ""
     for argument in closure.arguments:
-        is_pairs = argument.kind is CallbackKind.PAIRS
-        passed.append(f"(const uint64_t *){argument.name}" if is_pairs else argument.name)
-        if argument.length:
-            passed.append(argument.length)
-        if is_pairs:
+        passed += upcall_arguments(argument)
+        if argument.kind is CallbackKind.PAIRS:
             asserts = (
                 f"_Static_assert(sizeof({argument.ctype}) == 2 * sizeof(uint64_t),\n"
                 f'               "{argument.ctype} is read as two uint64_t");\n\n'
@@ -100,6 +108,16 @@ def upcall_function(closure: Closure) -> str:
         "    nbdshim_came_back(closure->s, before);\n"
         f"{spent}    return ret;\n}}\n"
     )
+
+
+def upcall_arguments(argument: CallbackArgument) -> list[str]:
+    """What an argument of libnbd's callback becomes in the upcall."""
+    name = argument.name
+    if argument.kind is CallbackKind.ERROR:
+        return [f"*{name}", f"(uintptr_t){name}"]
+    if argument.kind is CallbackKind.PAIRS:
+        name = f"(const uint64_t *){name}"
+    return [name, argument.length] if argument.length else [name]
 
 
 def declare(ctype: str, name: str) -> str:
@@ -128,6 +146,8 @@ def flat_parameters(function: Function) -> Iterator[str]:
             yield declare(parameter.ctype, parameter.name)
             if parameter.length:
                 yield f"size_t {parameter.length}"
+            if parameter is function.filled_later:
+                yield f"bool {parameter.name}_is_stale"
 
 
 def prototype(function: Function) -> str:
@@ -149,7 +169,7 @@ def passed_on(parameter: Parameter) -> Iterator[str]:
             yield parameter.length
 
 
-def glue_function(function: Function) -> str:
+def glue_function(function: Function, header: Header) -> str:
     """One flat function: enter the handle, call libnbd, leave."""
     lines = [
         comment(f"nbd_{function.name}.{ownership(function)}"),
@@ -157,6 +177,7 @@ def glue_function(function: Function) -> str:
         "{",
     ]
     lines += refusal(function)
+    lines += clearing(function, header)
     for parameter in function.closures:
         lines += closure_struct(parameter)
     arguments = ["s->h", *(a for p in function.parameters for a in passed_on(p))]
@@ -215,6 +236,17 @@ def refusal(function: Function) -> list[str]:
     if undo:
         return [*lines, "    if (refused) {", *undo, f"        return {value};", "    }"]
     return [*lines, "    if (refused)", f"        return {value};"]
+
+
+def clearing(function: Function, header: Header) -> list[str]:
+    """Overwrite stale bytes, where libnbd does not do it before anything can fail."""
+    filled = function.filled_later
+    if filled is None:
+        return []
+    test = f"{filled.name}_is_stale"
+    if any(f.name == "get_pread_initialize" for f in header.functions):
+        test += " && !nbd_get_pread_initialize(s->h)"
+    return [f"    if ({test})", f"        memset({filled.name}, 0, {filled.length});"]
 
 
 def closure_struct(parameter: Parameter) -> list[str]:

@@ -80,7 +80,7 @@ def closures_module(header: Header) -> str:
 
 from __future__ import annotations
 
-from nbd._callbacks import ErrorNumber, as_int, forget, keep, registry
+from nbd._callbacks import ErrorNumber, as_int, forget, keep, registry, set_errno
 from nbd._ffi import install, upcall
 from nbd._pins import BOUNCES, copy_back, part
 from nbd._values import {", ".join(converters)}
@@ -106,15 +106,18 @@ def closure_function(closure: Closure) -> str:
         parameters.append(f"{argument.name}: {'int' if is_number else 'Any'}")
         if argument.length:
             parameters.append(f"{argument.length}: int")
+        if argument.kind is CallbackKind.ERROR:
+            parameters[-1] = f"{argument.name}: int"
+            parameters.append(f"{argument.name}_at: int")
     errors = [a.name for a in closure.arguments if a.kind is CallbackKind.ERROR]
     passed = ", ".join(callback_argument(a.name, a.kind, a.length) for a in closure.arguments)
     lines = ["try:"]
     if closure.name == "completion":
         lines += completion_lines(errors[0])
     else:
-        entry = "callback, _, buffer, room" if closure.has_buffer else "callback, *_"
+        entry = "callback, _, buffer, room" if closure.has_buffer else "callback, _, _, _"
         lines += [f"    {entry} = registry[token]"]
-        lines += called(f"as_int(callback({passed}))", errors)
+        lines += called(f"callback({passed})", errors)
     lines += ["except BaseException as raised:", "    return keep(raised, token)"]
     signature = wrap(f"def {closure.name}_upcall({', '.join(parameters)}) -> int:", 0)
     doc = f'    """Run the {closure.name} callback that token stands for."""'
@@ -124,17 +127,28 @@ def closure_function(closure: Closure) -> str:
 
 def called(call: str, errors: Sequence[str]) -> list[str]:
     """Call the callable; what it made of the errno counts also when it raises."""
+    lines = [line for name in errors for line in cell_lines(name)]
     if not errors:
-        return textwrap.indent(wrap(f"return {call}", 8), "    ").splitlines()
-    lines = [f"    {name}_cell = ErrorNumber({name}[0])" for name in errors]
+        return [*textwrap.indent(wrap(f"result = {call}", 8), "    ").splitlines(), *INT_LINES]
     lines += ["    try:", *textwrap.indent(wrap(f"result = {call}", 12), " " * 8).splitlines()]
-    lines += ["    finally:", *(f"        {name}[0] = {name}_cell.value" for name in errors)]
-    return [*lines, "    return result"]
+    lines.append("    finally:")
+    for name in errors:
+        lines.append(f"        if {name}_cell.value != {name}:")
+        lines.append(f"            set_errno({name}_at, {name}_cell.value)")
+    return [*lines, *INT_LINES]
+
+
+def cell_lines(name: str) -> list[str]:
+    return [f"    {name}_cell = ErrorNumber()", f"    {name}_cell.value = {name}"]
+
+
+#: An int goes to libnbd as it is.
+INT_LINES = ["    return result if result.__class__ is int else as_int(result)"]
 
 
 def completion_lines(error: str) -> list[str]:
     """The body for completions: the common path, which also retires the command."""
-    *lines, last = called(f"as_int(callback({error}_cell))", [error])
+    *lines, _ = called(f"callback({error}_cell)", [error])
     return [
         "    callback, _, buffer, room = registry[token]",
         "    if BOUNCES and buffer is not None:",
@@ -142,9 +156,11 @@ def completion_lines(error: str) -> list[str]:
         "    if callback is None:",
         "        return 0",
         *lines,
+        "    if result.__class__ is not int:",
+        "        result = as_int(result)",
         "    if result == 1:",
         "        forget(token, None)",
-        last,
+        "    return result",
     ]
 
 
@@ -169,6 +185,7 @@ def methods_module(header: Header, documentation: Mapping[str, Documentation]) -
         for function in functions
     ]
     used = "".join(methods)
+    bindings = "\n".join(f"nbdcall_{f.name} = lib.nbdcall_{f.name}" for f in header.functions)
     types = sorted(["Address", *map(callback_type, NAMED_CALLBACKS)])
     imported = "".join(f"        {name},\n" for name in types if f": {name}" in used)
     abstract = [name for name in ("Callable", "Sequence") if f": {name}[" in used]
@@ -183,15 +200,17 @@ import nbd.closures  # noqa: F401 - tells the shim whom to call
 from nbd._arguments import address_of, bad_numbers, path, string, strings
 from nbd._callbacks import (
     abandon,
+    next_token,
+    not_callable,
     register,
     register_optional,
-    require_callable,
+    registry,
     settle,
     settle_unsigned,
 )
 from nbd._ffi import lib, pending
 from nbd._handle import Handle
-from nbd._pins import BOUNCES, disclaim, held_data, held_room, read_into, readable
+from nbd._pins import BOUNCES, copy_out, disclaim, held_data, held_room, read_into, readable
 from nbd._values import owned_text, text
 
 TYPE_CHECKING = False
@@ -204,14 +223,15 @@ if TYPE_CHECKING:
     from nbd.types import (
 {imported}    )
 
+# Looked up once: that is a tenth of a short call.
+{bindings}
+
 
 class NBD(Handle):
     """{class_summary()}
 
 {textwrap.indent(group_index(groups), "    ")}
     """
-
-    __slots__ = ()
 '''
     return "\n".join([head, *methods])
 
@@ -298,7 +318,7 @@ def statements(function: Function, kind: Returns) -> Iterator[str]:
     is_text = kind in (Returns.TEXT, Returns.OWNED_TEXT)
     declared = "result" if is_text else "result: int"
     call = wrap(
-        f"{declared} = lib.nbdcall_{function.name}({', '.join(arguments)})", 12 if numbers else 8
+        f"{declared} = nbdcall_{function.name}({', '.join(arguments)})", 12 if numbers else 8
     )
     if numbers or sized:
         named = [f'{p.length}=({p.length}, "size_t")' for p in sized]
@@ -308,8 +328,8 @@ def statements(function: Function, kind: Returns) -> Iterator[str]:
         yield "except (TypeError, OverflowError) as raised:"
         if function.closures:
             yield f"    abandon({', '.join(f'{c.name}_token' for c in function.closures)})"
-        if writes_in_flight(function) and function.buffer:
-            yield f"    disclaim({function.buffer.name})"
+        if function.filled_later:
+            yield f"    disclaim({function.filled_later.name}, is_stale)"
         refused = wrap(f"raise bad_numbers(raised, {', '.join(named)}) from None", 12)
         yield textwrap.indent(refused, "    ")
     else:
@@ -329,37 +349,52 @@ def conversions(function: Function) -> Iterator[str]:
             yield f'{name}_array, _{name}_alive = strings("{name}", {name})'
         elif parameter.kind is Kind.ADDRESS:
             yield f"{name}_room, {name}_size = address_of({name})"
-    for closure in function.closures[:-1]:
-        yield f'require_callable("{closure.name}", {closure.name})'
+    for closure in function.closures:
+        name = closure.name
+        unless = (
+            f"({name} is None or callable({name}))" if closure.optional else f"callable({name})"
+        )
+        yield f"if not {unless}:"
+        yield f'    raise not_callable("{name}", {name})'
     buffer = function.buffer
     if buffer is None:
         return
+    yield from memory_of(function, buffer)
+    if not reads_synchronously(function):
+        yield "pointer, size, _ = room"
+
+
+def memory_of(function: Function, buffer: Parameter) -> Iterator[str]:
+    """Have the memory of a buffer for C."""
     if not function.is_asynchronous:
         if buffer.kind is Kind.DATA:
             yield f'room = readable("{buffer.name}", {buffer.name})'
         else:
-            yield f"{buffer.name}, room = read_into({buffer.length})"
+            yield f"{buffer.name}, pointer, size = read_into({buffer.length})"
     elif buffer.kind is Kind.DATA:
         yield f'room = held_data("{buffer.name}", {buffer.name})'
     else:
-        yield f'room = held_room("{buffer.name}", {buffer.name}, self._h)'
+        yield f'room, is_stale = held_room("{buffer.name}", {buffer.name})'
 
 
 def registrations(function: Function) -> Iterator[str]:
-    """Register the callables, the last one first: it alone has not been checked yet."""
+    """Register the callables, and the buffer with them."""
     buffer = function.buffer
-    held = ""
-    if buffer is not None:
-        held = f", {buffer.name if buffer.kind is Kind.ROOM else None}, room"
-    for closure in reversed(function.closures):
-        register = "register_optional" if closure.optional else "register"
-        yield f'{closure.name}_token = {register}("{closure.name}", {closure.name}, self._h{held})'
+    for closure in function.closures:
+        name = closure.name
+        if buffer is None:
+            register = "register_optional" if closure.optional else "register"
+            yield f"{name}_token = {register}({name}, self._h)"
+        else:
+            yield f"{name}_token = next_token()"
+            yield f"registry[{name}_token] = ({name}, self._h, {held(function, buffer)})"
 
 
-def writes_in_flight(function: Function) -> bool:
-    """Whether libnbd writes the caller's buffer after the call has returned."""
-    buffer = function.buffer
-    return function.is_asynchronous and buffer is not None and buffer.kind is Kind.ROOM
+def held(function: Function, buffer: Parameter) -> str:
+    """What a registry entry holds of a buffer: the object to show or fill, and its memory."""
+    if reads_synchronously(function):
+        return f"{buffer.name}, (pointer, size, None)"
+    return f"{buffer.name}, room" if buffer.kind is Kind.ROOM else f"None, ({buffer.name}, room)"
 
 
 def c_arguments(function: Function, parameter: Parameter) -> Iterator[str]:
@@ -368,10 +403,12 @@ def c_arguments(function: Function, parameter: Parameter) -> Iterator[str]:
     if parameter.kind is Kind.CLOSURE:
         yield f"{name}_token"
         if parameter.optional:
-            yield f"{name} is not None" + (" or BOUNCES" if writes_in_flight(function) else "")
+            yield f"{name} is not None" + (" or BOUNCES" if function.filled_later else "")
     elif parameter.kind in (Kind.DATA, Kind.ROOM):
-        yield "room"
-        yield "len(room)"
+        yield "pointer"
+        yield "size"
+        if parameter is function.filled_later:
+            yield "is_stale"
     elif parameter.kind is Kind.ADDRESS:
         yield f"{name}_room"
         yield f"{name}_size"
@@ -403,7 +440,8 @@ def outcome(function: Function, kind: Returns) -> Iterator[str]:
         yield "if result < 0 or pending:"
         yield "    settle(self._h, result)"
         if reads_synchronously(function) and function.buffer:
-            yield f"return {function.buffer.name}"
+            name = function.buffer.name
+            yield f"return copy_out(pointer, size) if {name} is None else {name}"
         elif kind is Returns.TRUTH:
             yield "return result != 0"
         elif kind is Returns.NUMBER:

@@ -90,6 +90,12 @@ class Function:
                 return parameter
         return None
 
+    @property
+    def filled_later(self) -> Parameter | None:
+        """The caller's buffer that libnbd writes after the call has returned, if there is one."""
+        buffer = self.buffer
+        return buffer if buffer and buffer.kind is Kind.ROOM and self.is_asynchronous else None
+
 
 @dataclass(frozen=True)
 class Header:

@@ -20,7 +20,7 @@ import sys
 from _thread import get_ident
 from itertools import count
 
-from nbd._ffi import lib, pending
+from nbd._ffi import ffi, lib, pending
 from nbd._values import text
 from nbd.error import ClosedHandle, Error
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 registry: dict[int, Entry] = {}
 
-_next_token = count(1).__next__
+next_token = count(1).__next__
 forget = registry.pop
 
 
@@ -47,44 +47,36 @@ class ErrorNumber:
 
     __slots__ = ("value",)
 
-    def __init__(self, value: int) -> None:
-        self.value = value
+    value: int
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.value})"
 
 
-def require_callable(name: str, callback: object) -> None:
-    """TypeError unless callback can be called."""
-    if not callable(callback):
-        raise TypeError(f"{name}: a callable is needed, not {type(callback).__name__}")
+def not_callable(name: str, value: object) -> TypeError:
+    """The exception for an argument that cannot be called."""
+    return TypeError(f"{name}: a callable is needed, not {type(value).__name__}")
 
 
-def register(name: str, callback: Any, handle: Any, buffer: Any = None, room: Any = None) -> int:
-    """A token for a callable and the buffer that goes with it."""
-    if not callable(callback):
-        require_callable(name, callback)
-    token = _next_token()
-    registry[token] = (callback, handle, buffer, room)
+def register(callback: Any, handle: Any) -> int:
+    """A token for a callable that goes with no buffer."""
+    token = next_token()
+    registry[token] = (callback, handle, None, None)
     return token
 
 
-def register_optional(
-    name: str, callback: Any, handle: Any, buffer: Any = None, room: Any = None
-) -> int:
-    """The same where the callable may be None: then a token only for the buffer, or 0."""
-    if callback is None:
-        if room is None:
-            return 0
-    elif not callable(callback):
-        require_callable(name, callback)
-    token = _next_token()
-    registry[token] = (callback, handle, buffer, room)
-    return token
+def register_optional(callback: Any, handle: Any) -> int:
+    """A token for a callable; 0, which is no token, for None."""
+    return register(callback, handle) if callback is not None else 0
+
+
+def set_errno(address: int, value: int) -> None:
+    """Change the errno of a command, which a callback was given."""
+    ffi.cast("int *", address)[0] = value
 
 
 def as_int(result: object) -> int:
-    """What a callable returned, as libnbd is told: an int as it is, anything else as 0."""
+    """What libnbd is told of a result: an int, such as True, as it is, anything else as 0."""
     return result if isinstance(result, int) else 0
 
 
@@ -103,29 +95,32 @@ def keep(raised: BaseException, token: int) -> int:
 
 def settle(handle: Any, result: Any) -> None:
     """Raise what a method's call left to raise: it failed, or callbacks of it raised."""
-    failure = _failure(handle, result, sys._getframe(1).f_code.co_name)
-    _raise(handle, failure)
+    _raise(handle, _failure(handle, result, sys._getframe(1).f_code.co_name))
 
 
 def settle_unsigned(handle: Any, result: int) -> None:
     """The same for a call whose only failure is that the shim refused it."""
     refused = result or lib.nbdshim_check(handle)
-    failure = _failure(handle, refused, sys._getframe(1).f_code.co_name)
-    _raise(handle, failure)
+    _raise(handle, _failure(handle, refused, sys._getframe(1).f_code.co_name))
 
 
 def _raise(handle: Any, failure: Exception | None) -> None:
+    """Raise a failure, or what a callback raised that must not be held up; report the rest.
+
+    An exception refers to the frames it has passed, so no frame may refer to it in turn: the
+    caller's buffer would stay pinned until the next garbage collection.
+    """
     raised = _take(handle)
-    for exception in raised:
-        if not isinstance(exception, Exception):
-            raised.remove(exception)
-            _report(raised)
-            raise exception
-    if failure is not None:
-        cause = raised.pop(0) if raised else None
+    urgent = [one for one in raised if not isinstance(one, Exception)]
+    try:
+        if urgent:
+            raised.remove(urgent[0])
+            raise urgent[0]
+        if failure is not None:
+            raise failure from (raised.pop(0) if raised else None)
+    finally:
         _report(raised)
-        raise failure from cause
-    _report(raised)
+        del failure, urgent, raised
 
 
 def report_pending(handle: Any) -> None:
@@ -155,8 +150,8 @@ def _failure(handle: Any, result: Any, method: str) -> Exception | None:
         return ClosedHandle("the handle is closed; make a new one with nbd.NBD()")
     if code == lib.NBDSHIM_REENTERED:
         return Error(
-            f"nbd_{method}: called from inside a callback of the same handle, where libnbd would deadlock; "
-            "make the call after the callback has returned",
+            f"nbd_{method}: called from inside a callback of the same handle, where libnbd would "
+            "deadlock; make the call after the callback has returned",
             errno.EDEADLK,
         )
     if code == lib.NBDSHIM_TOO_LARGE:
@@ -172,7 +167,7 @@ def last_error() -> Error:
     return Error(text(message) if message else "unknown error", lib.nbdshim_errno())
 
 
-class _callback_of_libnbd:  # noqa: N801 - its name is what the message shows
+class _callback_of_libnbd:
     """Raises where nobody can catch it."""
 
     def __init__(self, exception: BaseException) -> None:
@@ -188,7 +183,8 @@ def _report(exceptions: list[BaseException]) -> None:
     CPython's own hook takes no arguments but those that the interpreter has made, and PyPy runs
     destructors late.
     """
-    for exception in exceptions:
+    while exceptions:
+        exception = exceptions.pop(0)
         if sys.implementation.name == "cpython":
             _callback_of_libnbd(exception)
         else:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 
 def _explain(reason: Exception) -> str:
+    if isinstance(reason, ModuleNotFoundError):
+        return f"nbd needs cffi: {reason}. Type: pip install cffi"
     return (
         f"nbd was built against libnbd {LIBNBD} and cannot load it here: {reason}. "
         f"Install libnbd {LIBNBD} or newer (Debian: apt install libnbd0; Fedora: dnf install "

@@ -6,7 +6,7 @@ from __future__ import annotations
 import atexit
 
 from nbd._callbacks import last_error, report_pending, settle
-from nbd._ffi import ffi, lib, pending
+from nbd._ffi import lib, pending
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
     Self = TypeVar("Self", bound="Handle")
 
-# The open handles of the shim, by id: PyPy runs no destructors at exit.
-_open: dict[int, Any] = {}
+# The open handles of the shim: PyPy runs no destructors at exit.
+_open: set[Any] = set()
+
+# From then on a handle that a daemon thread drops may be one that is being closed: it is not freed.
+_is_exiting = False
 
 
 class Handle:
@@ -35,8 +38,8 @@ class Handle:
         made = lib.nbdshim_create()
         if not made:
             raise last_error()
-        self._h = ffi.gc(made, lib.nbdshim_destroy)
-        _open[id(self._h)] = self._h
+        self._h = made
+        _open.add(made)
 
     def close(self) -> None:
         """Close the handle and its connection at once.
@@ -60,7 +63,7 @@ class Handle:
         """
         result = lib.nbdshim_close(self._h)
         if result == 0:
-            _open.pop(id(self._h), None)
+            _open.discard(self._h)
         if result < 0 or pending:
             settle(self._h, result)
 
@@ -76,8 +79,12 @@ class Handle:
         _close_quietly(self._h)
 
     def __del__(self) -> None:
-        if self._h is not None:
-            _close_quietly(self._h)
+        h = self._h
+        if h is not None:
+            _open.discard(h)
+            (lib.nbdshim_close if _is_exiting else lib.nbdshim_destroy)(h)
+            if pending:
+                report_pending(h)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
@@ -89,12 +96,14 @@ class Handle:
 def _close_quietly(h: Any) -> None:
     """Close a handle of the shim unless it is closed."""
     if lib.nbdshim_close(h) == 0:
-        _open.pop(id(h), None)
+        _open.discard(h)
     if pending:
         report_pending(h)
 
 
 @atexit.register
 def _close_all() -> None:
-    for h in list(_open.values()):
+    global _is_exiting
+    _is_exiting = True
+    for h in list(_open):
         _close_quietly(h)

@@ -7,16 +7,26 @@ Text is UTF-8; what is not UTF-8 survives as surrogates, to be given back unchan
 from __future__ import annotations
 
 from nbd._ffi import ffi, lib
+from nbd.memory import IS_CPYTHON
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Literal
+
+
+_string = ffi.string
+
+# Formats of memoryview: its tolist takes half the time of ffi.unpack on CPython.
+_FORMATS: dict[str, Literal["I", "Q"]] = {"uint32_t": "I", "uint64_t": "Q"} if IS_CPYTHON else {}
 
 
 def text(pointer: Any) -> str:
     """The string at a char pointer."""
-    raw: bytes = ffi.string(pointer)
-    return raw.decode("utf-8", "surrogateescape")
+    raw: bytes = _string(pointer)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.decode("utf-8", "surrogateescape")
 
 
 def owned_text(pointer: Any) -> str:
@@ -29,6 +39,11 @@ def owned_text(pointer: Any) -> str:
 
 def numbers(array: Any, length: int) -> list[int]:
     """An array of integers."""
+    kind = ffi.typeof(array).item.cname
+    if kind in _FORMATS:
+        size = ffi.sizeof(kind)
+        whole = memoryview(ffi.buffer(array, length * size))
+        return whole.cast(_FORMATS[kind]).tolist()
     found: list[int] = ffi.unpack(array, length)
     return found
 

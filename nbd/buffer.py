@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from operator import index
 
-from nbd._ffi import ffi, lib
-from nbd.memory import new_bytearray
+from nbd._ffi import lib
+from nbd.memory import NOWHERE, RECYCLES, Memory, new_memory, room_of, spares
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,10 +14,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from _typeshed import ReadableBuffer
-
-# Whether the bytes of a Buffer mean something: nothing was ever written, the first command that
-# writes all of them has been given out, or they do.
-_UNWRITTEN, _CLAIMED, _WRITTEN = range(3)
 
 
 class Buffer:
@@ -41,18 +37,32 @@ class Buffer:
     """
 
     __module__ = "nbd"
-    __slots__ = ("__weakref__", "_is_readonly", "_pin", "_pointer", "_state", "_storage")
+    __slots__ = ("__weakref__", "_is_private", "_is_written", "_memory")
+
+    # _is_private: nobody but this object has the memory or a view of it.
+    # _is_written: the bytes mean something, or will before the command that fills them is done.
 
     def __init__(self, len: int) -> None:
         size = index(len)
-        if size < 0:
-            raise ValueError(f"len: a buffer cannot have {size} bytes")
-        self._storage: Any
-        self._storage, is_zero = new_bytearray(size)
-        self._state = _WRITTEN if is_zero else _UNWRITTEN
-        self._pin: Any = ffi.from_buffer(self._storage)
-        self._pointer: Any = self._pin
-        self._is_readonly = False
+        try:
+            self._memory = spares[size].pop()
+            self._is_written = False
+        except (KeyError, IndexError):
+            if size < 0:
+                raise ValueError(f"len: a buffer cannot have {size} bytes") from None
+            self._memory, self._is_written = new_memory(size)
+        self._is_private = True
+
+    if RECYCLES:
+
+        def __del__(self) -> None:
+            try:
+                if self._is_private:
+                    shelf = self._memory.shelf
+                    if len(shelf.items) < shelf.most:
+                        shelf.items.append(self._memory)
+            except AttributeError:
+                pass  # __init__ failed
 
     @classmethod
     def from_buffer(cls, buf: ReadableBuffer) -> Buffer:
@@ -68,10 +78,9 @@ class Buffer:
             True
         """
         self = cls.__new__(cls)
-        self._pin, self._pointer = _pin(buf)
-        self._storage = buf
-        self._state = _WRITTEN
-        self._is_readonly = memoryview(buf).readonly
+        self._memory = Memory(buf, room_of(buf), NOWHERE)
+        self._is_written = True
+        self._is_private = False
         return self
 
     @classmethod
@@ -88,40 +97,45 @@ class Buffer:
         return cls.from_buffer(bytearray(ba))
 
     def to_buffer(self) -> Any:
-        """The memory itself, not a copy: a bytearray, or what from_buffer was given.
+        """The memory itself, not a copy: a bytearray (PyPy: memoryview), or from_buffer's argument.
 
         What later commands read into the Buffer is seen through it.
         """
-        self._fill()
-        return self._storage
+        return self._exposed()
 
     def to_bytearray(self) -> bytearray:
         """A copy of the bytes, in a new bytearray."""
         self._fill()
-        return bytearray(self._storage)
+        return bytearray(self._memory.storage)
 
     def size(self) -> int:
         """The size in bytes."""
-        return len(self._pointer)
+        return self._memory.room[1]
 
     def __len__(self) -> int:
-        return len(self._pointer)
+        return self._memory.room[1]
 
     def __bytes__(self) -> bytes:
         self._fill()
-        return bytes(self._storage)
+        return bytes(self._memory.storage)
 
     def __iter__(self) -> Iterator[int]:
-        self._fill()
-        return iter(memoryview(self._storage).cast("B"))
+        return iter(memoryview(self._exposed()).cast("B"))
 
     def __getitem__(self, key: Any) -> Any:
         self._fill()
-        return self._storage[key]
+        found = self._memory.storage[key]
+        return bytearray(found) if isinstance(key, slice) else found
 
     def __setitem__(self, key: Any, newvalue: Any) -> None:
         self._fill()
-        memoryview(self._storage).cast("B")[key] = newvalue
+        storage = self._memory.storage
+        if isinstance(key, slice):
+            memoryview(storage).cast("B")[key] = newvalue  # which does not change the size
+        elif 0 <= newvalue <= 255:
+            storage[key] = newvalue
+        else:
+            raise ValueError(f"a byte must be between 0 and 255, not {newvalue}")
 
     def is_zero(self, offset: int = 0, size: int = -1) -> bool:
         """Whether bytes of the buffer are all zero.
@@ -152,49 +166,19 @@ class Buffer:
                 f"offset {offset} + size {size} is outside the buffer of {whole} bytes"
             )
         self._fill()
-        return bool(lib.nbdshim_is_zero(self._pointer + offset, size))
+        return bool(lib.nbdshim_is_zero(self._memory.room[0] + offset, size))
 
     def __repr__(self) -> str:
         return f"<nbd.Buffer of {len(self)} bytes>"
 
     def _fill(self) -> None:
         """Make zeroes of what was never written, before anybody sees it."""
-        if self._state == _UNWRITTEN:
-            lib.nbdshim_clear(self._pointer, len(self._pointer))
-        self._state = _WRITTEN
+        if not self._is_written:
+            self._is_written = True
+            lib.nbdshim_clear(*self._memory.room[:2])
 
-    def _claim(self, handle: Any) -> Any:
-        """The memory for a command that writes all of it.
-
-        libnbd fills it with zeroes before anything can fail, unless pread-initialize is off.
-        """
-        if self._state == _UNWRITTEN:
-            if lib.nbdcall_get_pread_initialize(handle) == 1:
-                self._state = _CLAIMED
-            else:
-                self._fill()
-        else:
-            self._state = _WRITTEN
-        return self._pointer
-
-    def _disclaim(self) -> None:
-        """Undo _claim: libnbd was not called."""
-        if self._state == _CLAIMED:
-            self._state = _UNWRITTEN
-
-
-def _pin(buf: Any) -> tuple[Any, Any]:
-    """What keeps the memory of a bytes-like object in place, and the memory.
-
-    Of a memoryview the object behind it is pinned: until CPython 3.12.7 the garbage collector may
-    clear a memoryview that is still pinned, and crash (gh-77894).
-    """
-    memory = ffi.from_buffer(buf)
-    if not isinstance(buf, memoryview):
-        return memory, memory
-    try:
-        whole = ffi.from_buffer(buf.obj)
-    except (TypeError, ValueError, BufferError):
-        return memory, memory
-    start = ffi.cast("char *", memory)
-    return whole, ffi.from_buffer(ffi.buffer(start, len(memory)))
+    def _exposed(self) -> Any:
+        """The object that holds the memory, for somebody who may keep it."""
+        self._fill()
+        self._is_private = False
+        return self._memory.storage

@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Fresh memory for what is read."""
+"""Memory for what is read: fresh, or recycled from an nbd.Buffer that nobody has any more.
+
+Fresh memory is dear: the kernel hands it out in pages that it has to clear, one fault for each.  So
+the memory of a dropped nbd.Buffer is kept for the next one of the same size, up to a bound
+(set_pool_limit), unless anybody could still look at it.  What is recycled holds old bytes: the
+Buffer makes sure that they never show.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +16,137 @@ from nbd._ffi import ffi, lib
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
+
+    # Memory for C: its address, its size in bytes, and what keeps it in place.
+    Room = tuple[Any, int, Any]
 
 #: From this size on, not filling memory with zeroes first is worth the way to CPython's C API.
 LARGE = 128 * 1024
 #: From this size on, memory may be in huge pages: a page fault for 2 MiB instead of for 4 KiB.
 HUGE = 4 * 1024 * 1024
 
+#: Only where an object is finalised as soon as it is dropped is there something to recycle in time.
+RECYCLES = IS_CPYTHON = sys.implementation.name == "cpython"
+
+#: How many sizes are kept at once; each has an equal share of the bound.
+_SIZES = 4
+
+CHARS = ffi.typeof("char[]")
+_from_buffer = ffi.from_buffer
+#: Memory that is not cleared; PyPy takes long to make a bytearray.
+allocate_uncleared = ffi.new_allocator(should_clear_after_alloc=False)
+_pool_limit = 64 * 1024 * 1024
 _allocate: Callable[[int], bytearray] | None = None
 
 
+class Shelf:
+    """Where memory of one size is kept until somebody wants it.
+
+    Attributes:
+        items: What is there.
+        most: How many there may be.
+    """
+
+    __slots__ = ("items", "most")
+
+    def __init__(self, most: int) -> None:
+        self.items: list[Memory] = []
+        self.most = most
+
+
+class Memory:
+    """A bytes-like object whose memory C may use as long as this lives.
+
+    Attributes:
+        storage: The object.
+        room: Its memory.
+        shelf: Where it may be kept.
+    """
+
+    __slots__ = ("room", "shelf", "storage")
+
+    def __init__(self, storage: Any, room: Room, shelf: Shelf) -> None:
+        self.storage = storage
+        self.room = room
+        self.shelf = shelf
+
+
+NOWHERE = Shelf(0)
+
+#: The shelves' items, by size in bytes.
+spares: dict[int, list[Memory]] = {}
+_shelves: dict[int, Shelf] = {}
+
+
+def set_pool_limit(size: int) -> None:
+    """Bound how much memory of dropped nbd.Buffer objects is kept for new ones.
+
+    Args:
+        size: Bytes, at the most; 0 keeps none.  It is 64 MiB to begin with.  A Buffer larger than a
+            quarter of it is never kept.
+    """
+    global _pool_limit
+    if size < 0:
+        raise ValueError(f"size: {size} is negative; 0 keeps no memory")
+    _pool_limit = size
+    for kind in list(_shelves):
+        _take_down(kind)
+
+
+def _take_down(size: int) -> None:
+    shelf = _shelves.pop(size)
+    spares.pop(size, None)
+    shelf.most = 0
+    shelf.items.clear()
+
+
+def _shelf_for(size: int) -> Shelf:
+    """The shelf for memory of a size, put up in the place of the oldest if there are too many."""
+    found = _shelves.get(size)
+    if found is None:
+        most = _pool_limit // _SIZES // max(size, 1)
+        if most == 0 or not RECYCLES:
+            return NOWHERE
+        if len(_shelves) >= _SIZES:
+            _take_down(next(iter(_shelves)))
+        found = _shelves[size] = Shelf(most)
+        spares[size] = found.items
+    return found
+
+
+def new_memory(size: int) -> tuple[Memory, bool]:
+    """Fresh memory of size bytes, and whether they are zeroes; else they are anything."""
+    shelf = _shelf_for(size)
+    if IS_CPYTHON:
+        storage, is_zero = new_bytearray(size)
+        return Memory(storage, room_of(storage), shelf), is_zero
+    pointer = allocate_uncleared("char[]", size)
+    return Memory(memoryview(ffi.buffer(pointer)), (pointer, size, pointer), shelf), False
+
+
+def room_of(buffer: Any, writable: bool = False) -> Room:
+    """The memory of a bytes-like object; what cffi raises if it cannot be had.
+
+    Of a memoryview the object behind it is pinned: until CPython 3.12.7 the garbage collector may
+    clear a memoryview that is pinned, and crash (gh-77894).
+    """
+    if not isinstance(buffer, memoryview):
+        pin = _from_buffer(CHARS, buffer, writable)
+        return pin, len(pin), pin
+    if not buffer.c_contiguous:  # PyPy's cffi does not look
+        raise BufferError("the memoryview is not contiguous")
+    view = _from_buffer(CHARS, buffer, writable)
+    try:
+        pin = _from_buffer(buffer.obj)
+    except (TypeError, ValueError, BufferError):
+        pin = view
+    return ffi.cast("char *", view), len(view), pin
+
+
 def new_bytearray(size: int) -> tuple[bytearray, bool]:
-    """A bytearray of size bytes, and whether they are zeroes; else they are anything."""
-    if size < LARGE or sys.implementation.name != "cpython":
+    """CPython: a bytearray of size bytes, and whether they are zeroes; else they are anything."""
+    if size < LARGE:
         return bytearray(size), True
     fresh = _uninitialised(size)
     if size >= HUGE:
