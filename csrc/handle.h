@@ -17,7 +17,11 @@ struct nbdshim {
     struct nbd_handle *h;
     atomic_uint users;
     atomic_uintptr_t calling_up; /* the thread that is inside a callback of this handle, or 0 */
+    atomic_int socket;           /* the connection's, or -1: what wakes a call that waits */
 };
+
+/* Remember the socket of a connection, before a call that waits; sets libnbd's error if none. */
+void nbdshim_note_socket(struct nbdshim *s);
 
 /* A token given to libnbd as user_data. */
 struct nbdshim_closure {

@@ -33,6 +33,7 @@ struct nbdshim *nbdshim_create(void)
     }
     atomic_init(&s->users, 1);
     atomic_init(&s->calling_up, 0);
+    atomic_init(&s->socket, -1);
     return s;
 }
 
@@ -45,13 +46,32 @@ void nbdshim_leave(struct nbdshim *s)
         nbd_close(h);
 }
 
+void nbdshim_note_socket(struct nbdshim *s)
+{
+    atomic_store_explicit(&s->socket, nbd_aio_get_fd(s->h), memory_order_relaxed);
+}
+
+/* Let the calls that wait in other threads see the end of the connection. */
+static void wake(struct nbdshim *s)
+{
+    int socket = atomic_load_explicit(&s->socket, memory_order_relaxed);
+
+    /* A dead or closed handle has given its socket back, and waits for nothing. */
+    if (socket >= 0 && !nbd_aio_is_dead(s->h) && !nbd_aio_is_closed(s->h))
+        (void)shutdown(socket, SHUT_RDWR);
+}
+
 int nbdshim_close(struct nbdshim *s)
 {
+    unsigned users;
+
     if (nbdshim_is_reentry(s))
         return NBDSHIM_REENTERED;
-    if (atomic_fetch_or_explicit(&s->users, NBDSHIM_CLOSING, memory_order_acq_rel) &
-        NBDSHIM_CLOSING)
+    users = atomic_fetch_or_explicit(&s->users, NBDSHIM_CLOSING, memory_order_acq_rel);
+    if (users & NBDSHIM_CLOSING)
         return NBDSHIM_CLOSED;
+    if (users > 1)
+        wake(s);
     nbdshim_leave(s);
     return 0;
 }

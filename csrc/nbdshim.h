@@ -27,7 +27,8 @@
  * Errnos.  A callback's errno goes up by value, and its address as a number, for changing it.
  *
  * Threads.  Every function may be called from any thread.  nbdshim_close may run while other
- * threads are inside calls: the last one to leave then ends the libnbd handle.
+ * threads are inside calls: it ends the connection, so that they come back, and the last one to
+ * leave ends the libnbd handle.  A call that is still connecting comes back by itself.
  */
 #ifndef NBDSHIM_H
 #define NBDSHIM_H

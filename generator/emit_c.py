@@ -181,8 +181,12 @@ def glue_function(function: Function, header: Header) -> str:
     for parameter in function.closures:
         lines += closure_struct(parameter)
     arguments = ["s->h", *(a for p in function.parameters for a in passed_on(p))]
+    if function.name.startswith("poll"):
+        lines += ["    if (nbd_aio_is_connecting(s->h))", "        nbdshim_note_socket(s);"]
     result = declare(returned_type(function), "ret")
     lines.append(wrapped(f"    {result} = nbd_{function.name}({', '.join(arguments)});"))
+    if function.name.startswith(("connect_", "aio_connect")):
+        lines += ["", "    if (ret != -1)", "        nbdshim_note_socket(s);"]
     checked = "ret < -1 ? NBDSHIM_TOO_LARGE : ret" if is_wide(function) else "ret"
     lines += ["", "    nbdshim_leave(s);", f"    return {checked};", "}", ""]
     return "\n".join(lines)

@@ -210,7 +210,16 @@ from nbd._callbacks import (
 )
 from nbd._ffi import lib, pending
 from nbd._handle import Handle
-from nbd._pins import BOUNCES, copy_out, disclaim, held_data, held_room, read_into, readable
+from nbd._pins import (
+    BOUNCES,
+    copy_out,
+    disclaim,
+    held_room,
+    read_into,
+    read_into_shown,
+    readable,
+    unpin,
+)
 from nbd._values import owned_text, text
 
 TYPE_CHECKING = False
@@ -366,13 +375,11 @@ def conversions(function: Function) -> Iterator[str]:
 
 def memory_of(function: Function, buffer: Parameter) -> Iterator[str]:
     """Have the memory of a buffer for C."""
-    if not function.is_asynchronous:
-        if buffer.kind is Kind.DATA:
-            yield f'room = readable("{buffer.name}", {buffer.name})'
-        else:
-            yield f"{buffer.name}, pointer, size = read_into({buffer.length})"
-    elif buffer.kind is Kind.DATA:
-        yield f'room = held_data("{buffer.name}", {buffer.name})'
+    if buffer.kind is Kind.DATA:
+        yield f'room = readable("{buffer.name}", {buffer.name})'
+    elif not function.is_asynchronous:
+        read = "read_into_shown" if function.closures else "read_into"
+        yield f"{buffer.name}, pointer, size = {read}({buffer.length})"
     else:
         yield f'room, is_stale = held_room("{buffer.name}", {buffer.name})'
 
@@ -441,7 +448,11 @@ def outcome(function: Function, kind: Returns) -> Iterator[str]:
         yield "    settle(self._h, result)"
         if reads_synchronously(function) and function.buffer:
             name = function.buffer.name
-            yield f"return copy_out(pointer, size) if {name} is None else {name}"
+            if function.closures:
+                yield "unpin(pointer)"
+                yield f"return {name}"
+            else:
+                yield f"return copy_out(pointer, size) if {name} is None else {name}"
         elif kind is Returns.TRUTH:
             yield "return result != 0"
         elif kind is Returns.NUMBER:

@@ -5,8 +5,9 @@ A buffer is pinned by the cdata that ffi.from_buffer makes: as long as that live
 resize the object.  For a call that waits, the method's own frame holds it; for a command in flight,
 the registry of nbd._callbacks does.
 
-PyPy resizes an object although it is pinned, and the memory that libnbd was given is then gone.  So
-there a command in flight works on a copy, which the completion brings back (BOUNCES), unless the
+On PyPy that cdata lives until the next garbage collection; until PyPy 8 the object is resized all
+the same, and the memory that libnbd was given is gone; from then on it cannot be resized for too
+long.  So there libnbd works on a copy, which the completion brings back (BOUNCES), unless the
 buffer is an nbd.Buffer or bytes, which are never resized.
 """
 
@@ -19,7 +20,7 @@ from operator import index
 from nbd._ffi import ffi
 from nbd.buffer import Buffer
 from nbd.error import Error
-from nbd.memory import CHARS, LARGE, allocate_uncleared, new_bytearray, room_of
+from nbd.memory import LARGE, allocate_uncleared, new_bytearray, room_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 BOUNCES = sys.implementation.name == "pypy"
 
 #: More than any libnbd reads in one request: not even allocated.
-_TOO_LARGE = 2**30
+_TOO_LARGE = 2**27
 _SIZE_MAX = 2 ** (8 * ffi.sizeof("size_t")) - 1
 
 _from_buffer = ffi.from_buffer
@@ -45,6 +46,22 @@ def read_into(count: int) -> tuple[bytearray | None, Any, int]:
     if 0 <= size < LARGE and not BOUNCES:
         small = bytearray(size)
         return small, _from_buffer(small), size
+    _check_count(size)
+    if BOUNCES:
+        return None, allocate_uncleared("char[]", size), size
+    large, _ = new_bytearray(size)
+    return large, _from_buffer(large), size
+
+
+def read_into_shown(count: int) -> tuple[bytearray, Any, int]:
+    """The same for a read that shows its bytearray to a callback; end it with unpin."""
+    size = index(count)
+    _check_count(size)
+    shown, _ = new_bytearray(size)
+    return shown, _from_buffer(shown), size
+
+
+def _check_count(size: int) -> None:
     if size < 0:
         raise ValueError(f"count: {size} is negative")
     if size > _SIZE_MAX:
@@ -54,35 +71,34 @@ def read_into(count: int) -> tuple[bytearray | None, Any, int]:
             f"count: {size} is more than libnbd reads at once (64 MiB); read it in pieces",
             errno.ERANGE,
         )
-    if BOUNCES:
-        return None, allocate_uncleared("char[]", size), size
-    large, _ = new_bytearray(size)
-    return large, _from_buffer(large), size
 
 
 def copy_out(pointer: Any, size: int) -> bytearray:
-    """What was read, in a new bytearray."""
-    return bytearray(ffi.buffer(pointer, size))
+    """What was read, in a new bytearray; the memory is freed."""
+    copy = bytearray(ffi.buffer(pointer, size))
+    ffi.release(pointer)
+    return copy
+
+
+def unpin(pointer: Any) -> None:
+    """Let a bytearray be resized again, on PyPy too."""
+    ffi.release(pointer)
 
 
 def readable(name: str, buffer: Any) -> Room:
-    """The memory of a bytes-like object or nbd.Buffer that a call reads while it waits."""
+    """The memory of a bytes-like object or nbd.Buffer that libnbd reads."""
     if isinstance(buffer, Buffer):
         buffer._fill()
         return buffer._memory.room
     try:
-        return room_of(buffer)
+        room = room_of(buffer)
     except (TypeError, ValueError, BufferError) as reason:
         raise _unusable(name, buffer, reason) from None
-
-
-def held_data(name: str, buffer: Any) -> Room:
-    """The same for a command in flight."""
-    room = readable(name, buffer)
-    if BOUNCES and not isinstance(buffer, (Buffer, bytes)):
-        pointer, size, _ = room
-        copy = ffi.new("char[]", size)
+    if BOUNCES and not isinstance(buffer, bytes):
+        pointer, size, pin = room
+        copy = allocate_uncleared("char[]", size)
         ffi.memmove(copy, pointer, size)
+        ffi.release(pin)
         return copy, size, copy
     return room
 
@@ -93,7 +109,7 @@ def held_room(name: str, buffer: Any) -> tuple[Room, bool]:
     The second value says that it holds bytes which must not be seen: the shim overwrites them.
     """
     if buffer.__class__ is bytearray and not BOUNCES:
-        pin = _from_buffer(CHARS, buffer)
+        pin = _from_buffer(buffer)
         return (pin, len(pin), pin), False
     if isinstance(buffer, Buffer):
         memory = buffer._memory
@@ -107,8 +123,10 @@ def held_room(name: str, buffer: Any) -> tuple[Room, bool]:
     except (TypeError, ValueError, BufferError) as reason:
         raise _unusable(name, buffer, reason) from None
     if BOUNCES:
-        copy = ffi.new("char[]", room[1])
-        return (copy, room[1], copy), False
+        _, size, pin = room
+        ffi.release(pin)
+        copy = ffi.new("char[]", size)
+        return (copy, size, copy), False
     return room, False
 
 
@@ -137,7 +155,8 @@ def copy_back(buffer: Any, room: Room) -> None:
     """Bring what a command read into a copy to the caller's object."""
     if not isinstance(buffer, Buffer):
         try:
-            memoryview(buffer).cast("B")[:] = ffi.buffer(*room[:2])
+            with memoryview(buffer) as view, view.cast("B") as bytes_of_it:
+                bytes_of_it[:] = ffi.buffer(*room[:2])
         except ValueError:
             raise BufferError(
                 "the buffer was resized while a command was reading into it: what it read is lost"
@@ -145,10 +164,13 @@ def copy_back(buffer: Any, room: Room) -> None:
 
 
 def part(buffer: Any, room: Room, start: Any, count: int) -> memoryview:
-    """A read-only view of the count bytes at start, which is inside the room."""
-    pointer, size, _ = room
+    """A read-only view of the count bytes at start, which is inside the room.
+
+    A room without a pin is the bytearray's own, of a call that waits.
+    """
+    pointer, size, pin = room
     offset = ffi.cast("char *", start) - ffi.cast("char *", pointer)
-    if BOUNCES:
+    if BOUNCES and pin is not None:
         buffer = ffi.buffer(pointer, size)
     elif isinstance(buffer, Buffer):
         buffer = buffer._exposed()

@@ -32,7 +32,7 @@ RECYCLES = IS_CPYTHON = sys.implementation.name == "cpython"
 #: How many sizes are kept at once; each has an equal share of the bound.
 _SIZES = 4
 
-CHARS = ffi.typeof("char[]")
+_CHARS = ffi.typeof("char[]")
 _from_buffer = ffi.from_buffer
 #: Memory that is not cleared; PyPy takes long to make a bytearray.
 allocate_uncleared = ffi.new_allocator(should_clear_after_alloc=False)
@@ -131,12 +131,12 @@ def room_of(buffer: Any, writable: bool = False) -> Room:
     Of a memoryview the object behind it is pinned: until CPython 3.12.7 the garbage collector may
     clear a memoryview that is pinned, and crash (gh-77894).
     """
-    if not isinstance(buffer, memoryview):
-        pin = _from_buffer(CHARS, buffer, writable)
-        return pin, len(pin), pin
-    if not buffer.c_contiguous:  # PyPy's cffi does not look
+    is_view = isinstance(buffer, memoryview)
+    if is_view and not buffer.c_contiguous:  # PyPy's cffi does not look
         raise BufferError("the memoryview is not contiguous")
-    view = _from_buffer(CHARS, buffer, writable)
+    view = _from_buffer(_CHARS, buffer, writable)
+    if not (is_view and IS_CPYTHON):
+        return view, len(view), view
     try:
         pin = _from_buffer(buffer.obj)
     except (TypeError, ValueError, BufferError):
@@ -145,8 +145,8 @@ def room_of(buffer: Any, writable: bool = False) -> Room:
 
 
 def new_bytearray(size: int) -> tuple[bytearray, bool]:
-    """CPython: a bytearray of size bytes, and whether they are zeroes; else they are anything."""
-    if size < LARGE:
+    """A bytearray of size bytes, and whether they are zeroes; else they are anything."""
+    if size < LARGE or not IS_CPYTHON:
         return bytearray(size), True
     fresh = _uninitialised(size)
     if size >= HUGE:
