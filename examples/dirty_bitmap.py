@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""Bring a backup up to date: copy only what a dirty bitmap of qemu says was written since.
+
+The backup is a raw image.  Of an export of qemu-nbd -B BITMAP, or of a running virtual machine, the
+meta context qemu:dirty-bitmap:BITMAP tells which parts were written after the bitmap was added.
+
+    python dirty_bitmap.py                    # makes a disk, writes to it, and backs it up
+    python dirty_bitmap.py nbd://localhost/disk BITMAP backup.img
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbd
+
+BLOCK = 1024 * 1024  # bytes read at once
+ASK = 2**30  # bytes of the disk to ask about at once
+CONTEXT = "qemu:dirty-bitmap:"
+DIRTY = 1  # the flag of an extent in the meta contexts of dirty bitmaps
+
+
+def dirty_extents(h: nbd.NBD, context: str) -> Iterator[tuple[int, int]]:
+    """Yield the (offset, length) of everything that the bitmap calls dirty."""
+    position, size = 0, h.get_size()
+    entries: list[int] = []
+    if not h.can_meta_context(context):
+        sys.exit(f"the server does not offer {context}")
+    while position < size:
+        entries.clear()
+        h.block_status(min(ASK, size - position), position, lambda *a: entries.extend(a[2]))
+        if not any(entries[::2]):
+            sys.exit(f"the server has nothing to say about what is at {position}")
+        for length, flags in zip(entries[::2], entries[1::2]):
+            if flags & DIRTY:
+                yield position, min(length, size - position)
+            position += length
+
+
+def back_up(h: nbd.NBD, context: str, target: Path) -> None:
+    """Copy the dirty extents to the same places of the file."""
+    with target.open("r+b") as file:
+        file.truncate(h.get_size())
+        for offset, length in dirty_extents(h, context):
+            print(f"dirty: {length} bytes at {offset}")
+            for start in range(offset, offset + length, BLOCK):
+                file.seek(start)
+                file.write(h.pread(min(BLOCK, offset + length - start), start))
+
+
+def demonstrate(folder: Path) -> None:
+    """Make a disk and an old backup of it, write to the disk, update the backup, and compare."""
+    disk, backup = folder / "disk.qcow2", folder / "backup.img"
+    backup.touch()  # of a disk that was empty
+    qemu_img("create", "-q", "-f", "qcow2", str(disk), "64M")
+    qemu_img("bitmap", "--add", str(disk), "new")
+    with nbd.NBD() as h:
+        h.connect_systemd_socket_activation(["qemu-nbd", "--format=qcow2", str(disk)])
+        h.pwrite(b"one" * 10_000, 0)
+        h.pwrite(b"two" * 1_000_000, 50_000_000)
+        h.shutdown()
+    with nbd.NBD() as h:
+        h.add_meta_context(CONTEXT + "new")
+        h.connect_systemd_socket_activation(
+            ["qemu-nbd", "--format=qcow2", "--bitmap=new", str(disk)]
+        )
+        back_up(h, CONTEXT + "new", backup)
+        h.shutdown()
+    qemu_img("compare", "-f", "raw", "-F", "qcow2", str(backup), str(disk))
+
+
+def qemu_img(*arguments: str) -> None:
+    """Run qemu-img, which prints what there is to say."""
+    subprocess.run(["qemu-img", *arguments], check=True)
+
+
+def main() -> None:
+    """Back up the disk at the URI in the first argument, or show how it goes."""
+    if len(sys.argv) == 1:
+        with tempfile.TemporaryDirectory() as folder:
+            demonstrate(Path(folder))
+        return
+    uri, bitmap, backup = sys.argv[1:]
+    with nbd.NBD() as h:
+        h.add_meta_context(CONTEXT + bitmap)
+        h.connect_uri(uri)
+        back_up(h, CONTEXT + bitmap, Path(backup))
+        h.shutdown()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except nbd.Error as reason:
+        sys.exit(f"{sys.argv[0]}: {reason}")

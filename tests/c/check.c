@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: LGPL-2.0-or-later
+#include "check.h"
+#include "owner.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+/* A test that takes longer hangs: SIGALRM ends the program.  Valgrind needs most of it. */
+#define SECONDS 120
+
+static bool failed;
+static const char *subject;
+
+bool check(bool held, const char *file, int line, const char *condition)
+{
+    if (held)
+        return true;
+    failed = true;
+    printf("# %s:%d: not true%s%s: %s\n", file, line, subject ? " for " : "",
+           subject ? subject : "", condition);
+    return false;
+}
+
+void checking(const char *name)
+{
+    subject = name;
+}
+
+int run_tests(const struct test *tests, size_t count)
+{
+    int status = EXIT_SUCCESS;
+
+    /* Line by line, so that what was proven before a crash is told, and no child repeats it. */
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    own_tokens();
+    for (size_t i = 0; i < count; i++) {
+        failed = false;
+        subject = NULL;
+        alarm(SECONDS);
+        tests[i].run();
+        alarm(0);
+        printf("%s %s\n", failed ? "not ok" : "ok", tests[i].name);
+        if (failed)
+            status = EXIT_FAILURE;
+    }
+    return status;
+}

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: LGPL-2.0-or-later
+/* A library to preload: malloc fails when one shared object calls it for the n-th time. */
+#include <dlfcn.h>
+#include <errno.h>
+#include <link.h>
+#include <stdint.h>
+#include <string.h>
+
+static uintptr_t start, end;
+static int calls, failing;
+
+int fail_malloc_of(const char *file);
+int fail_malloc_at(int n);
+
+static int find(struct dl_phdr_info *info, size_t size, void *file)
+{
+    (void)size;
+    if (strcmp(info->dlpi_name, file) != 0)
+        return 0;
+    for (int i = 0; i < info->dlpi_phnum; i++) {
+        if (info->dlpi_phdr[i].p_type == PT_LOAD && info->dlpi_phdr[i].p_flags & PF_X) {
+            start = info->dlpi_addr + info->dlpi_phdr[i].p_vaddr;
+            end = start + info->dlpi_phdr[i].p_memsz;
+        }
+    }
+    return 1;
+}
+
+/* Choose the shared object: 1 if it is loaded. */
+int fail_malloc_of(const char *file)
+{
+    return dl_iterate_phdr(find, (void *)file);
+}
+
+/* Let its n-th call from now on fail, 0 for none; returns how many it made since the last time. */
+int fail_malloc_at(int n)
+{
+    int made = calls;
+
+    calls = 0;
+    failing = n;
+    return made;
+}
+
+void *malloc(size_t size)
+{
+    static void *(*next)(size_t size);
+    uintptr_t caller = (uintptr_t)__builtin_return_address(0);
+
+    if (start <= caller && caller < end && ++calls == failing) {
+        errno = ENOMEM;
+        return NULL;
+    }
+    if (next == NULL)
+        *(void **)&next = dlsym(RTLD_NEXT, "malloc");
+    return next(size);
+}

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: LGPL-2.0-or-later
+/* The helpers for memory: zeroes, and advice. */
+#include "check.h"
+#include "nbdshim.h"
+
+#include <string.h>
+#include <sys/mman.h>
+
+#define SIZE ((size_t)8 << 20)
+
+static void any_byte_that_is_not_zero_is_found(void)
+{
+    char bytes[67] = {0};
+
+    for (size_t size = 0; size <= sizeof bytes; size++)
+        CHECK(nbdshim_is_zero(bytes, size));
+    for (size_t i = 0; i < sizeof bytes; i++) {
+        bytes[i] = 1;
+        CHECK(!nbdshim_is_zero(bytes, sizeof bytes));
+        CHECK(nbdshim_is_zero(bytes, i));
+        CHECK(nbdshim_is_zero(bytes + i + 1, sizeof bytes - i - 1));
+        bytes[i] = 0;
+    }
+}
+
+static void clearing_touches_its_own_bytes_only(void)
+{
+    char bytes[8];
+
+    memset(bytes, 'x', sizeof bytes);
+    nbdshim_clear(bytes + 2, 3);
+    CHECK(memcmp(bytes, "xx\0\0\0xxx", sizeof bytes) == 0);
+    nbdshim_clear(bytes, 0);
+    CHECK(bytes[0] == 'x');
+}
+
+static void advice_changes_no_byte(void)
+{
+    char *p = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    REQUIRE(p != MAP_FAILED);
+    memset(p, 'x', SIZE);
+    nbdshim_advise_huge(p, SIZE);
+    nbdshim_advise_huge(p + 1, SIZE - 2);
+    for (size_t i = 0; i < SIZE; i += 4095)
+        CHECK(p[i] == 'x');
+    CHECK(munmap(p, SIZE) == 0);
+}
+
+static void advice_on_less_than_a_page_is_ignored(void)
+{
+    char bytes[3] = "ab";
+
+    nbdshim_advise_huge(bytes, sizeof bytes);
+    nbdshim_advise_huge(bytes, 0);
+    nbdshim_advise_huge((char *)1, 1);
+    CHECK(strcmp(bytes, "ab") == 0);
+}
+
+RUN_TESTS(TEST(any_byte_that_is_not_zero_is_found), TEST(clearing_touches_its_own_bytes_only),
+          TEST(advice_changes_no_byte), TEST(advice_on_less_than_a_page_is_ignored))

@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: LGPL-2.0-or-later
+/*
+ * Every allocation of the shim is made to fail: the first, the second, ... until a scenario passes
+ * untouched.  Linked with --wrap for the allocators; libnbd's own allocations are not touched.
+ */
+#include "check.h"
+#include "handle.h"
+#include "owner.h"
+#include "server.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* How many allocations there were, and the one that fails; 0 for none. */
+static int allocations, failing;
+static bool create_fails;
+
+static bool fails(void)
+{
+    if (++allocations != failing)
+        return false;
+    errno = ENOMEM;
+    return true;
+}
+
+/* What the linker puts in place of the functions of these names, and their own names. */
+void *__real_malloc(size_t size);
+void *__real_calloc(size_t count, size_t size);
+void *__real_realloc(void *p, size_t size);
+char *__real_strdup(const char *text);
+struct nbd_handle *__real_nbd_create(void);
+
+void *__wrap_malloc(size_t size)
+{
+    return fails() ? NULL : __real_malloc(size);
+}
+
+void *__wrap_calloc(size_t count, size_t size)
+{
+    return fails() ? NULL : __real_calloc(count, size);
+}
+
+void *__wrap_realloc(void *p, size_t size)
+{
+    return fails() ? NULL : __real_realloc(p, size);
+}
+
+char *__wrap_strdup(const char *text)
+{
+    return fails() ? NULL : __real_strdup(text);
+}
+
+struct nbd_handle *__wrap_nbd_create(void)
+{
+    return create_fails ? NULL : __real_nbd_create();
+}
+
+struct scenario {
+    struct nbdshim *s;
+    char room[512];
+    struct token tokens[4];
+    int used; /* how many tokens it gives away */
+};
+
+typedef int64_t step(struct scenario *sc);
+
+static int64_t create_only(struct scenario *sc)
+{
+    struct nbdshim *s = nbdshim_create();
+
+    (void)sc;
+    if (s == NULL)
+        return NBDSHIM_NO_MEMORY;
+    nbdshim_destroy(s);
+    return 0;
+}
+
+static int64_t read_structured(struct scenario *sc)
+{
+    sc->used = 1;
+    return nbdcall_pread_structured(sc->s, sc->room, sizeof sc->room, 0, give(&sc->tokens[0]), 0);
+}
+
+static int64_t read_later(struct scenario *sc)
+{
+    sc->used = 1;
+    return start_read(sc->s, sc->room, sizeof sc->room, 0, give(&sc->tokens[0]), true);
+}
+
+static int64_t read_later_without_callback(struct scenario *sc)
+{
+    sc->used = 1;
+    return start_read(sc->s, sc->room, sizeof sc->room, 0, give(&sc->tokens[0]), false);
+}
+
+static int64_t read_structured_later(struct scenario *sc)
+{
+    sc->used = 2;
+    return nbdcall_aio_pread_structured(sc->s, sc->room, sizeof sc->room, true, 0,
+                                        give(&sc->tokens[0]), give(&sc->tokens[1]), true, 0);
+}
+
+static int64_t ask_extents(struct scenario *sc)
+{
+    sc->used = 1;
+    return nbdcall_block_status(sc->s, DISK_SIZE, 0, give(&sc->tokens[0]), 0);
+}
+
+static int64_t ask_extents_later(struct scenario *sc)
+{
+    sc->used = 2;
+    return nbdcall_aio_block_status(sc->s, DISK_SIZE, 0, give(&sc->tokens[0]), give(&sc->tokens[1]),
+                                    true, 0);
+}
+
+static int64_t set_debug_callback(struct scenario *sc)
+{
+    sc->used = 1;
+    return nbdcall_set_debug_callback(sc->s, give(&sc->tokens[0]));
+}
+
+static int64_t close_with_commands_in_flight(struct scenario *sc)
+{
+    int64_t result = read_structured_later(sc);
+
+    CHECK(nbdshim_close(sc->s) == 0);
+    return result;
+}
+
+static int64_t list_exports(struct scenario *sc)
+{
+    sc->used = 1;
+    return nbdcall_opt_list(sc->s, give(&sc->tokens[0]));
+}
+
+static int64_t list_exports_later(struct scenario *sc)
+{
+    sc->used = 2;
+    return nbdcall_aio_opt_list(sc->s, give(&sc->tokens[0]), give(&sc->tokens[1]), true);
+}
+
+static int64_t list_contexts(struct scenario *sc)
+{
+    sc->used = 1;
+    return nbdcall_opt_list_meta_context(sc->s, give(&sc->tokens[0]));
+}
+
+/* Fail its allocations one after the other, each on a new handle; returns how many there are. */
+static int fail_each(struct nbdshim *(*make)(void), step *run)
+{
+    for (int i = 1;; i++) {
+        struct scenario sc = {.s = make ? make() : NULL};
+        int64_t result;
+        bool is_untouched;
+
+        memset(sc.room, 'x', sizeof sc.room);
+        allocations = 0;
+        failing = i;
+        result = run(&sc);
+        is_untouched = allocations < failing;
+        failing = 0;
+        if (is_untouched) {
+            CHECK(result >= 0);
+        } else {
+            CHECK(result == NBDSHIM_NO_MEMORY);
+            for (int t = 0; t < sc.used; t++)
+                CHECK(sc.tokens[t].calls == 0 && sc.tokens[t].releases == 1);
+        }
+        if (sc.s && nbdshim_check(sc.s) == 0) {
+            CHECK(atomic_load(&sc.s->users) == 1);
+            CHECK(nbdcall_get_debug(sc.s) >= 0);
+        }
+        nbdshim_destroy(sc.s);
+        for (int t = 0; t < sc.used; t++)
+            CHECK(sc.tokens[t].releases == 1);
+        if (is_untouched)
+            return i - 1;
+    }
+}
+
+static void a_handle_needs_one_allocation(void)
+{
+    CHECK(fail_each(NULL, create_only) == 1);
+}
+
+static void a_handle_that_libnbd_cannot_make_is_not_made(void)
+{
+    create_fails = true;
+    CHECK(nbdshim_create() == NULL);
+    create_fails = false;
+}
+
+static void a_callback_needs_one_allocation(void)
+{
+    CHECK(fail_each(connected, read_structured) == 1);
+    CHECK(fail_each(connected, read_later) == 1);
+    CHECK(fail_each(connected, read_later_without_callback) == 1);
+    CHECK(fail_each(connected, ask_extents) == 1);
+    CHECK(fail_each(nbdshim_create, set_debug_callback) == 1);
+    CHECK(fail_each(negotiating, list_exports) == 1);
+    CHECK(fail_each(negotiating, list_contexts) == 1);
+}
+
+static void two_callbacks_need_two_allocations(void)
+{
+    CHECK(fail_each(connected, read_structured_later) == 2);
+    CHECK(fail_each(connected, ask_extents_later) == 2);
+    CHECK(fail_each(negotiating, list_exports_later) == 2);
+}
+
+static void closing_needs_none_but_its_commands(void)
+{
+    CHECK(fail_each(connected, close_with_commands_in_flight) == 2);
+}
+
+static void a_read_that_was_refused_for_memory_leaves_zeroes(void)
+{
+    step *const reads[] = {read_structured, read_later, read_structured_later};
+
+    for (size_t i = 0; i < sizeof reads / sizeof reads[0]; i++) {
+        struct scenario sc = {.s = connected()};
+
+        memset(sc.room, 'x', sizeof sc.room);
+        allocations = 0;
+        failing = 1;
+        CHECK(reads[i](&sc) == NBDSHIM_NO_MEMORY);
+        failing = 0;
+        CHECK(nbdshim_is_zero(sc.room, sizeof sc.room));
+        nbdshim_destroy(sc.s);
+    }
+}
+
+RUN_TESTS(TEST(a_handle_needs_one_allocation), TEST(a_handle_that_libnbd_cannot_make_is_not_made),
+          TEST(a_callback_needs_one_allocation), TEST(two_callbacks_need_two_allocations),
+          TEST(closing_needs_none_but_its_commands),
+          TEST(a_read_that_was_refused_for_memory_leaves_zeroes))

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: LGPL-2.0-or-later
+/* A read that is refused leaves zeroes, as one that libnbd fails: no old bytes show. */
+#include "check.h"
+#include "owner.h"
+#include "server.h"
+
+#include <string.h>
+
+#define SIZE 4096
+
+static char room[SIZE];
+
+/* Each kind of read into `room`, filled with something else before. */
+static void check_reads(struct nbdshim *s, int refusal)
+{
+    struct token tokens[4] = {0};
+
+    memset(room, 'x', SIZE);
+    CHECK(nbdcall_pread(s, room, SIZE, 0, 0) == refusal);
+    CHECK(nbdshim_is_zero(room, SIZE));
+    memset(room, 'x', SIZE);
+    CHECK(nbdcall_pread_structured(s, room, SIZE, 0, give(&tokens[0]), 0) == refusal);
+    CHECK(nbdshim_is_zero(room, SIZE));
+    memset(room, 'x', SIZE);
+    CHECK(start_read(s, room, SIZE, 0, give(&tokens[1]), true) == refusal);
+    CHECK(nbdshim_is_zero(room, SIZE));
+    memset(room, 'x', SIZE);
+    CHECK(nbdcall_aio_pread_structured(s, room, SIZE, false, 0, give(&tokens[2]), give(&tokens[3]),
+                                       true, 0) == refusal);
+    CHECK(nbdshim_is_zero(room, SIZE));
+    for (int i = 0; i < 4; i++)
+        CHECK(tokens[i].calls == 0 && tokens[i].releases == 1);
+}
+
+static void reads_from_a_closed_handle_leave_zeroes(void)
+{
+    struct nbdshim *s = nbdshim_create();
+
+    CHECK(nbdshim_close(s) == 0);
+    check_reads(s, NBDSHIM_CLOSED);
+    nbdshim_destroy(s);
+}
+
+static void reads_that_libnbd_fails_leave_zeroes(void)
+{
+    struct nbdshim *s = nbdshim_create();
+
+    check_reads(s, -1);
+    nbdshim_destroy(s);
+}
+
+static void read_inside(struct token *t)
+{
+    check_reads(t->data, NBDSHIM_REENTERED);
+}
+
+static void reads_inside_a_callback_leave_zeroes(void)
+{
+    struct nbdshim *s = connected();
+    struct token extent = {.inside = read_inside, .data = s};
+
+    CHECK(nbdcall_block_status(s, DISK_SIZE, 0, give(&extent), 0) == 0);
+    CHECK(extent.calls == 1);
+    nbdshim_destroy(s);
+}
+
+static void a_refused_read_touches_its_own_bytes_only(void)
+{
+    struct nbdshim *s = nbdshim_create();
+
+    CHECK(nbdshim_close(s) == 0);
+    memset(room, 'x', SIZE);
+    CHECK(nbdcall_pread(s, room + 1, 2, 0, 0) == NBDSHIM_CLOSED);
+    CHECK(memcmp(room, "x\0\0x", 4) == 0);
+    CHECK(nbdcall_pread(s, room + 3, 0, 0, 0) == NBDSHIM_CLOSED);
+    CHECK(room[3] == 'x');
+    nbdshim_destroy(s);
+}
+
+/* libnbd clears what it is given, unless told not to: then the shim does it for stale bytes. */
+static void stale_bytes_never_show(void)
+{
+    for (int initialize = 0; initialize < 2; initialize++) {
+        struct nbdshim *s = nbdshim_create();
+        struct token held = {0};
+        int64_t cookie;
+
+        CHECK(nbdcall_set_pread_initialize(s, initialize) == 0);
+        memset(room, 'x', SIZE);
+        cookie = nbdcall_aio_pread(s, room, SIZE, true, 0, give(&held), false, 0);
+        CHECK(cookie == -1);
+        CHECK(nbdshim_is_zero(room, SIZE));
+        CHECK(held.releases == 1);
+        nbdshim_destroy(s);
+    }
+}
+
+static void bytes_that_may_be_seen_stay_where_libnbd_is_told_to_leave_them(void)
+{
+    struct nbdshim *s = nbdshim_create();
+
+    CHECK(nbdcall_set_pread_initialize(s, false) == 0);
+    memset(room, 'x', SIZE);
+    CHECK(nbdcall_aio_pread(s, room, SIZE, false, 0, 0, false, 0) == -1);
+    CHECK(room[0] == 'x' && room[SIZE - 1] == 'x');
+    nbdshim_destroy(s);
+}
+
+RUN_TESTS(TEST(reads_from_a_closed_handle_leave_zeroes), TEST(reads_that_libnbd_fails_leave_zeroes),
+          TEST(reads_inside_a_callback_leave_zeroes),
+          TEST(a_refused_read_touches_its_own_bytes_only), TEST(stale_bytes_never_show),
+          TEST(bytes_that_may_be_seen_stay_where_libnbd_is_told_to_leave_them))

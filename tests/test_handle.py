@@ -1,0 +1,306 @@
+"""The life of a handle: how it begins, the ways it ends, and what a closed one says."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import pickle
+import subprocess
+import sys
+import weakref
+from typing import Any, Callable
+
+import pytest
+from handles import closed, poll
+from servers import PATIENCE, Server
+
+import nbd
+
+# One acceptable value for every parameter name of the API; what is missing here gets 0.
+ARGUMENTS: dict[str, Any] = {
+    "addr": "/nowhere",
+    "argv": ["/bin/false"],
+    "buf": bytearray(512),
+    "chunk": print,
+    "completion": None,
+    "context": print,
+    "contexts": ["base:allocation"],
+    "count": 512,
+    "debug": print,
+    "dir": "/nowhere",
+    "extent": print,
+    "extent64": print,
+    "filename": "/nowhere",
+    "handle_name": "x",
+    "hostname": "localhost",
+    "list": print,
+    "metacontext": "x",
+    "name": "x",
+    "export_name": "x",
+    "port": "0",
+    "priority": "NORMAL",
+    "queries": ["base:"],
+    "socket_name": "x",
+    "unixsocket": "/nowhere",
+    "uri": "nbd://localhost",
+    "username": "x",
+}
+
+METHODS = sorted(name for name in dir(nbd.NBD) if not name.startswith("_"))
+
+
+def call_with_anything(handle: nbd.NBD, name: str) -> None:
+    """Call a method with acceptable arguments for every parameter that has no default."""
+    parameters = inspect.signature(getattr(nbd.NBD, name)).parameters.values()
+    required = [p.name for p in parameters if p.default is p.empty and p.name != "self"]
+    arguments: list[Any] = [ARGUMENTS.get(parameter, 0) for parameter in required]
+    if name.endswith("connect_vsock"):
+        arguments = [1, 1]
+    getattr(handle, name)(*arguments)
+
+
+def run_program(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python program in a process of its own, with this interpreter."""
+    command = [sys.executable, "-W", "error", "-I", "-c", program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=3 * PATIENCE)
+
+
+def ended_silently(program: str, *arguments: str) -> None:
+    """Run a program that must end with status 0 and write nothing."""
+    done = run_program(program, *arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_new_handle_is_created_and_not_connected(h: nbd.NBD) -> None:
+    assert h.aio_is_created()
+    assert not h.aio_is_ready()
+
+
+def test_two_handles_are_two(h: nbd.NBD) -> None:
+    with nbd.NBD() as other:
+        h.set_handle_name("one")
+        other.set_handle_name("two")
+        assert (h.get_handle_name(), other.get_handle_name()) == ("one", "two")
+
+
+def test_a_handle_takes_attributes(h: Any) -> None:
+    h.note = "mine"
+    assert h.note == "mine"
+
+
+def test_a_subclass_works(nbdkit: Callable[..., Server]) -> None:
+    class Disk(nbd.NBD):
+        def __init__(self, socket: str) -> None:
+            super().__init__()
+            self.connect_unix(socket)
+
+    with Disk(nbdkit("memory", "1M").socket) as disk:
+        assert disk.get_size() == 1 << 20
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_of_a_closed_handle_raises_closed_handle(name: str) -> None:
+    handle = nbd.NBD()
+    handle.close()
+    with pytest.raises(nbd.ClosedHandle):
+        call_with_anything(handle, name)
+
+
+def test_a_second_close_raises_closed_handle() -> None:
+    handle = nbd.NBD()
+    handle.close()
+    with pytest.raises(nbd.ClosedHandle):
+        handle.close()
+
+
+def test_close_ends_the_connection(nbdkit: Callable[..., Server]) -> None:
+    server = nbdkit("memory", "1M", "--filter=exitlast")
+    handle = nbd.NBD()
+    handle.connect_unix(server.socket)
+    handle.close()
+    assert server.wait() == 0
+
+
+def test_close_with_a_command_in_flight(nbdkit: Callable[..., Server]) -> None:
+    server = nbdkit("memory", "1M", "--filter=delay", "rdelay=60")
+    handle = nbd.NBD()
+    handle.connect_unix(server.socket)
+    handle.aio_pread(bytearray(512), 0, lambda error: 1)
+    handle.close()
+    assert closed(handle)
+
+
+def test_close_during_the_handshake(nbdkit: Callable[..., Server]) -> None:
+    handle = nbd.NBD()
+    handle.aio_connect_unix(nbdkit("memory", "1M").socket)
+    poll(handle)
+    handle.close()
+    assert closed(handle)
+
+
+def test_nbd_nbd_gives_a_handle_and_closes_it() -> None:
+    with nbd.nbd() as handle:
+        assert isinstance(handle, nbd.NBD)
+        assert not closed(handle)
+    assert closed(handle)
+
+
+def test_nbd_nbd_closes_after_an_exception() -> None:
+    with pytest.raises(ZeroDivisionError), nbd.nbd() as handle:
+        raise ZeroDivisionError
+    assert closed(handle)
+
+
+def test_with_a_handle_gives_that_handle_and_closes_it() -> None:
+    handle = nbd.NBD()
+    with handle as same:
+        assert same is handle
+        assert not closed(handle)
+    assert closed(handle)
+
+
+def test_with_a_handle_closes_after_an_exception() -> None:
+    with pytest.raises(ZeroDivisionError), nbd.NBD() as handle:
+        raise ZeroDivisionError
+    assert closed(handle)
+
+
+def test_with_a_handle_closes_after_keyboard_interrupt() -> None:
+    with pytest.raises(KeyboardInterrupt), nbd.NBD() as handle:
+        raise KeyboardInterrupt
+    assert closed(handle)
+
+
+def test_a_dropped_handle_closes_the_connection(nbdkit: Callable[..., Server]) -> None:
+    server = nbdkit("memory", "1M", "--filter=exitlast")
+    handle = nbd.NBD()
+    handle.connect_unix(server.socket)
+    del handle
+    gc.collect()
+    assert server.wait() == 0
+
+
+def test_a_dropped_handle_in_a_cycle_closes_the_connection(nbdkit: Callable[..., Server]) -> None:
+    server = nbdkit("memory", "1M", "--filter=exitlast")
+    handle: Any = nbd.NBD()
+    handle.itself = handle
+    handle.connect_unix(server.socket)
+    del handle
+    gc.collect()
+    assert server.wait() == 0
+
+
+def test_a_dropped_handle_is_collected() -> None:
+    handle = nbd.NBD()
+    reference = weakref.ref(handle)
+    del handle
+    gc.collect()
+    assert reference() is None
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_handle_cannot_be_duplicated(h: nbd.NBD, duplicate: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError):
+        duplicate(h)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_handle_cannot_be_pickled(h: nbd.NBD, protocol: int) -> None:
+    with pytest.raises(TypeError):
+        pickle.dumps(h, protocol)
+
+
+def test_a_program_may_end_with_an_open_connection(nbdkit: Callable[..., Server]) -> None:
+    server = nbdkit("memory", "1M", "--filter=exitlast")
+    ended_silently(
+        "import nbd, sys; h = nbd.NBD(); h.connect_unix(sys.argv[1]); h.pread(512, 0)",
+        server.socket,
+    )
+    assert server.wait() == 0
+
+
+def test_a_program_may_end_with_commands_in_flight(nbdkit: Callable[..., Server]) -> None:
+    program = """
+import nbd, sys
+h = nbd.NBD()
+h.connect_unix(sys.argv[1])
+for i in range(8):
+    h.aio_pread(nbd.Buffer(4096), 0, lambda error: 1)
+    h.aio_pread_structured(bytearray(4096), 0, lambda *chunk: 0)
+"""
+    ended_silently(program, nbdkit("memory", "1M", "--filter=delay", "rdelay=60").socket)
+
+
+def test_a_program_may_end_with_a_handle_that_was_never_connected() -> None:
+    ended_silently("import nbd; h = nbd.NBD()")
+
+
+def test_a_program_may_end_with_a_closed_handle() -> None:
+    ended_silently("import nbd; h = nbd.NBD(); h.close()")
+
+
+def test_a_program_may_end_with_handles_in_a_cycle() -> None:
+    ended_silently("import nbd; h = nbd.NBD(); h.other = nbd.NBD(); h.other.other = h")
+
+
+def test_a_program_may_end_with_a_callback_that_refers_to_its_handle() -> None:
+    ended_silently(
+        "import nbd; h = nbd.NBD(); h.set_debug_callback(lambda *message: h); h.set_debug(True)"
+    )
+
+
+def test_a_program_may_end_with_a_server_as_subprocess() -> None:
+    ended_silently(
+        "import nbd; h = nbd.NBD();"
+        "h.connect_command(['nbdkit', '-s', '--exit-with-parent', 'memory', '1M'])"
+    )
+
+
+def test_a_program_may_end_by_an_exception_with_an_open_handle() -> None:
+    done = run_program("import nbd; h = nbd.NBD(); h.get_size()")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("nbd.Error: nbd_get_size: ")
+
+
+def test_a_handle_made_in_a_thread_may_outlive_it() -> None:
+    program = """
+import nbd, threading
+handles = []
+thread = threading.Thread(target=lambda: handles.append(nbd.NBD()))
+thread.start()
+thread.join()
+assert handles[0].aio_is_created()
+"""
+    ended_silently(program)
+
+
+def test_a_subclass_whose_init_raises_first_leaves_no_trace(unraisable: list[Any]) -> None:
+    class Broken(nbd.NBD):
+        def __init__(self) -> None:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        Broken()
+    gc.collect()
+    assert unraisable == []
+
+
+def test_a_subclass_whose_init_raises_last_leaves_no_trace(unraisable: list[Any]) -> None:
+    class Broken(nbd.NBD):
+        def __init__(self) -> None:
+            super().__init__()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        Broken()
+    gc.collect()
+    assert unraisable == []
+
+
+def test_the_module_tells_the_version_of_libnbd(h: nbd.NBD) -> None:
+    assert nbd.__version__ == h.get_version()
+
+
+def test_the_module_tells_the_name_of_the_package(h: nbd.NBD) -> None:
+    assert nbd.package_name == h.get_package_name() == "libnbd"

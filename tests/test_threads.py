@@ -1,0 +1,206 @@
+"""Threads: eight on one handle, eight on eight, and a waiting call that holds up no other."""
+
+from __future__ import annotations
+
+import gc
+import os
+import select
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+from handles import drain
+from servers import Server
+
+import nbd
+
+THREADS = 8
+ROUNDS = 40
+BLOCK = 4096
+
+
+def in_threads(work: Callable[[int], None]) -> None:
+    """Run work(0) to work(7) at the same time, and raise what they raised."""
+    raised: list[BaseException] = []
+    start = threading.Barrier(THREADS)
+
+    def run(number: int) -> None:
+        try:
+            start.wait(20)
+            work(number)
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    if raised:
+        raise raised[0]
+
+
+def exercise(handle: nbd.NBD, number: int) -> None:
+    """Write, read and ask about a thread's own part of the disk, over and over."""
+    where = number * BLOCK
+    for turn in range(ROUNDS):
+        data = bytes([number * 16 + turn % 16]) * BLOCK
+        handle.pwrite(data, where)
+        assert handle.pread(BLOCK, where) == data
+        chunks: list[tuple[bytes, int]] = []
+
+        def chunk(view: memoryview, offset: int, status: int, error: Any) -> int:
+            chunks.append((bytes(view), offset))  # noqa: B023 - called before the next turn
+            return 0
+
+        assert handle.pread_structured(BLOCK, where, chunk) == data
+        assert chunks == [(data, where)]
+
+
+def test_eight_threads_on_one_handle(disk: nbd.NBD) -> None:
+    in_threads(lambda number: exercise(disk, number))
+    assert disk.aio_in_flight() == 0
+
+
+def test_eight_threads_on_eight_handles(nbdkit: Callable[..., Server]) -> None:
+    server = nbdkit("memory", "1M")
+
+    def work(number: int) -> None:
+        with nbd.NBD() as handle:
+            handle.connect_unix(server.socket)
+            exercise(handle, number)
+
+    in_threads(work)
+
+
+def test_eight_threads_open_and_close_handles(nbdkit: Callable[..., Server]) -> None:
+    server = nbdkit("memory", "1M")
+
+    def work(number: int) -> None:
+        for _ in range(5):
+            with nbd.NBD() as handle:
+                handle.connect_unix(server.socket)
+                assert handle.pread(512, number * BLOCK) == bytes(512)
+
+    in_threads(work)
+
+
+def test_eight_threads_with_commands_in_flight(nbdkit: Callable[..., Server]) -> None:
+    server = nbdkit("pattern", "1M")
+    whole = None
+
+    def work(number: int) -> None:
+        with nbd.NBD() as handle:
+            handle.connect_unix(server.socket)
+            buffers = [nbd.Buffer(BLOCK) for _ in range(64)]
+            errors: list[int] = []
+
+            def completion(error: Any) -> int:
+                errors.append(error.value)
+                return 1
+
+            for i, buf in enumerate(buffers):
+                handle.aio_pread(buf, i * BLOCK, completion)
+            drain(handle)
+            assert errors == [0] * 64
+            assert b"".join(bytes(buf) for buf in buffers) == whole
+
+    with nbd.NBD() as handle:
+        handle.connect_unix(server.socket)
+        whole = bytes(handle.pread(64 * BLOCK, 0))
+    in_threads(work)
+
+
+def test_one_thread_issues_and_another_polls(disk: nbd.NBD) -> None:
+    done: list[int] = []
+    issued = threading.Semaphore(0)
+
+    def completion(error: Any) -> int:
+        done.append(error.value)
+        return 1
+
+    def issue() -> None:
+        for i in range(64):
+            disk.aio_pwrite(bytes([i]) * BLOCK, i * BLOCK, completion)
+            issued.release()
+
+    thread = threading.Thread(target=issue)
+    thread.start()
+    for _ in range(64):
+        assert issued.acquire(timeout=20)
+        drain(disk)
+    thread.join(20)
+    drain(disk)
+    assert done == [0] * 64
+    assert disk.pread(1, 63 * BLOCK) == b"\x3f"
+
+
+def test_a_waiting_call_holds_up_no_other_thread(
+    nbdkit: Callable[..., Server], h: nbd.NBD, tmp_path: Path
+) -> None:
+    # The server answers the read only when this thread has run on, through two named pipes.
+    asked, go = tmp_path / "asked", tmp_path / "go"
+    os.mkfifo(asked)
+    os.mkfifo(go)
+    pread = (
+        f"pread=echo >{asked}; read line <{go};"
+        " dd if=/dev/zero count=$3 iflag=count_bytes status=none"
+    )
+    h.connect_unix(nbdkit("eval", "get_size=echo 1M", pread).socket)
+    result: list[bytes] = []
+    thread = threading.Thread(target=lambda: result.append(bytes(h.pread(512, 0))))
+    with open(os.open(asked, os.O_RDONLY | os.O_NONBLOCK), "rb") as waiting:
+        thread.start()
+        assert select.select([waiting], [], [], 20)[0]
+    assert result == []
+    go.write_text("go\n")
+    thread.join(20)
+    assert result == [bytes(512)]
+
+
+def test_exceptions_of_callbacks_stay_in_their_threads(disk: nbd.NBD) -> None:
+    def work(number: int) -> None:
+        for _ in range(ROUNDS):
+            mine = ValueError(number)
+
+            def chunk(*arguments: Any) -> None:
+                raise mine  # noqa: B023 - called before the next turn
+
+            with pytest.raises(nbd.Error) as caught:
+                disk.pread_structured(512, 0, chunk)
+            assert caught.value.__cause__ is mine
+
+    in_threads(work)
+
+
+def test_closing_in_another_thread_is_an_exception_and_no_crash(
+    nbdkit: Callable[..., Server],
+) -> None:
+    server = nbdkit("memory", "1M")
+    for _ in range(5):
+        handle = nbd.NBD()
+        handle.connect_unix(server.socket)
+
+        def work(number: int, handle: nbd.NBD = handle) -> None:
+            if number == 0:
+                handle.close()
+            # A call that was running when the handle was closed may fail in its own way.
+            with pytest.raises(nbd.ClosedHandle):  # noqa: PT012
+                while True:
+                    with suppress(nbd.Error):
+                        handle.pread(512, 0)
+
+        in_threads(work)
+
+
+def test_threads_leave_nothing(disk: nbd.NBD) -> None:
+    def work(number: int) -> None:
+        for _ in range(ROUNDS):
+            disk.pread_structured(512, 0, lambda *chunk: 0)
+
+    in_threads(work)
+    gc.collect()
+    assert len(nbd._callbacks.registry) == 0
