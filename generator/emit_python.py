@@ -74,7 +74,7 @@ def closures_module(header: Header) -> str:
     """closures.py: what the shim calls, one function for each callback type."""
     functions = [closure_function(closure) for closure in header.closures]
     used = "".join(functions)
-    converters = [name for name in ("numbers", "pairs", "text") if f"{name}(" in used]
+    converters = [name for name in ("as_text", "numbers", "pairs") if f"{name}(" in used]
     head = f'''\
 {BANNER}"""What libnbd's callbacks call: each finds its callable and converts the arguments."""
 
@@ -168,7 +168,7 @@ def callback_argument(name: str, kind: CallbackKind, length: str) -> str:
     """The Python expression for one argument of a callback."""
     return {
         CallbackKind.INT: name,
-        CallbackKind.STRING: f"text({name})",
+        CallbackKind.STRING: f"as_text({name})",
         CallbackKind.ERROR: f"{name}_cell",
         CallbackKind.VIEW: f"part(buffer, room, {name}, {length})",
         CallbackKind.INTS: f"numbers({name}, {length})",
@@ -194,10 +194,10 @@ def methods_module(header: Header, documentation: Mapping[str, Documentation]) -
 
 from __future__ import annotations
 
-from operator import index
+from operator import index as as_number
 
 import nbd.closures  # noqa: F401 - tells the shim whom to call
-from nbd._arguments import address_of, bad_numbers, path, string, strings
+from nbd._arguments import address_of, as_path, as_string, as_strings, bad_numbers
 from nbd._callbacks import (
     abandon,
     next_token,
@@ -220,7 +220,7 @@ from nbd._pins import (
     readable,
     unpin,
 )
-from nbd._values import owned_text, text
+from nbd._values import as_text, owned_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -237,16 +237,12 @@ if TYPE_CHECKING:
 
 
 class NBD(Handle):
-    """{class_summary()}
+    """A connection to an NBD server: a handle of libnbd.
 
 {textwrap.indent(group_index(groups), "    ")}
     """
 '''
     return "\n".join([head, *methods])
-
-
-def class_summary() -> str:
-    return "A connection to an NBD server: a handle of libnbd."
 
 
 def group_index(groups: Sequence[tuple[str, Sequence[Function]]]) -> str:
@@ -351,11 +347,11 @@ def conversions(function: Function) -> Iterator[str]:
     for parameter in function.parameters:
         name = parameter.name
         if parameter.kind is Kind.STRING:
-            yield f'{name}_utf8 = string("{name}", {name})'
+            yield f'{name}_utf8 = as_string("{name}", {name})'
         elif parameter.kind is Kind.PATH:
-            yield f'{name}_bytes = path("{name}", {name})'
+            yield f'{name}_bytes = as_path("{name}", {name})'
         elif parameter.kind is Kind.STRINGS:
-            yield f'{name}_array, _{name}_alive = strings("{name}", {name})'
+            yield f'{name}_array, _{name}_alive = as_strings("{name}", {name})'
         elif parameter.kind is Kind.ADDRESS:
             yield f"{name}_room, {name}_size = address_of({name})"
     for closure in function.closures:
@@ -422,7 +418,7 @@ def c_arguments(function: Function, parameter: Parameter) -> Iterator[str]:
     else:
         yield {
             Kind.BOOL: f"bool({name})",
-            Kind.INT: f"index({name})",
+            Kind.INT: f"as_number({name})",
             Kind.STRING: f"{name}_utf8",
             Kind.PATH: f"{name}_bytes",
             Kind.STRINGS: f"{name}_array",
@@ -438,7 +434,7 @@ def outcome(function: Function, kind: Returns) -> Iterator[str]:
     elif kind is Returns.TEXT:
         yield "if not result or pending:"
         yield "    settle(self._h, result)"
-        yield "return text(result)"
+        yield "return as_text(result)"
     elif kind is Returns.UNSIGNED:
         yield "if not result or pending:"
         yield "    settle_unsigned(self._h, result)"

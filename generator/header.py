@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import keyword
+import operator
 import os
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +55,33 @@ BY_HAND = frozenset({"create", "close", "get_error", "get_errno"})
 
 #: Parameters that name a file: these take bytes and os.PathLike as well as str.
 PATHS = frozenset({"unixsocket", "dir", "filename"})
+
+#: Names that the generated C and Python use for themselves: a parameter of such a name gets a "_".
+RESERVED = frozenset(keyword.kwlist) | {
+    *("s", "ret", "refused", "memset"),
+    *("self", "raised", "result", "room", "pointer", "size", "is_stale"),
+    *("index", "address_of", "bad_numbers", "path", "string", "strings", "owned_text", "text"),
+    *("abandon", "not_callable", "register", "register_optional", "settle", "lib", "pending"),
+    *("BOUNCES", "copy_out", "disclaim", "held_room", "read_into", "read_into_shown", "readable"),
+    *("unpin", "bool", "callable", "len", "OverflowError", "TypeError"),
+}
+
+#: What a constant may be made with.
+OPERATORS: Mapping[str, Callable[[int, int], int]] = {
+    "|": operator.or_,
+    "&": operator.and_,
+    "^": operator.xor,
+    "<<": operator.lshift,
+    ">>": operator.rshift,
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+}
+SIGNS: Mapping[str, Callable[[int], int]] = {
+    "-": operator.neg,
+    "+": operator.pos,
+    "~": operator.inv,
+}
 
 INSTALL = "Debian: apt install {debian}; Fedora: dnf install {fedora}"
 
@@ -132,7 +161,7 @@ def read(header: Path) -> Header:
 
 def parse(declarations: str, macros: str) -> Header:
     """The model of a preprocessed libnbd.h and of the macros it defines (`cc -E -dM`)."""
-    defined = dict(object_macros(macros))
+    defined = {name: text for name, text in object_macros(macros) if text}
     optional = frozenset(
         name[len("NBD_NULL_") :].lower() for name in defined if name.startswith("NBD_NULL_")
     )
@@ -156,8 +185,13 @@ def parse(declarations: str, macros: str) -> Header:
             functions.append(read_function(name, declaration, closures, optional))
         except Unbindable as reason:
             unbound.append((f"nbd_{name}", str(reason)))
-    constants = tuple(read_constants(defined))
-    return Header(tuple(functions), tuple(closures.values()), constants, tuple(unbound))
+    constants: list[tuple[str, int | str]] = []
+    for name in sorted(filter(is_constant, defined)):
+        try:
+            constants.append((name[len("LIBNBD_") :], evaluate(name, defined)))
+        except Unbindable as reason:
+            unbound.append((name, str(reason)))
+    return Header(tuple(functions), tuple(closures.values()), tuple(constants), tuple(unbound))
 
 
 def function_declarations(tree: c_ast.FileAST) -> Iterator[tuple[str, c_ast.FuncDecl]]:
@@ -199,11 +233,15 @@ class Declared(NamedTuple):
 
 
 def declared_parameters(declaration: c_ast.FuncDecl) -> list[Declared]:
-    """The parameters of a function, (void) being none."""
+    """The parameters of a function, (void) being none; names of our own get a "_"."""
     listed = [] if declaration.args is None else declaration.args.params
     if any(isinstance(node, c_ast.EllipsisParam) for node in listed):
         raise Unbindable("no rule for a variable number of arguments")
-    found = [Declared(getattr(node, "name", None) or "", spell(node.type)) for node in listed]
+    names = [getattr(node, "name", None) or "" for node in listed]
+    found = [
+        Declared(f"{name}_" if name in RESERVED else name, spell(node.type))
+        for name, node in zip(names, listed)
+    ]
     return [p for p in found if p.ctype != "void"]
 
 
@@ -235,6 +273,8 @@ def read_parameter(
 ) -> Parameter:
     """The rule for one parameter; a length that goes with it is taken from `rest`."""
     name, ctype = declared
+    if not name:
+        raise Unbindable(f"a parameter of type {ctype} has no name")
     if ctype in closures:
         short = name[: -len("_callback")] if name.endswith("_callback") else name
         closure = closures[ctype].name
@@ -323,53 +363,45 @@ def is_constant(name: str) -> bool:
     return name.startswith("LIBNBD_") and not name.startswith(private)
 
 
-def read_constants(defined: Mapping[str, str]) -> Iterator[tuple[str, int | str]]:
-    """The constants without their prefix, those with no value (the include guard) left out."""
-    for name in sorted(filter(is_constant, defined)):
-        if defined[name]:
-            try:
-                yield name[len("LIBNBD_") :], evaluate(defined[name], defined)
-            except Unbindable:
-                continue
-
-
-def evaluate(text: str, defined: Mapping[str, str]) -> int | str:
-    """The value of a macro's text, other macros resolved."""
-    source = f"{PRELUDE}int value = {text};"
+def evaluate(name: str, defined: Mapping[str, str]) -> int | str:
+    """The value of a macro, other macros resolved."""
+    text = defined[name]
+    others = {other: value for other, value in defined.items() if other != name}
     try:
-        tree = c_parser.CParser().parse(source, filename="constant")
+        tree = c_parser.CParser().parse(f"{PRELUDE}int value = {text};", filename="constant")
     except Exception as reason:  # pycparser's ParseError has moved between its versions
         raise Unbindable(f"{text} is not an expression: {reason}") from None
-    return fold(tree.ext[-1].init, defined)
+    return fold(tree.ext[-1].init, others)
 
 
 def fold(node: c_ast.Node, defined: Mapping[str, str]) -> int | str:
     """The value of a constant expression."""
-    if isinstance(node, c_ast.Constant) and node.type == "string":
-        return str(node.value).replace('"', "")
     if isinstance(node, c_ast.Constant):
-        return int(node.value.rstrip("uUlL"), 0)
+        return fold_literal(node)
     if isinstance(node, c_ast.ID) and node.name in defined:
-        return evaluate(defined[node.name], defined)
-    if isinstance(node, c_ast.UnaryOp) and node.op in ("-", "~"):
+        return evaluate(node.name, defined)
+    if isinstance(node, c_ast.Cast):
+        return fold(node.expr, defined)
+    if isinstance(node, c_ast.UnaryOp) and node.op in SIGNS:
         inner = fold(node.expr, defined)
         if isinstance(inner, int):
-            return -inner if node.op == "-" else ~inner
-    if isinstance(node, c_ast.BinaryOp):
+            return SIGNS[node.op](inner)
+    if isinstance(node, c_ast.BinaryOp) and node.op in OPERATORS:
         left, right = fold(node.left, defined), fold(node.right, defined)
         if isinstance(left, int) and isinstance(right, int):
-            return fold_binary(node.op, left, right)
-    raise Unbindable("not a constant expression that the generator can evaluate")
+            return OPERATORS[node.op](left, right)
+    raise Unbindable(f"no rule for the value {c_generator.CGenerator().visit(node)}")
 
 
-def fold_binary(op: str, left: int, right: int) -> int:
-    """left op right, for the operators that flags are made with."""
-    if op == "|":
-        return left | right
-    if op == "<<":
-        return left << right
-    if op == "+":
-        return left + right
-    if op == "-":
-        return left - right
-    raise Unbindable(f"no rule for the operator {op}")
+def fold_literal(node: c_ast.Constant) -> int | str:
+    """The value of a string or an integer."""
+    text: str = node.value
+    if node.type == "string" and "\\" not in text:
+        return text.replace('"', "")
+    digits = text.rstrip("uUlL")
+    if digits.isdigit() and digits.startswith("0"):
+        return int(digits, 8)
+    try:
+        return int(digits, 0)
+    except ValueError:
+        raise Unbindable(f"no rule for the value {text}") from None

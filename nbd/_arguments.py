@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 _SOCKADDR_ROOM = 128
 
 
-def string(name: str, value: str) -> bytes:
+def as_string(name: str, value: str) -> bytes:
     """A str as C's UTF-8."""
     if not isinstance(value, str):
         raise TypeError(f"{name}: str is needed, not {type(value).__name__}")
     return _without_nul(name, value.encode("utf-8", "surrogateescape"))
 
 
-def path(name: str, value: Any) -> bytes:
+def as_path(name: str, value: Any) -> bytes:
     """A file name: str, bytes or os.PathLike."""
     try:
         value = os.fspath(value)
@@ -43,7 +43,7 @@ def _without_nul(name: str, value: bytes) -> bytes:
     return value
 
 
-def strings(name: str, values: Iterable[str]) -> tuple[Any, list[Any]]:
+def as_strings(name: str, values: Iterable[str]) -> tuple[Any, list[Any]]:
     """A list of str as C's NULL-terminated array, and what the caller keeps alive for it."""
     if isinstance(values, (str, bytes)):
         raise TypeError(f"{name}: a list of str is needed, not {type(values).__name__}")
@@ -51,7 +51,7 @@ def strings(name: str, values: Iterable[str]) -> tuple[Any, list[Any]]:
         listed = list(values)
     except TypeError:
         raise TypeError(f"{name}: a list of str is needed, not {type(values).__name__}") from None
-    items = [ffi.new("char[]", string(f"{name}[{i}]", v)) for i, v in enumerate(listed)]
+    items = [ffi.new("char[]", as_string(f"{name}[{i}]", v)) for i, v in enumerate(listed)]
     return ffi.new("char *[]", [*items, ffi.NULL]), items
 
 

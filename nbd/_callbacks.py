@@ -21,7 +21,7 @@ from _thread import get_ident
 from itertools import count
 
 from nbd._ffi import ffi, lib, pending
-from nbd._values import text
+from nbd._values import as_text
 from nbd.error import ClosedHandle, Error
 
 TYPE_CHECKING = False
@@ -164,7 +164,7 @@ def _failure(handle: Any, result: Any, method: str) -> Exception | None:
 def last_error() -> Error:
     """This thread's last libnbd error."""
     message = lib.nbdshim_error()
-    return Error(text(message) if message else "unknown error", lib.nbdshim_errno())
+    return Error(as_text(message) if message else "unknown error", lib.nbdshim_errno())
 
 
 class _callback_of_libnbd:

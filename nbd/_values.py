@@ -20,7 +20,7 @@ _string = ffi.string
 _FORMATS: dict[str, Literal["I", "Q"]] = {"uint32_t": "I", "uint64_t": "Q"} if IS_CPYTHON else {}
 
 
-def text(pointer: Any) -> str:
+def as_text(pointer: Any) -> str:
     """The string at a char pointer."""
     raw: bytes = _string(pointer)
     try:
@@ -32,7 +32,7 @@ def text(pointer: Any) -> str:
 def owned_text(pointer: Any) -> str:
     """The string at a char pointer that the caller has to free, and frees."""
     try:
-        return text(pointer)
+        return as_text(pointer)
     finally:
         lib.nbdshim_free(pointer)
 
