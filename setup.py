@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -41,6 +43,14 @@ class BuildShim(build_ext):
         return str(super().get_ext_filename(fullname))  # type: ignore[no-untyped-call]
 
 
+class AnyPythonWheel(bdist_wheel):
+    """ABI mode's wheel is for one platform, and for every Python there."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+commands: dict[str, Any] = {"build_py": BuildModules, "build_ext": BuildShim}
 options = {}
 if build.mode == "API":
     extension = build_nbd.api_builder(build).distutils_extension(str(build.folder))
@@ -56,9 +66,10 @@ else:
         extra_compile_args=[*build_nbd.STRICT, *build.library.cflags],
         extra_link_args=list(build.library.libs),
     )
+    commands["bdist_wheel"] = AnyPythonWheel
 
 setup(
     ext_modules=[extension],
-    cmdclass={"build_py": BuildModules, "build_ext": BuildShim},
+    cmdclass=commands,
     options=options,
 )

@@ -20,6 +20,12 @@ struct nbdshim {
     atomic_int socket;           /* the connection's, or -1: what wakes a call that waits */
 };
 
+/*
+ * A 64-bit number that libnbd returned and a server chose: number, or NBDSHIM_TOO_LARGE.  A -1 is a
+ * failure only if libnbd's error names the call; older libnbd returns what the server said.
+ */
+int64_t nbdshim_number(int64_t number, const char *call);
+
 /* Remember the socket of a connection, before a call that waits; sets libnbd's error if none. */
 void nbdshim_note_socket(struct nbdshim *s);
 

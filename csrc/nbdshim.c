@@ -101,6 +101,19 @@ int nbdshim_errno(void)
     return nbd_get_errno();
 }
 
+int64_t nbdshim_number(int64_t number, const char *call)
+{
+    const char *error;
+    size_t length = strlen(call);
+
+    if (number >= 0)
+        return number;
+    error = number == -1 ? nbd_get_error() : NULL;
+    if (error != NULL && strncmp(error, call, length) == 0 && error[length] == ':')
+        return -1;
+    return NBDSHIM_TOO_LARGE;
+}
+
 void nbdshim_free(void *p)
 {
     free(p);

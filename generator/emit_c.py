@@ -187,8 +187,10 @@ def glue_function(function: Function, header: Header) -> str:
     lines.append(wrapped(f"    {result} = nbd_{function.name}({', '.join(arguments)});"))
     if function.name.startswith(("connect_", "aio_connect")):
         lines += ["", "    if (ret != -1)", "        nbdshim_note_socket(s);"]
-    checked = "ret < -1 ? NBDSHIM_TOO_LARGE : ret" if is_wide(function) else "ret"
-    lines += ["", "    nbdshim_leave(s);", f"    return {checked};", "}", ""]
+    checked = f'nbdshim_number(ret, "nbd_{function.name}")' if is_wide(function) else "ret"
+    if checked != "ret":
+        lines.append(f"    ret = {checked};")
+    lines += ["", "    nbdshim_leave(s);", "    return ret;", "}", ""]
     return "\n".join(lines)
 
 

@@ -241,6 +241,11 @@ class NBD(Handle):
 
 {textwrap.indent(group_index(groups), "    ")}
     """
+
+    # help() shows the methods in this order; without it, by name.
+    _fields = (
+{order_of_use(groups)}
+    )
 '''
     return "\n".join([head, *methods])
 
@@ -257,6 +262,11 @@ def group_index(groups: Sequence[tuple[str, Sequence[Function]]]) -> str:
         for group, functions in groups
     ]
     return "Methods, in the order in which a program uses them:\n\n" + "\n\n".join(blocks)
+
+
+def order_of_use(groups: Sequence[tuple[str, Sequence[Function]]]) -> str:
+    """The names of the methods as string literals: pydoc sorts by a class's _fields."""
+    return "\n".join(f'        "{f.name}",' for _, functions in groups for f in functions)
 
 
 def callback_type(closure: str) -> str:

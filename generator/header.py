@@ -59,11 +59,17 @@ PATHS = frozenset({"unixsocket", "dir", "filename"})
 #: Names that the generated C and Python use for themselves: a parameter of such a name gets a "_".
 RESERVED = frozenset(keyword.kwlist) | {
     *("s", "ret", "refused", "memset"),
-    *("self", "raised", "result", "room", "pointer", "size", "is_stale"),
-    *("index", "address_of", "bad_numbers", "path", "string", "strings", "owned_text", "text"),
-    *("abandon", "not_callable", "register", "register_optional", "settle", "lib", "pending"),
-    *("BOUNCES", "copy_out", "disclaim", "held_room", "read_into", "read_into_shown", "readable"),
-    *("unpin", "bool", "callable", "len", "OverflowError", "TypeError"),
+    *("self", "raised", "result", "room", "pointer", "size", "is_stale", "pending", "registry"),
+    *("address_of", "as_number", "as_path", "as_string", "as_strings", "as_text", "owned_text"),
+    *("abandon", "bad_numbers", "next_token", "not_callable", "register", "register_optional"),
+    *("copy_out", "disclaim", "held_room", "read_into", "read_into_shown", "readable", "unpin"),
+    *("settle", "settle_unsigned", "BOUNCES", "bool", "callable", "OverflowError", "TypeError"),
+}
+
+#: The same for an argument of a callback.
+RESERVED_IN_CALLBACKS = RESERVED | {
+    *("before", "closure", "upcall", "token", "callback", "buffer", "forget", "keep", "part"),
+    *("numbers", "pairs", "copy_back", "set_errno", "as_int", "ErrorNumber", "BaseException"),
 }
 
 #: What a constant may be made with.
@@ -160,12 +166,19 @@ def read(header: Path) -> Header:
 
 
 def parse(declarations: str, macros: str) -> Header:
-    """The model of a preprocessed libnbd.h and of the macros it defines (`cc -E -dM`)."""
+    """The model of a preprocessed libnbd.h and of the macros it defines (`cc -E -dM`).
+
+    Raises:
+        BuildError: pycparser does not understand it.
+    """
     defined = {name: text for name, text in object_macros(macros) if text}
     optional = frozenset(
         name[len("NBD_NULL_") :].lower() for name in defined if name.startswith("NBD_NULL_")
     )
-    tree = c_parser.CParser().parse(PRELUDE + declarations, filename="libnbd.h")
+    try:
+        tree = c_parser.CParser().parse(PRELUDE + declarations, filename="libnbd.h")
+    except Exception as reason:  # pycparser's ParseError has moved between its versions
+        raise BuildError(f"libnbd.h is not C that pycparser understands: {reason}") from None
     structs = dict(struct_typedefs(tree))
     closures: dict[str, Closure] = {}
     functions: list[Function] = []
@@ -232,14 +245,16 @@ class Declared(NamedTuple):
     ctype: str
 
 
-def declared_parameters(declaration: c_ast.FuncDecl) -> list[Declared]:
-    """The parameters of a function, (void) being none; names of our own get a "_"."""
+def declared_parameters(
+    declaration: c_ast.FuncDecl, reserved: frozenset[str] = RESERVED
+) -> list[Declared]:
+    """The parameters of a function, (void) being none; reserved names get a "_"."""
     listed = [] if declaration.args is None else declaration.args.params
     if any(isinstance(node, c_ast.EllipsisParam) for node in listed):
         raise Unbindable("no rule for a variable number of arguments")
     names = [getattr(node, "name", None) or "" for node in listed]
     found = [
-        Declared(f"{name}_" if name in RESERVED else name, spell(node.type))
+        Declared(f"{name}_" if name in reserved else name, spell(node.type))
         for name, node in zip(names, listed)
     ]
     return [p for p in found if p.ctype != "void"]
@@ -312,7 +327,7 @@ def read_closure(
     pointer = next((field.type for field in fields if field.name == "callback"), None)
     if not isinstance(pointer, c_ast.PtrDecl) or not isinstance(pointer.type, c_ast.FuncDecl):
         raise Unbindable("its struct has no function pointer called callback")
-    declared = declared_parameters(pointer.type)
+    declared = declared_parameters(pointer.type, RESERVED_IN_CALLBACKS)
     if spell(pointer.type.type) != "int" or not declared or declared[0].name != "user_data":
         raise Unbindable("its callback is not int (*) (void *user_data, ...)")
     arguments: list[CallbackArgument] = []

@@ -43,8 +43,8 @@ def nbd() -> NBD:
 
     Example:
         >>> with nbd.nbd() as h:
-        ...     h.get_handle_name()
-        'nbd1'
+        ...     h.aio_is_created()
+        True
 
     C: nbd_create and nbd_close, since libnbd 1.0.
     """

@@ -44,20 +44,22 @@ class Handle:
     def close(self) -> None:
         """Close the handle and its connection at once.
 
-        Commands in flight are dropped, a server started by connect_command is waited for, and the
-        callables and buffers that libnbd held are let go.  For an orderly end call shutdown first.
-        A handle that is no longer referred to is closed by itself, and `with nbd.NBD() as h:`
-        closes it at the end of the block.
+        Commands in flight are dropped, a server started by connect_command is
+        waited for, and the callables and buffers that libnbd held are let go.
+        For an orderly end call shutdown first.  A handle that is no longer
+        referred to is closed by itself, and `with nbd.NBD() as h:` closes it at
+        the end of the block.
 
         Raises:
             nbd.ClosedHandle: The handle is closed already.
 
         Example:
             >>> h.close()
-            >>> h.get_size()
-            Traceback (most recent call last):
-                ...
-            nbd.ClosedHandle: the handle is closed; make a new one with nbd.NBD()
+            >>> try:
+            ...     h.get_size()
+            ... except nbd.ClosedHandle:
+            ...     print("closed")
+            closed
 
         C: nbd_close, since libnbd 1.0.
         """

@@ -19,7 +19,7 @@ class Error(Exception):
         ...     nbd.NBD().pread(512, 0)
         ... except nbd.Error as error:
         ...     print(error.errno)
-        EINVAL
+        ENOTCONN
 
     C: nbd_get_error, nbd_get_errno, since libnbd 1.0.
     """

@@ -395,9 +395,9 @@ def program(log: Path, wanted: int, seed: int) -> None:
         phases=[hypothesis.Phase.generate],
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    test = hypothesis.given(st.one_of([sequences(state) for state in (*STATES, BUFFER)]))(run)
+    given = hypothesis.given(st.one_of([sequences(state) for state in (*STATES, BUFFER)]))
     while sum((caller.returned + caller.raised).values()) < wanted:
-        hypothesis.seed(seed)(quiet(test))()
+        hypothesis.seed(seed)(quiet(given(run)))()
         seed += 1
     gc.collect()
     for state in (*STATES, BUFFER):

@@ -350,6 +350,7 @@ def test_a_resize_in_flight_is_harmless(
             buf.extend(bytes(1 << 16))
     server.kill()
     drain_dying(h)
+    h.close()
     gc.collect()
     assert all(buf.count(0) == len(buf) for buf in buffers)
     assert {type(exception) for exception in unraisable} <= {BufferError}

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Callable
 
 import pytest
-from nbd._build import MODE
 
 import nbd
+from nbd._build import MODE
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 INSTALLED = Path(nbd.__file__).resolve().parent.parent

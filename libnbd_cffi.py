@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""The command nbdsh, by the one module name that no other package has.
+
+Others provide a module `nbd` too: libnbd's own Python module, and a package on PyPI that has
+nothing to do with block devices.  If one of them is found in place of ours, this says so.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+REINSTALL = "pip install --force-reinstall --no-deps libnbd-cffi"
+
+
+def stranger(folder: str) -> str | None:
+    """Say which other `nbd` is imported in place of the one in a folder, and what to type."""
+    import nbd
+
+    ours = os.path.join(folder, "nbd")
+    found: str | None = getattr(nbd, "__file__", None)
+    if found is None:
+        return (
+            f"{ours} has lost a part of libnbd-cffi, perhaps to the uninstalling of another "
+            f"package called nbd. Type: {REINSTALL}"
+        )
+    where = os.path.dirname(os.path.abspath(found))
+    if os.path.realpath(where) != os.path.realpath(ours):
+        return (
+            f"Python finds another nbd, {found}, before libnbd-cffi's, {ours}. Take {where} out of "
+            "PYTHONPATH, and out of what else adds to sys.path"
+        )
+    if not hasattr(nbd, "NBD"):
+        return (
+            f"{found} is of PyPI's unrelated package nbd, which was installed over libnbd-cffi. "
+            f"Type: pip uninstall nbd; {REINSTALL}"
+        )
+    return None
+
+
+def main() -> None:
+    """Run nbdsh, with our nbd or not at all."""
+    try:
+        reason = stranger(os.path.dirname(os.path.abspath(__file__)))
+    except ImportError as error:
+        reason = str(error)
+    if reason:
+        sys.exit(f"nbdsh: {reason}")
+    from nbd.shell import main as shell
+
+    shell()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""./run check: the test suite on both interpreters and in both modes, here and in Debian roots."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from console import run, say
+from environments import ALL, INTERPRETERS, Environment, ready
+from suite import Outcome, run_suite
+
+Result = TypeVar("Result")
+
+SUITES = ("trixie", "forky")
+COLUMNS = ("Debian", "libnbd", "interpreter", "mode", "passed", "skipped", "failed")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line; what follows -- is for pytest."""
+    parser = argparse.ArgumentParser(prog="./run check")
+    parser.add_argument("--root", action="append", default=[], metavar="SUITE", choices=SUITES)
+    parser.add_argument("--all", action="store_true", help="here and in every root, and a table")
+    parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
+    own, _, pytest = _partition(arguments)
+    options = parser.parse_args(own)
+    options.pytest = pytest
+    return options
+
+
+def _partition(arguments: list[str]) -> tuple[list[str], str, list[str]]:
+    if "--" not in arguments:
+        return arguments, "", []
+    at = arguments.index("--")
+    return arguments[:at], "--", arguments[at + 1 :]
+
+
+def check_here(options: Sequence[str], variables: dict[str, str]) -> list[Outcome]:
+    """Run the suite in the four environments: both interpreters at once, their modes in turn."""
+
+    def for_each(work: Callable[[Environment], Result]) -> list[Result]:
+        def both_modes(interpreter: str) -> list[Result]:
+            return [
+                work(environment) for environment in ALL if environment.interpreter == interpreter
+            ]
+
+        with ThreadPoolExecutor() as pool:
+            return [result for half in pool.map(both_modes, INTERPRETERS) for result in half]
+
+    for_each(ready)
+    say("running the tests")
+    outcomes = for_each(lambda environment: run_suite(environment, options, variables))
+    compare(outcomes)
+    return outcomes
+
+
+def compare(outcomes: list[Outcome]) -> None:
+    """A run with fewer tests than another of the same libnbd has lost some: that is a failure."""
+    most = max(outcome.tests for outcome in outcomes)
+    for outcome in outcomes:
+        if outcome.tests < most and not outcome.failures:
+            lost = f"{most - outcome.tests} tests of another interpreter or mode were not run"
+            outcome.failures.append(lost)
+            say(f"{outcome.interpreter} {outcome.mode}: {lost}")
+
+
+def closing_line(outcomes: list[Outcome]) -> str:
+    """The plain sum."""
+    passed = sum(outcome.passed for outcome in outcomes)
+    return f"{passed} passed, {sum(len(outcome.failures) for outcome in outcomes)} failed"
+
+
+def debian_here() -> str:
+    """The name of this machine's distribution, as short as it gives it."""
+    release = Path("/etc/os-release")
+    lines = release.read_text().splitlines() if release.is_file() else []
+    fields = dict(line.split("=", 1) for line in lines if "=" in line)
+    return (fields.get("VERSION_CODENAME") or fields.get("ID") or "here").strip('"')
+
+
+def table(outcomes: list[Outcome]) -> list[str]:
+    """A line for each outcome under a heading; under it the reasons of what was skipped."""
+    rows = [COLUMNS] + [
+        (
+            *(o.debian, o.libnbd, o.interpreter, o.mode),
+            *(str(o.passed), str(sum(o.skipped.values())), str(len(o.failures))),
+        )
+        for o in outcomes
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows]
+    result = [lines[0]]
+    for line, outcome in zip(lines[1:], outcomes):
+        result += [line, *outcome.lines()[1:]]
+    return result
+
+
+def main(arguments: list[str]) -> int:
+    """Run what is asked for; returns 1 if a test failed."""
+    options = parse(arguments)
+    outcomes: list[Outcome] = []
+    if options.all or not options.root:
+        outcomes += check_here(options.pytest, {})
+    for outcome in outcomes:
+        outcome.debian = debian_here()
+    for suite in SUITES if options.all else options.root:
+        from roots import check_in_root
+
+        outcomes += check_in_root(suite, options.pytest)
+    if options.json:
+        document = [dataclasses.asdict(outcome) for outcome in outcomes]
+        options.json.write_text(json.dumps(document, indent=1))
+    if options.all or options.root:
+        say("\n".join(table(outcomes)))
+    say(closing_line(outcomes))
+    return 1 if any(outcome.failures for outcome in outcomes) else 0
+
+
+if __name__ == "__main__":
+    run(main)

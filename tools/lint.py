@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""./run lint: every linter and type checker, and both compilers with warnings as errors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from console import (
+    CACHE,
+    ROOT,
+    clean_environment,
+    log_path,
+    logged,
+    output,
+    run,
+    say,
+)
+from environments import tools
+from generated import generate
+
+WARNINGS = ("-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-O2", "-fsyntax-only")
+
+
+class Step(NamedTuple):
+    """One linter's run.  A search path makes mypy find the modules that stand beside a script."""
+
+    name: str
+    command: Sequence[object]
+    search: Sequence[Path] = ()
+
+
+def c_files(pattern: str) -> list[Path]:
+    """The C files that people write."""
+    return [f for name in ("csrc", "tests/c", "benchmarks") for f in (ROOT / name).glob(pattern)]
+
+
+def typed_copy(python: Path) -> Path:
+    """A copy of the modules with the generated ones among them, where mypy sees all of nbd."""
+    folder = CACHE / "typed"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name in ("nbd", "generator"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, folder)
+    for module in generate(python, "abi").glob("*.py"):
+        if module.name != "_abi.py":
+            shutil.copy(module, folder / "nbd")
+    return folder
+
+
+def python_steps(bin_folder: Path) -> Iterator[Step]:
+    """What is written in Python, and what is generated of it."""
+    typed = typed_copy(bin_folder / "python")
+    ruff = bin_folder / "ruff"
+    yield Step("ruff check", [ruff, "check", ROOT])
+    yield Step("ruff format", [ruff, "format", "--check", ROOT])
+    config = ["--config", ROOT / "pyproject.toml"]
+    generated = sorted((CACHE / "generated-abi").glob("[!_]*.py"))
+    yield Step("ruff check, generated modules", [ruff, "check", *config, *generated])
+    yield Step("ruff format, generated modules", [ruff, "format", "--check", *config, *generated])
+    mypy = [bin_folder / "mypy", "--strict", "--config-file", ROOT / "setup.cfg"]
+    modules = [typed / "nbd", typed / "generator", *sorted(typed.glob("*.py"))]
+    yield Step("mypy --strict nbd generator setup.py ...", [*mypy, *modules], [typed])
+    for name in ("tools", "benchmarks", "tests"):
+        files = sorted((ROOT / name).glob("*.py"))
+        if files:
+            yield Step(f"mypy --strict {name}", [*mypy, *files], [typed, ROOT / name])
+    for example in sorted((ROOT / "examples").glob("*.py")):
+        yield Step(f"mypy --strict examples/{example.name}", [*mypy, example], [typed])
+
+
+def c_steps() -> Iterator[Step]:
+    """What is written in C, and the generated glue."""
+    glue = CACHE / "generated-abi"
+    every = [*c_files("*.c"), *c_files("*.h")]
+    shim = [ROOT / "csrc" / "nbdshim.c", glue / "nbdglue.c"]
+    includes = [f"-I{folder}" for folder in (ROOT / "csrc", glue)]
+    library = output(["pkg-config", "--cflags", "libnbd"], "libnbd is missing").split()
+    yield Step("clang-format", ["clang-format", "--dry-run", "--Werror", *every])
+    checks = ["--enable=warning,style,performance,portability", "--error-exitcode=1", "--quiet"]
+    quiet = ["--inline-suppr", "--suppress=missingIncludeSystem", "--std=c11"]
+    yield Step("cppcheck", ["cppcheck", *checks, *quiet, *includes, *shim])
+    for compiler in ("gcc", "clang"):
+        command = [compiler, *WARNINGS, *includes, *library, *shim]
+        yield Step(f"{compiler} -Wall -Wextra -Werror", command)
+
+
+def shell_steps() -> Iterator[Step]:
+    """The shell scripts."""
+    yield Step("shellcheck", ["shellcheck", ROOT / "run", *sorted((ROOT / ".ci").glob("*"))])
+
+
+def carried_out(step: Step) -> bool:
+    """Run a linter and say what came of it; what it found is printed."""
+    log = log_path("lint")
+    log.unlink(missing_ok=True)
+    paths = os.pathsep.join(map(str, step.search))
+    environ = clean_environment(MYPYPATH=paths, MYPY_CACHE_DIR=str(CACHE / "mypy"))
+    clean = logged(log, step.command, environ=environ, cwd=ROOT) == 0
+    if not clean:
+        say("\n".join(log.read_text(errors="replace").splitlines()[1:]))
+        log.rename(log_path(f"lint-{step.name.split()[0]}"))
+    say(f"{step.name}: {'clean' if clean else 'NOT clean'}")
+    return clean
+
+
+def main(arguments: list[str]) -> int:
+    """Run all of them; returns 1 if one found something."""
+    steps = [*python_steps(tools("lint")), *c_steps(), *shell_steps()]
+    results = [carried_out(step) for step in steps]
+    say(f"{sum(results)} passed, {results.count(False)} failed")
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    run(main)

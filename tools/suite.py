@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""One run of the test suite: one interpreter, one mode, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from console import ROOT, clean_environment, log_path, logged, output, say, show_end, shown
+from environments import Environment
+
+TIMEOUT = 3600  # seconds; a run takes minutes
+
+_DESCRIBE = """
+import json, platform
+import nbd
+implementation = platform.python_implementation()
+print(json.dumps({
+    "interpreter": implementation.lower(),
+    "version": ".".join(platform.python_version_tuple()[:2]),
+    "libnbd": nbd.__version__,
+}))
+"""
+
+
+@dataclass
+class Outcome:
+    """What one run of the suite came to."""
+
+    interpreter: str  # "cpython 3.11"
+    mode: str
+    libnbd: str
+    passed: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)  # how often, by reason
+    failures: list[str] = field(default_factory=list)
+    debian: str = ""
+
+    @property
+    def tests(self) -> int:
+        return self.passed + sum(self.skipped.values()) + len(self.failures)
+
+    def lines(self) -> list[str]:
+        """The summary, then the reasons of what was skipped, then what failed."""
+        skips = f", {sum(self.skipped.values())} skipped"
+        failed = f", {len(self.failures)} failed" if self.failures else ""
+        head = f"{self.interpreter} {self.mode}: {self.passed} passed{skips}{failed}"
+        reasons = sorted(folded(self.skipped).items(), key=lambda item: (-item[1], item[0]))
+        return [
+            head,
+            *(f"    {count} skipped: {reason}" for reason, count in reasons),
+            *(f"    failed: {name}" for name in self.failures),
+        ]
+
+
+def folded(skipped: dict[str, int]) -> dict[str, int]:
+    """The same with one reason for all that one libnbd lacks."""
+    counts: Counter[str] = Counter()
+    lacking: dict[str, list[str]] = {}
+    for reason, count in skipped.items():
+        who, has_no, what = reason.partition(" has no ")
+        if has_no and what.isidentifier():
+            lacking.setdefault(who, []).append(what)
+            counts[who] += count
+        else:
+            counts[reason] += count
+    for who, names in lacking.items():
+        counts[f"{who} has no {', '.join(sorted(names))}"] = counts.pop(who)
+    return counts
+
+
+def read_report(report: Path, outcome: Outcome) -> None:
+    """Count what pytest's XML report says."""
+    skipped: Counter[str] = Counter()
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        bad = case.find("failure") is not None or case.find("error") is not None
+        skip = case.find("skipped")
+        if bad:
+            module = (case.get("classname") or "").rpartition(".")[2]
+            outcome.failures.append(f"{module}::{case.get('name')}")
+        elif skip is not None:
+            skipped[skip.get("message") or "no reason"] += 1
+        else:
+            outcome.passed += 1
+    outcome.skipped = dict(skipped)
+
+
+def described(environment: Environment) -> Outcome:
+    """An empty outcome for an environment, by what it says of itself."""
+    text = output([environment.python, "-c", _DESCRIBE], f"{environment.name} does not work")
+    found = json.loads(text)
+    interpreter = f"{found['interpreter']} {found['version']}"
+    return Outcome(interpreter, environment.mode, found["libnbd"])
+
+
+def run_suite(
+    environment: Environment, options: Sequence[str], variables: dict[str, str]
+) -> Outcome:
+    """Run the whole suite in an environment, from a folder that holds nothing."""
+    outcome = described(environment)
+    log = log_path(f"suite-{environment.name}")
+    log.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="nbd-check-") as name:
+        report = Path(name, "report.xml")
+        empty = Path(name, "empty")
+        empty.mkdir()
+        status = logged(
+            log,
+            [
+                *(environment.folder / "bin" / "pytest", "-c", ROOT / "setup.cfg"),
+                *("-p", "no:cacheprovider", "--tb=short", f"--junitxml={report}"),
+                *options,
+                ROOT / "tests",
+            ],
+            environ=clean_environment(NBD_CHECKOUT=str(ROOT), **variables),
+            cwd=empty,
+            timeout=TIMEOUT,
+        )
+        if report.is_file():
+            read_report(report, outcome)
+        if status != 0 and not outcome.failures:
+            how = signal.Signals(-status).name if status < 0 else f"status {status}"
+            outcome.failures.append(f"pytest itself: {how}")
+    tell(outcome, log)
+    return outcome
+
+
+def tell(outcome: Outcome, log: Path) -> None:
+    """Print an outcome; where something failed, the end of the log as well."""
+    if outcome.failures:
+        show_end(log)
+        say(f"    (log: {shown(log)})")
+    say("\n".join(outcome.lines()))
