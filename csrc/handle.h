@@ -5,7 +5,6 @@
 
 #include "nbdshim.h"
 
-#include <pthread.h>
 #include <stdatomic.h>
 
 #include <libnbd.h>
@@ -13,11 +12,13 @@
 /* The low bits of `users` count the owner and the calls that are running. */
 #define NBDSHIM_CLOSING (1U << 31)
 
+/* In the block that every thread has from its start: the others may be allocated on first use. */
+#define NBDSHIM_TLS __attribute__((tls_model("initial-exec")))
+
 struct nbdshim {
     struct nbd_handle *h;
     atomic_uint users;
-    atomic_uintptr_t calling_up; /* the thread that is inside a callback of this handle, or 0 */
-    atomic_int socket;           /* the connection's, or -1: what wakes a call that waits */
+    atomic_int socket; /* the connection's, or -1: what wakes a call that waits */
 };
 
 /*
@@ -33,7 +34,8 @@ void nbdshim_note_socket(struct nbdshim *s);
 struct nbdshim_closure {
     struct nbdshim *s;
     uintptr_t token;
-    bool released; /* by a completion callback that returned 1 */
+    bool completed; /* the completion callback was called: libnbd 1.22's nbd_close does it again */
+    bool released;  /* by a completion callback that returned 1 */
 };
 
 /* Leave after nbdshim_enter returned 0; the last to leave a closing handle ends it. */
@@ -48,22 +50,58 @@ int nbdshim_closure_new(struct nbdshim *s, uintptr_t token, struct nbdshim_closu
 /* libnbd's `free` of every callback: releases the token, unless that was done, and the memory. */
 void nbdshim_closure_free(void *closure);
 
+/* The same for a closure that libnbd has never seen; NULL is ignored. */
+void nbdshim_closure_drop(struct nbdshim_closure *closure);
+
 /* Release a token that libnbd has never seen; 0 is ignored. */
 void nbdshim_release(uintptr_t token);
 
-static inline uintptr_t nbdshim_this_thread(void)
+/*
+ * What calls up.  While a callback or `release` runs, libnbd may hold its lock: the thread keeps a
+ * note of it, on its stack, for calls from there to be refused.  A thread's own list, because debug
+ * callbacks run in calls that take no lock too, in several threads at once.
+ */
+struct nbdshim_upcall {
+    struct nbdshim *s;
+    bool is_debug;
+    struct nbdshim_upcall *outer;
+};
+
+extern _Thread_local struct nbdshim_upcall *nbdshim_innermost NBDSHIM_TLS;
+
+static inline void nbdshim_call_up(struct nbdshim_upcall *upcall, struct nbdshim *s, bool is_debug)
 {
-    return (uintptr_t)pthread_self();
+    *upcall = (struct nbdshim_upcall){s, is_debug, nbdshim_innermost};
+    nbdshim_innermost = upcall;
 }
 
-/* Whether this thread is inside a callback of s, where libnbd's lock is held. */
+static inline void nbdshim_came_back(struct nbdshim_upcall *upcall)
+{
+    nbdshim_innermost = upcall->outer;
+}
+
+/* Whether this thread is inside an upcall of s, where libnbd's lock is held. */
 static inline bool nbdshim_is_reentry(struct nbdshim *s)
 {
-    return atomic_load_explicit(&s->calling_up, memory_order_relaxed) == nbdshim_this_thread();
+    const struct nbdshim_upcall *upcall = nbdshim_innermost;
+
+    while (upcall != NULL && upcall->s != s)
+        upcall = upcall->outer;
+    return upcall != NULL;
+}
+
+/* Whether it is inside a debug callback of s: every call would debug itself, without end. */
+static inline bool nbdshim_is_debugging(struct nbdshim *s)
+{
+    const struct nbdshim_upcall *upcall = nbdshim_innermost;
+
+    while (upcall != NULL && !(upcall->s == s && upcall->is_debug))
+        upcall = upcall->outer;
+    return upcall != NULL;
 }
 
 /* Take part in s, unless it is closing.  Returns 0 or NBDSHIM_CLOSED. */
-static inline int nbdshim_enter_unlocked(struct nbdshim *s)
+static inline int nbdshim_join(struct nbdshim *s)
 {
     unsigned users = atomic_load_explicit(&s->users, memory_order_relaxed);
     do {
@@ -74,21 +112,16 @@ static inline int nbdshim_enter_unlocked(struct nbdshim *s)
     return 0;
 }
 
-/* The same for a call that takes libnbd's lock: also NBDSHIM_REENTERED. */
+/* The same for a call of libnbd: also NBDSHIM_REENTERED. */
 static inline int nbdshim_enter(struct nbdshim *s)
 {
-    return nbdshim_is_reentry(s) ? NBDSHIM_REENTERED : nbdshim_enter_unlocked(s);
+    return nbdshim_is_reentry(s) ? NBDSHIM_REENTERED : nbdshim_join(s);
 }
 
-/* Mark this thread as inside a callback of s, until nbdshim_came_back with what this returned. */
-static inline uintptr_t nbdshim_call_up(struct nbdshim *s)
+/* The same for a call that takes no lock. */
+static inline int nbdshim_enter_unlocked(struct nbdshim *s)
 {
-    return atomic_exchange_explicit(&s->calling_up, nbdshim_this_thread(), memory_order_relaxed);
-}
-
-static inline void nbdshim_came_back(struct nbdshim *s, uintptr_t before)
-{
-    atomic_store_explicit(&s->calling_up, before, memory_order_relaxed);
+    return nbdshim_is_debugging(s) ? NBDSHIM_REENTERED : nbdshim_join(s);
 }
 
 #endif

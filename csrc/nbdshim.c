@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 struct nbdshim_upcalls nbdshim_up;
+_Thread_local struct nbdshim_upcall *nbdshim_innermost;
 
 void nbdshim_register(const struct nbdshim_upcalls *upcalls)
 {
@@ -32,7 +33,6 @@ struct nbdshim *nbdshim_create(void)
         return NULL;
     }
     atomic_init(&s->users, 1);
-    atomic_init(&s->calling_up, 0);
     atomic_init(&s->socket, -1);
     return s;
 }
@@ -84,11 +84,19 @@ void nbdshim_destroy(struct nbdshim *s)
     free(s);
 }
 
+static int check_closed(struct nbdshim *s)
+{
+    return atomic_load(&s->users) & NBDSHIM_CLOSING ? NBDSHIM_CLOSED : 0;
+}
+
 int nbdshim_check(struct nbdshim *s)
 {
-    if (nbdshim_is_reentry(s))
-        return NBDSHIM_REENTERED;
-    return atomic_load(&s->users) & NBDSHIM_CLOSING ? NBDSHIM_CLOSED : 0;
+    return nbdshim_is_reentry(s) ? NBDSHIM_REENTERED : check_closed(s);
+}
+
+int nbdshim_check_unlocked(struct nbdshim *s)
+{
+    return nbdshim_is_debugging(s) ? NBDSHIM_REENTERED : check_closed(s);
 }
 
 const char *nbdshim_error(void)
@@ -129,19 +137,30 @@ int nbdshim_closure_new(struct nbdshim *s, uintptr_t token, struct nbdshim_closu
         nbdshim_release(token);
         return NBDSHIM_NO_MEMORY;
     }
-    **closure = (struct nbdshim_closure){.s = s, .token = token, .released = false};
+    **closure = (struct nbdshim_closure){.s = s, .token = token};
     return 0;
 }
 
 void nbdshim_closure_free(void *closure)
 {
     struct nbdshim_closure *c = closure;
+    struct nbdshim_upcall upcall;
 
     if (c == NULL)
         return;
+    nbdshim_call_up(&upcall, c->s, false);
     if (!c->released)
         nbdshim_release(c->token);
+    nbdshim_came_back(&upcall);
     free(c);
+}
+
+void nbdshim_closure_drop(struct nbdshim_closure *closure)
+{
+    if (closure == NULL)
+        return;
+    nbdshim_release(closure->token);
+    free(closure);
 }
 
 void nbdshim_release(uintptr_t token)
@@ -153,12 +172,11 @@ void nbdshim_release(uintptr_t token)
 uint32_t nbdshim_address_unix(void *addr, uint32_t room, const char *path, size_t length)
 {
     struct sockaddr_un sun = {.sun_family = AF_UNIX};
-    size_t size = offsetof(struct sockaddr_un, sun_path) + length;
-
     /* A path has a NUL behind it, which counts; an abstract name has one before it. */
-    if (length == 0 || path[0] != '\0')
-        size++;
-    if (length >= sizeof sun.sun_path || sizeof sun > room)
+    size_t nul = length == 0 || path[0] != '\0';
+    size_t size = offsetof(struct sockaddr_un, sun_path) + length + nul;
+
+    if (length > sizeof sun.sun_path - nul || sizeof sun > room)
         return 0;
     memcpy(sun.sun_path, path, length);
     memcpy(addr, &sun, size);

@@ -26,6 +26,10 @@
  *
  * Errnos.  A callback's errno goes up by value, and its address as a number, for changing it.
  *
+ * Calls from inside an upcall, `release` included, on its own handle are refused: libnbd holds its
+ * lock there.  The few that take no lock are refused inside debug callbacks alone, which every call
+ * calls.
+ *
  * Threads.  Every function may be called from any thread.  nbdshim_close may run while other
  * threads are inside calls: it ends the connection, so that they come back, and the last one to
  * leave ends the libnbd handle.  A call that is still connecting comes back by itself.
@@ -51,7 +55,7 @@ enum nbdshim_refusal {
 /* Copy the functions to call upwards, once for the process, before any other call. */
 void nbdshim_register(const struct nbdshim_upcalls *upcalls);
 
-/* A new handle, to be ended by nbdshim_destroy; NULL with nbdshim_error if libnbd fails. */
+/* A new handle, to be ended by nbdshim_destroy; NULL if there is no memory. */
 struct nbdshim *nbdshim_create(void);
 
 /* Close the libnbd handle and release its tokens: 0, NBDSHIM_CLOSED or NBDSHIM_REENTERED. */
@@ -60,8 +64,12 @@ int nbdshim_close(struct nbdshim *s);
 /* Close if need be, and free s.  No call on s may be running or follow.  s may be NULL. */
 void nbdshim_destroy(struct nbdshim *s);
 
-/* Why a call on s would be refused now: 0, NBDSHIM_CLOSED or NBDSHIM_REENTERED. */
+/*
+ * Why a call on s would be refused now: 0, NBDSHIM_CLOSED or NBDSHIM_REENTERED.  The second is for
+ * the few calls that take no lock: of all callbacks only those of debug may not make them.
+ */
 int nbdshim_check(struct nbdshim *s);
+int nbdshim_check_unlocked(struct nbdshim *s);
 
 /* This thread's last libnbd error: its text (libnbd's, may be NULL) and its errno (may be 0). */
 const char *nbdshim_error(void);

@@ -46,7 +46,7 @@ def back_up(h: nbd.NBD, context: str, target: Path) -> None:
     with target.open("r+b") as file:
         file.truncate(h.get_size())
         for offset, length in dirty_extents(h, context):
-            print(f"dirty: {length} bytes at {offset}")
+            print(f"dirty: {length} bytes at {offset}", flush=True)
             for start in range(offset, offset + length, BLOCK):
                 file.seek(start)
                 file.write(h.pread(min(BLOCK, offset + length - start), start))

@@ -47,7 +47,8 @@ COUNTED = frozenset(
     }
 )
 
-#: Calls for which libnbd takes no lock: the ones that a callback may make on its own handle.
+#: Calls for which libnbd takes no lock: the ones that a callback may make on its own handle, a debug
+#: callback excepted.
 LOCK_FREE = frozenset(
     {
         "set_private_data",

@@ -98,14 +98,18 @@ def upcall_function(closure: Closure) -> str:
         f"static int call_{name}({', '.join(['void *user_data', *libnbd_parameters(closure)])})"
     )
     call = wrapped(f"    int ret = nbdshim_up.{name}({', '.join(['closure->token', *passed])});")
-    spent = "    if (ret == 1)\n        closure->released = true;\n" if name == "completion" else ""
+    once = spent = ""
+    if name == "completion":
+        once = "    if (closure->completed)\n        return 0;\n    closure->completed = true;\n"
+        spent = "    if (ret == 1)\n        closure->released = true;\n"
     return (
         f"{asserts}/* {name} callbacks: up to the token's owner; its int goes back to libnbd. */\n"
         f"{head}\n{{\n"
         "    struct nbdshim_closure *closure = user_data;\n"
-        "    uintptr_t before = nbdshim_call_up(closure->s);\n"
+        f"    struct nbdshim_upcall upcall;\n\n{once}"
+        f"    nbdshim_call_up(&upcall, closure->s, {str(name == 'debug').lower()});\n"
         f"{call}\n"
-        "    nbdshim_came_back(closure->s, before);\n"
+        "    nbdshim_came_back(&upcall);\n"
         f"{spent}    return ret;\n}}\n"
     )
 
@@ -229,7 +233,7 @@ def refusal(function: Function) -> list[str]:
         value = "NULL"
     elif function.returns in UNSIGNED_64:
         value = "0"
-    undo = [f"        nbdshim_closure_free({name}_closure);" for name in names]
+    undo = [f"        nbdshim_closure_drop({name}_closure);" for name in names]
     if function.buffer and function.buffer.kind is Kind.ROOM:
         undo.insert(0, f"        memset({function.buffer.name}, 0, {function.buffer.length});")
     lines = [f"    struct nbdshim_closure *{name}_closure;" for name in names]
@@ -260,11 +264,12 @@ def closure_struct(parameter: Parameter) -> list[str]:
     name = parameter.name
     call = f"call_{parameter.closure}"
     callback = f"has_{name} ? {call} : NULL" if parameter.optional else call
-    indent = " " * len(f"    {parameter.ctype} {name}_callback = {{")
     return [
-        f"    {parameter.ctype} {name}_callback = {{.callback = {callback},",
-        f"{indent}.user_data = {name}_closure,",
-        f"{indent}.free = nbdshim_closure_free}};",
+        f"    {parameter.ctype} {name}_callback = {{",
+        f"        .callback = {callback},",
+        f"        .user_data = {name}_closure,",
+        "        .free = nbdshim_closure_free,",
+        "    };",
     ]
 
 
@@ -272,7 +277,7 @@ def wrapped(text: str) -> str:
     """A declaration or call broken after commas, each line lined up behind its open parenthesis."""
     lines: list[str] = []
     while len(text) > COLUMNS:
-        cut = text.rfind(", ", 0, COLUMNS) + 1
+        cut = text.rfind(", ", 0, COLUMNS + 1) + 1
         lines.append(text[:cut])
         text = " " * (open_parenthesis(lines) + 1) + text[cut + 1 :]
     return "\n".join([*lines, text])

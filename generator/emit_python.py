@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
 from generator.calls import (
+    LOCK_FREE,
     Documentation,
     Returns,
     has_default,
@@ -206,7 +207,6 @@ from nbd._callbacks import (
     register_optional,
     registry,
     settle,
-    settle_unsigned,
 )
 from nbd._ffi import lib, pending
 from nbd._handle import Handle
@@ -446,8 +446,9 @@ def outcome(function: Function, kind: Returns) -> Iterator[str]:
         yield "    settle(self._h, result)"
         yield "return as_text(result)"
     elif kind is Returns.UNSIGNED:
+        check = "nbdshim_check_unlocked" if function.name in LOCK_FREE else "nbdshim_check"
         yield "if not result or pending:"
-        yield "    settle_unsigned(self._h, result)"
+        yield f"    settle(self._h, result or lib.{check}(self._h))"
         yield "return result"
     else:
         yield "if result < 0 or pending:"

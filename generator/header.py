@@ -63,12 +63,12 @@ RESERVED = frozenset(keyword.kwlist) | {
     *("address_of", "as_number", "as_path", "as_string", "as_strings", "as_text", "owned_text"),
     *("abandon", "bad_numbers", "next_token", "not_callable", "register", "register_optional"),
     *("copy_out", "disclaim", "held_room", "read_into", "read_into_shown", "readable", "unpin"),
-    *("settle", "settle_unsigned", "BOUNCES", "bool", "callable", "OverflowError", "TypeError"),
+    *("settle", "lib", "BOUNCES", "bool", "callable", "OverflowError", "TypeError"),
 }
 
 #: The same for an argument of a callback.
 RESERVED_IN_CALLBACKS = RESERVED | {
-    *("before", "closure", "upcall", "token", "callback", "buffer", "forget", "keep", "part"),
+    *("closure", "upcall", "token", "callback", "buffer", "forget", "keep", "part"),
     *("numbers", "pairs", "copy_back", "set_errno", "as_int", "ErrorNumber", "BaseException"),
 }
 

@@ -90,7 +90,7 @@ def address_of(address: Any) -> tuple[Any, int]:
         name = os.fsencode(address)
         size = lib.nbdshim_address_unix(room, _SOCKADDR_ROOM, name, len(name))
         if size == 0:
-            raise ValueError(f"addr: the name of a Unix socket has at most 107 bytes: {address!r}")
+            raise ValueError(f"addr: a Unix socket's path has at most 107 bytes: {address!r}")
     else:
         raise TypeError(
             "addr: str (Unix), (host, port) or (host, port, flow, scope) is needed, "

@@ -98,12 +98,6 @@ def settle(handle: Any, result: Any) -> None:
     _raise(handle, _failure(handle, result, sys._getframe(1).f_code.co_name))
 
 
-def settle_unsigned(handle: Any, result: int) -> None:
-    """The same for a call whose only failure is that the shim refused it."""
-    refused = result or lib.nbdshim_check(handle)
-    _raise(handle, _failure(handle, refused, sys._getframe(1).f_code.co_name))
-
-
 def _raise(handle: Any, failure: Exception | None) -> None:
     """Raise a failure, or what a callback raised that must not be held up; report the rest.
 

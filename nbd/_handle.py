@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import atexit
 
-from nbd._callbacks import last_error, report_pending, settle
+from nbd._callbacks import report_pending, settle
 from nbd._ffi import lib, pending
 
 TYPE_CHECKING = False
@@ -31,13 +31,13 @@ class Handle:
         """Make a handle that is not connected to a server yet.
 
         Raises:
-            nbd.Error: libnbd has no memory or no file descriptor left.
+            MemoryError: There is no memory for a handle.
 
         C: nbd_create, since libnbd 1.0.
         """
         made = lib.nbdshim_create()
         if not made:
-            raise last_error()
+            raise MemoryError("no memory for a handle")
         self._h = made
         _open.add(made)
 

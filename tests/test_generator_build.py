@@ -302,13 +302,15 @@ def strip_annotations(signature: str) -> str:
 def test_an_unknown_callback_is_called_with_converted_arguments(does: Does) -> None:
     lines = """
 def weather(place, degrees, hours, winds, report, error):
-    out["seen"] = [place, degrees, hours, winds, bytes(report).decode(), report.readonly, error.value]
+    out["seen"] = [place, degrees, hours, winds]
+    out["report"] = [bytes(report).decode(), report.readonly, error.value]
     return 0
 out["read"] = h.forecast(4, "brno", weather, 5).decode()
 out["left"] = len(_callbacks.registry)
 """
     assert does(lines) == {
-        "seen": ["brno", -5, [6, 12, 65535], [[2**64 - 1, 90], [3, 270]], "ww", True, 0],
+        "seen": ["brno", -5, [6, 12, 65535], [[2**64 - 1, 90], [3, 270]]],
+        "report": ["ww", True, 0],
         "read": "wwww",
         "left": 0,
     }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import checkout  # noqa: F401 - makes generator importable
 import pytest
-from checkout import CHECKOUT  # noqa: F401 - makes generator importable
+
 from generator.calls import (
     LOCK_FREE,
     Documentation,

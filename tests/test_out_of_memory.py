@@ -1,8 +1,8 @@
 """Every allocation of the shim made to fail in turn: an exception says so, and nothing is lost.
 
 Run by itself, `python test_out_of_memory.py SCENARIO` is what the tests start under a malloc that
-can be told to fail (c/preload/fail_malloc.c).  It lets the first allocation of the scenario fail, then the
-second, ..., until the scenario passes untouched, and prints how many there are.
+can be told to fail (c/preload/fail_malloc.c).  It lets the first allocation of the scenario fail,
+then the second, ..., until the scenario passes untouched, and prints how many there are.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple
 
-import nbd
 import pytest
 from handles import drain
+
+import nbd
 from nbd import _callbacks
 
 SOURCE = Path(__file__).with_name("c") / "preload" / "fail_malloc.c"
@@ -29,8 +30,8 @@ MIB = 1 << 20
 class Scenario(NamedTuple):
     """What runs out of memory: a handle, and a call on it."""
 
-    make: Optional[Callable[[], nbd.NBD]]
-    run: Callable[[Optional[nbd.NBD], bytearray], object]
+    make: Callable[[], nbd.NBD] | None
+    run: Callable[[Any, bytearray], object]
     allocations: int
 
 
@@ -58,62 +59,62 @@ def retire(*_: object) -> int:
     return 1
 
 
-def create(_h: object, _room: object) -> object:
-    return nbd.NBD().close()
+def create(_h: object, _room: object) -> None:
+    nbd.NBD().close()
 
 
-def connect(h: nbd.NBD, _room: object) -> object:
-    return h.connect_command(["nbdkit", "-s", "--exit-with-parent", "memory", "1M"])
+def connect(h: nbd.NBD, _room: object) -> None:
+    h.connect_command(["nbdkit", "-s", "--exit-with-parent", "memory", "1M"])
 
 
-def read(h: nbd.NBD, _room: object) -> object:
-    return h.pread(512, 0)
+def read(h: nbd.NBD, _room: object) -> None:
+    h.pread(512, 0)
 
 
-def read_structured(h: nbd.NBD, _room: object) -> object:
-    return h.pread_structured(512, 0, nothing)
+def read_structured(h: nbd.NBD, _room: object) -> None:
+    h.pread_structured(512, 0, nothing)
 
 
-def read_later(h: nbd.NBD, room: bytearray) -> object:
-    return h.aio_pread(room, 0, retire)
+def read_later(h: nbd.NBD, room: bytearray) -> None:
+    h.aio_pread(room, 0, retire)
 
 
-def read_later_without_callback(h: nbd.NBD, room: bytearray) -> object:
-    return h.aio_pread(room, 0)
+def read_later_without_callback(h: nbd.NBD, room: bytearray) -> None:
+    h.aio_pread(room, 0)
 
 
-def read_structured_later(h: nbd.NBD, room: bytearray) -> object:
-    return h.aio_pread_structured(room, 0, nothing, retire)
+def read_structured_later(h: nbd.NBD, room: bytearray) -> None:
+    h.aio_pread_structured(room, 0, nothing, retire)
 
 
-def write_later(h: nbd.NBD, room: bytearray) -> object:
-    return h.aio_pwrite(room, 0, retire)
+def write_later(h: nbd.NBD, room: bytearray) -> None:
+    h.aio_pwrite(room, 0, retire)
 
 
-def extents(h: nbd.NBD, _room: object) -> object:
-    return h.block_status(MIB, 0, nothing)
+def extents(h: nbd.NBD, _room: object) -> None:
+    h.block_status(MIB, 0, nothing)
 
 
-def extents_later(h: nbd.NBD, _room: object) -> object:
-    return h.aio_block_status(MIB, 0, nothing, retire)
+def extents_later(h: nbd.NBD, _room: object) -> None:
+    h.aio_block_status(MIB, 0, nothing, retire)
 
 
-def debug(h: nbd.NBD, _room: object) -> object:
-    return h.set_debug_callback(nothing)
+def debug(h: nbd.NBD, _room: object) -> None:
+    h.set_debug_callback(nothing)
 
 
-def list_exports(h: nbd.NBD, _room: object) -> object:
-    return h.opt_list(nothing)
+def list_exports(h: nbd.NBD, _room: object) -> None:
+    h.opt_list(nothing)
 
 
-def list_contexts_later(h: nbd.NBD, _room: object) -> object:
-    return h.aio_opt_list_meta_context(nothing, retire)
+def list_contexts_later(h: nbd.NBD, _room: object) -> None:
+    h.aio_opt_list_meta_context(nothing, retire)
 
 
-def close(h: nbd.NBD, room: bytearray) -> object:
+def close(h: nbd.NBD, room: bytearray) -> None:
     h.aio_flush(retire)
     h.aio_pread_structured(room, 0, nothing, retire)
-    return h.close()
+    h.close()
 
 
 SCENARIOS = {
@@ -207,8 +208,7 @@ def test_every_allocation_of_the_shim_may_fail(name: str, fail_malloc: Path) -> 
     done = subprocess.run(
         [sys.executable, __file__, name],
         env={**os.environ, "LD_PRELOAD": str(fail_malloc), "LIBNBD_DEBUG": "0"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         timeout=120,
     )

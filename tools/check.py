@@ -17,7 +17,8 @@ from suite import Outcome, run_suite
 
 Result = TypeVar("Result")
 
-SUITES = ("trixie", "forky")
+NEWER = ("trixie", "forky")  # what --all checks besides this machine
+SUITES = ("bookworm", *NEWER)
 COLUMNS = ("Debian", "libnbd", "interpreter", "mode", "passed", "skipped", "failed")
 
 
@@ -27,17 +28,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--root", action="append", default=[], metavar="SUITE", choices=SUITES)
     parser.add_argument("--all", action="store_true", help="here and in every root, and a table")
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
-    own, _, pytest = _partition(arguments)
-    options = parser.parse_args(own)
-    options.pytest = pytest
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    options = parser.parse_args(arguments[:at])
+    options.pytest = arguments[at + 1 :]
     return options
-
-
-def _partition(arguments: list[str]) -> tuple[list[str], str, list[str]]:
-    if "--" not in arguments:
-        return arguments, "", []
-    at = arguments.index("--")
-    return arguments[:at], "--", arguments[at + 1 :]
 
 
 def check_here(options: Sequence[str], variables: dict[str, str]) -> list[Outcome]:
@@ -108,7 +102,7 @@ def main(arguments: list[str]) -> int:
         outcomes += check_here(options.pytest, {})
     for outcome in outcomes:
         outcome.debian = debian_here()
-    for suite in SUITES if options.all else options.root:
+    for suite in NEWER if options.all else options.root:
         from roots import check_in_root
 
         outcomes += check_in_root(suite, options.pytest)

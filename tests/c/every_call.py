@@ -57,7 +57,10 @@ def maker(function: Function) -> str:
     if function.returns.endswith("*"):
         body = f"    return {call} != NULL;"
     if function.returns == "char *":
-        body = f"    char *p = {call};\n    bool made = p != NULL;\n\n    nbdshim_free(p);\n    return made;"
+        body = (
+            f"    char *text = {call};\n    bool is_made = text != NULL;\n\n"
+            "    nbdshim_free(text);\n    return is_made;"
+        )
     return (
         f"static int64_t make_{function.name}(struct nbdshim *s, struct arguments *a)\n"
         f"{{\n    (void)a;\n{body}\n}}\n"
