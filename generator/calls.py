@@ -47,8 +47,8 @@ COUNTED = frozenset(
     }
 )
 
-#: Calls for which libnbd takes no lock: the ones that a callback may make on its own handle, a debug
-#: callback excepted.
+#: Calls for which libnbd takes no lock: the ones that a callback may make on its own handle, unless
+#: it is the debug callback, which every call calls.
 LOCK_FREE = frozenset(
     {
         "set_private_data",

@@ -388,15 +388,15 @@ def program(log: Path, wanted: int, seed: int) -> None:
         close(target)
         close_sockets()
 
-    quiet = hypothesis.settings(
-        max_examples=wanted // AT_ONCE + 1,
-        database=None,
-        deadline=None,
-        phases=[hypothesis.Phase.generate],
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
     given = hypothesis.given(st.one_of([sequences(state) for state in (*STATES, BUFFER)]))
-    while sum((caller.returned + caller.raised).values()) < wanted:
+    while (missing := wanted - sum((caller.returned + caller.raised).values())) > 0:
+        quiet = hypothesis.settings(
+            max_examples=missing // AT_ONCE + 1,
+            database=None,
+            deadline=None,
+            phases=[hypothesis.Phase.generate],
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )
         hypothesis.seed(seed)(quiet(given(run)))()
         seed += 1
     gc.collect()

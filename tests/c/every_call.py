@@ -84,7 +84,7 @@ def main() -> None:
     """Write the table for the libnbd.h that pkg-config names."""
     functions = read(find_library().header).functions
     table = "".join(map(row, functions))
-    text = "\n".join(map(maker, functions))
+    text = '#include "call.h"\n\n' + "\n".join(map(maker, functions))
     text += f"\nstatic const struct call calls[] = {{\n{table}}};\n"
     Path(sys.argv[1], "every_call.h").write_text(text, encoding="utf-8")
 

@@ -1,31 +1,12 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
 /* What holds for every call of libnbd.h: it enters and leaves, or is refused, in every state. */
 #include "check.h"
+#include "every_call.h"
 #include "handle.h"
 #include "owner.h"
 #include "server.h"
 
 #include <string.h>
-
-/* Arguments of every type: a call of libnbd takes them, but need not succeed. */
-struct arguments {
-    char *text;
-    char *argv[2];
-    char data[512], room[512], address[128];
-    uint32_t address_size;
-    struct token tokens[2];
-};
-
-struct call {
-    const char *name;
-    int64_t (*make)(struct nbdshim *s, struct arguments *a);
-    int tokens;          /* how many it takes */
-    bool refuses_with_0; /* it returns a pointer or an unsigned number */
-    bool reads;          /* into room */
-    bool is_lock_free;   /* callbacks may make it */
-};
-
-#include "every_call.h"
 
 #define NUMBER_OF_CALLS (sizeof calls / sizeof calls[0])
 
