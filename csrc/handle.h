@@ -81,7 +81,7 @@ static inline void nbdshim_came_back(struct nbdshim_upcall *upcall)
 }
 
 /* Whether this thread is inside an upcall of s, where libnbd's lock is held. */
-static inline bool nbdshim_is_reentry(struct nbdshim *s)
+static inline bool nbdshim_is_reentry(const struct nbdshim *s)
 {
     const struct nbdshim_upcall *upcall = nbdshim_innermost;
 
@@ -91,7 +91,7 @@ static inline bool nbdshim_is_reentry(struct nbdshim *s)
 }
 
 /* Whether it is inside a debug callback of s: every call would debug itself, without end. */
-static inline bool nbdshim_is_debugging(struct nbdshim *s)
+static inline bool nbdshim_is_debugging(const struct nbdshim *s)
 {
     const struct nbdshim_upcall *upcall = nbdshim_innermost;
 

@@ -86,7 +86,7 @@ void nbdshim_destroy(struct nbdshim *s)
 
 static int check_closed(struct nbdshim *s)
 {
-    return atomic_load(&s->users) & NBDSHIM_CLOSING ? NBDSHIM_CLOSED : 0;
+    return (atomic_load(&s->users) & NBDSHIM_CLOSING) != 0 ? NBDSHIM_CLOSED : 0;
 }
 
 int nbdshim_check(struct nbdshim *s)

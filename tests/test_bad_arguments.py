@@ -23,8 +23,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import nbd
 import pytest
+
+import nbd
 
 pytest.importorskip("hypothesis", reason="the calls are made up by hypothesis")
 

@@ -22,10 +22,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import nbd
 import pytest
 import servers
 from hostile import BOUND, FATAL, Connection, Script, Watchdog, Wire, export_info
+
+import nbd
 
 SOAK = os.environ.get("NBD_SOAK") == "1"
 OPERATIONS = 10_000 if SOAK else 800

@@ -13,7 +13,6 @@ from contextlib import suppress
 from typing import Any
 
 import hostile
-import nbd
 import pytest
 from hostile import (
     BLOCK,
@@ -56,6 +55,8 @@ from hostile import (
     hole,
     wide_extents,
 )
+
+import nbd
 
 U32_MAX = (1 << 32) - 1
 U64_MAX = (1 << 64) - 1

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import nbd
 import pytest
 import servers
 import tls
 from hostile import FATAL
+
+import nbd
 
 SIZE = 1 << 20
 DISK = "memory", str(SIZE)
