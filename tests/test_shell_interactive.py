@@ -37,6 +37,8 @@ class Session:
             encoding="utf-8",
             timeout=30,
             dimensions=(50, 120),
+            # A test run in the background may have been told to ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.child.delaybeforesend = None
 
