@@ -92,7 +92,15 @@ def c_steps() -> Iterator[Step]:
 
 def shell_steps() -> Iterator[Step]:
     """The shell scripts."""
-    yield Step("shellcheck", ["shellcheck", ROOT / "run", *sorted((ROOT / ".ci").glob("*"))])
+    yield Step(
+        "shellcheck",
+        [
+            "shellcheck",
+            ROOT / "run",
+            ROOT / "tests" / "c" / "run",
+            *sorted((ROOT / ".ci").glob("*")),
+        ],
+    )
 
 
 def carried_out(step: Step) -> bool:
