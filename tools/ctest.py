@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
     environment = Environment("cpython", "abi")
     venv(environment.folder, base_interpreter(environment.interpreter), "suite")
     environ = clean_environment(PYTHON=str(environment.python), CC=os.environ.get("CC", "gcc"))
-    command = [ROOT / "tests" / "c" / "run", *(arguments or ["asan"])]
+    command = [str(ROOT / "tests" / "c" / "run"), *(arguments or ["asan"])]
     return subprocess.run(command, env=environ, check=False).returncode
 
 

@@ -92,15 +92,8 @@ def c_steps() -> Iterator[Step]:
 
 def shell_steps() -> Iterator[Step]:
     """The shell scripts."""
-    yield Step(
-        "shellcheck",
-        [
-            "shellcheck",
-            ROOT / "run",
-            ROOT / "tests" / "c" / "run",
-            *sorted((ROOT / ".ci").glob("*")),
-        ],
-    )
+    scripts = [ROOT / "run", ROOT / "tests" / "c" / "run", *sorted((ROOT / ".ci").glob("*"))]
+    yield Step("shellcheck", ["shellcheck", *scripts])
 
 
 def carried_out(step: Step) -> bool:
