@@ -42,16 +42,39 @@ int fail_malloc_at(int n)
     return made;
 }
 
+/* Whether the call that comes back to caller is the one that fails. */
+static int fails(uintptr_t caller)
+{
+    if (start <= caller && caller < end && ++calls == failing) {
+        errno = ENOMEM;
+        return 1;
+    }
+    return 0;
+}
+
 void *malloc(size_t size)
 {
     static void *(*next)(size_t size);
-    uintptr_t caller = (uintptr_t)__builtin_return_address(0);
 
-    if (start <= caller && caller < end && ++calls == failing) {
-        errno = ENOMEM;
+    if (fails((uintptr_t)__builtin_return_address(0)))
         return NULL;
-    }
     if (next == NULL)
         *(void **)&next = dlsym(RTLD_NEXT, "malloc");
     return next(size);
+}
+
+/* Compilers make one call of malloc and clearing: gcc 16 does. */
+void *calloc(size_t number, size_t size)
+{
+    static void *(*next)(size_t number, size_t size);
+    static int looking;
+
+    if (fails((uintptr_t)__builtin_return_address(0)) || looking)
+        return NULL;
+    if (next == NULL) {
+        looking = 1; /* dlsym may want memory, and does without */
+        *(void **)&next = dlsym(RTLD_NEXT, "calloc");
+        looking = 0;
+    }
+    return next(number, size);
 }
