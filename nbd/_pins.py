@@ -8,7 +8,7 @@ the registry of nbd._callbacks does.
 On PyPy that cdata lives until the next garbage collection; until PyPy 8 the object is resized all
 the same, and the memory that libnbd was given is gone; from then on it cannot be resized for too
 long.  So there libnbd works on a copy, which the completion brings back (BOUNCES), unless the
-buffer is an nbd.Buffer or bytes, which are never resized.
+buffer is bytes or an nbd.Buffer with memory of its own, which are never resized.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from operator import index
 from nbd._ffi import ffi
 from nbd.buffer import Buffer
 from nbd.error import Error
-from nbd.memory import LARGE, allocate_uncleared, new_bytearray, room_of
+from nbd.memory import LARGE, Shared, allocate_uncleared, new_bytearray, room_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -89,7 +89,10 @@ def readable(name: str, buffer: Any) -> Room:
     """The memory of a bytes-like object or nbd.Buffer that libnbd reads."""
     if isinstance(buffer, Buffer):
         buffer._fill()
-        return buffer._memory.room
+        memory = buffer._memory
+        if memory.__class__ is not Shared:
+            return memory.room
+        buffer = memory.storage
     try:
         room = room_of(buffer)
     except (TypeError, ValueError, BufferError) as reason:
@@ -113,11 +116,11 @@ def held_room(name: str, buffer: Any) -> tuple[Room, bool]:
         return (pin, len(pin), pin), False
     if isinstance(buffer, Buffer):
         memory = buffer._memory
-        if not buffer._is_private and memoryview(memory.storage).readonly:
-            raise _unusable(name, memory.storage, BufferError())
-        is_stale = not buffer._is_written
-        buffer._is_written = True
-        return memory.room, is_stale
+        if memory.__class__ is not Shared:
+            is_stale = not buffer._is_written
+            buffer._is_written = True
+            return memory.room, is_stale
+        buffer = memory.storage
     try:
         room = room_of(buffer, True)
     except (TypeError, ValueError, BufferError) as reason:
@@ -153,14 +156,17 @@ def _unusable(name: str, buffer: Any, reason: Exception) -> Exception:
 
 def copy_back(buffer: Any, room: Room) -> None:
     """Bring what a command read into a copy to the caller's object."""
-    if not isinstance(buffer, Buffer):
-        try:
-            with memoryview(buffer) as view, view.cast("B") as bytes_of_it:
-                bytes_of_it[:] = ffi.buffer(*room[:2])
-        except ValueError:
-            raise BufferError(
-                "the buffer was resized while a command was reading into it: what it read is lost"
-            ) from None
+    if isinstance(buffer, Buffer):
+        if buffer._memory.__class__ is not Shared:
+            return
+        buffer = buffer._memory.storage
+    try:
+        with memoryview(buffer) as view, view.cast("B") as bytes_of_it:
+            bytes_of_it[:] = ffi.buffer(*room[:2])
+    except ValueError:
+        raise BufferError(
+            "the buffer was resized while a command was reading into it: what it read is lost"
+        ) from None
 
 
 def part(buffer: Any, room: Room, start: Any, count: int) -> memoryview:

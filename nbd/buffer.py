@@ -6,7 +6,7 @@ from __future__ import annotations
 from operator import index
 
 from nbd._ffi import lib
-from nbd.memory import NOWHERE, RECYCLES, Memory, new_memory, room_of, spares
+from nbd.memory import IS_CPYTHON, RECYCLES, Shared, new_memory, room_of, spares
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class Buffer:
     # _is_private: nobody but this object has the memory or a view of it.
     # _is_written: the bytes mean something, or will before the command that fills them is done.
 
+    _memory: Any  # nbd.memory's Memory or, if others may resize it, Shared
+
     def __init__(self, len: int) -> None:
         size = index(len)
         try:
@@ -69,16 +71,18 @@ class Buffer:
         """A Buffer that shares the memory of a bytes-like object.
 
         Args:
-            buf: bytearray, memoryview, mmap, bytes, ...: any contiguous bytes-like object.  Its
-                size cannot change while the Buffer exists.  aio_pread needs a writable one.
+            buf: bytearray, memoryview, mmap, bytes, ...: any contiguous bytes-like object.
+                aio_pread needs a writable one.  If it is resized, which it cannot be while a
+                command is in flight, the Buffer has its new size.
 
         Example:
             >>> data = bytearray(b"abc")
             >>> nbd.Buffer.from_buffer(data)[0] == data[0]
             True
         """
+        room_of(buf)  # or raise
         self = cls.__new__(cls)
-        self._memory = Memory(buf, room_of(buf), NOWHERE)
+        self._memory = Shared(buf)
         self._is_written = True
         self._is_private = False
         return self
@@ -101,7 +105,10 @@ class Buffer:
 
         What later commands read into the Buffer is seen through it.
         """
-        return self._exposed()
+        storage = self._exposed()
+        if IS_CPYTHON:
+            self._memory = Shared(storage)
+        return storage
 
     def to_bytearray(self) -> bytearray:
         """A copy of the bytes, in a new bytearray."""
@@ -166,7 +173,8 @@ class Buffer:
                 f"offset {offset} + size {size} is outside the buffer of {whole} bytes"
             )
         self._fill()
-        return bool(lib.nbdshim_is_zero(self._memory.room[0] + offset, size))
+        room = self._memory.room
+        return bool(lib.nbdshim_is_zero(room[0] + offset, size))
 
     def __repr__(self) -> str:
         return f"<nbd.Buffer of {len(self)} bytes>"

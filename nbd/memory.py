@@ -72,6 +72,24 @@ class Memory:
         self.shelf = shelf
 
 
+class Shared:
+    """A bytes-like object of somebody else, who may resize it between two uses.
+
+    Attributes:
+        storage: The object.
+    """
+
+    __slots__ = ("storage",)
+
+    def __init__(self, storage: Any) -> None:
+        self.storage = storage
+
+    @property
+    def room(self) -> Room:
+        """Its memory as it is now, and what keeps that in place."""
+        return room_of(self.storage)
+
+
 NOWHERE = Shelf(0)
 
 #: The shelves' items, by size in bytes.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import gc
 import mmap
+import sys
 from typing import Any, Callable
 
 import pytest
@@ -112,6 +113,36 @@ def test_from_buffer_shares() -> None:
     data[0] = ord("x")
     buf[1] = ord("y")
     assert data == buf.to_bytearray() == b"xyc"
+
+
+def test_from_buffer_has_the_size_that_its_argument_has_now(disk: nbd.NBD) -> None:
+    data = bytearray(b"x" * 512)
+    buf = nbd.Buffer.from_buffer(data)
+    data.extend(b"y" * 512)
+    assert (len(buf), buf.size(), buf.is_zero()) == (1024, 1024, False)
+    finish(disk, disk.aio_pwrite(buf, 0))
+    assert disk.pread(1024, 0) == data
+    data[:] = bytes(4096)
+    finish(disk, disk.aio_pread(buf, 0))
+    assert data == b"x" * 512 + b"y" * 512 + bytes(3072)
+    data.clear()
+    assert (len(buf), buf.is_zero()) == (0, True)
+
+
+def test_from_buffer_leaves_a_mapping_to_be_closed() -> None:
+    with mmap.mmap(-1, 4096) as memory:
+        buf = nbd.Buffer.from_buffer(memory)
+    with pytest.raises(ValueError):
+        len(buf)
+
+
+@pytest.mark.skipif(sys.implementation.name == "pypy", reason="PyPy: to_buffer is a memoryview")
+def test_what_to_buffer_gives_can_be_resized(disk: nbd.NBD) -> None:
+    buf = nbd.Buffer(512)
+    buf.to_buffer().append(1)
+    assert (len(buf), buf.is_zero(), buf.is_zero(0, 512)) == (513, False, True)
+    finish(disk, disk.aio_pread(buf, 0))
+    assert buf.to_bytearray() == bytes(513)
 
 
 def test_from_buffer_shares_a_mapping() -> None:
