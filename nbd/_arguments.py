@@ -127,4 +127,4 @@ def _internet_address(room: Any, host: str, port: int, flow: int = -1, scope: in
                 room, _SOCKADDR_ROOM, packed, number, max(flow, 0), scope or int(resolved[3])
             )
         return size
-    raise Error(f"nbd_aio_connect: {host}: {reason}")
+    raise Error(f"nbd_aio_connect: {host}: {reason}", 0)

@@ -26,19 +26,16 @@ class Error(Exception):
 
     __module__ = "nbd"
 
-    def __init__(self, string: str, errnum: int = 0) -> None:
-        super().__init__(string, errnum)
-
     @property
     def string(self) -> str:
         """What went wrong, for people to read."""
-        message: str = self.args[0]
+        message: str = self.args[0] if self.args else ""
         return message
 
     @property
     def errnum(self) -> int:
         """The errno, or 0 if the failure had none."""
-        number: int = self.args[1]
+        number: int = self.args[1] if len(self.args) > 1 else 0
         return number
 
     @property

@@ -82,6 +82,20 @@ def test_repr_shows_the_arguments() -> None:
     assert repr(MALFORMED) == "Error('malformed', 0)"
 
 
+@pytest.mark.parametrize("args", [(), ("m",), ("m", 5), ("m", 5, None)])
+def test_an_error_takes_any_arguments_as_other_exceptions_do(args: tuple[object, ...]) -> None:
+    error = nbd.Error(*args)
+    assert error.args == args
+    assert str(error) == ["", "m", "m (EIO)", "m (EIO)"][len(args)]
+    assert error.errnum == (5 if len(args) > 1 else 0)
+
+
+def test_the_class_itself_can_be_raised() -> None:
+    with pytest.raises(nbd.Error) as caught:
+        raise nbd.Error
+    assert (caught.value.string, caught.value.errno) == ("", None)
+
+
 def test_closed_handle_is_a_value_error_of_module_nbd() -> None:
     assert issubclass(nbd.ClosedHandle, ValueError)
     assert nbd.ClosedHandle.__module__ == "nbd"
