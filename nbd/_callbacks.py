@@ -42,12 +42,15 @@ class ErrorNumber:
     """The errno of a command, as a callback sees it and may change it.
 
     Attributes:
-        value: The errno; 0 is success.
+        value: The errno; 0 is success, and the object is false then.
     """
 
     __slots__ = ("value",)
 
     value: int
+
+    def __bool__(self) -> bool:
+        return self.value != 0
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.value})"

@@ -13,9 +13,11 @@ Address = Union[str, bytes, "os.PathLike[str]", tuple[str, int], tuple[str, int,
 
 
 class ErrorNumber(Protocol):
-    """The errno of a command: value can be read and set."""
+    """The errno of a command: value can be read and set; true if it is not 0."""
 
     value: int
+
+    def __bool__(self) -> bool: ...
 
 
 class ChunkCallback(Protocol):

@@ -134,6 +134,20 @@ def test_completion_gets_the_error_alone(disk: nbd.NBD) -> None:
     assert (type(error.value), error.value) == (int, 0)
 
 
+def test_an_error_is_true_if_it_is_one(disk: nbd.NBD) -> None:
+    seen: list[bool] = []
+
+    def completion(error: Any) -> int:
+        seen.append(bool(error))
+        error.value = errno.ENOSPC
+        seen.append(bool(error))
+        return 1
+
+    disk.aio_flush(completion)
+    drain(disk)
+    assert seen == [False, True]
+
+
 def test_list_gets_name_and_description(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
     exports = r"list_exports=printf 'INTERLEAVED\nname\ntext\n'"
     h.set_opt_mode(True)
