@@ -37,7 +37,7 @@ class Buffer:
     """
 
     __module__ = "nbd"
-    __slots__ = ("__weakref__", "_is_private", "_is_written", "_memory")
+    __slots__ = ("__dict__", "__weakref__", "_is_private", "_is_written", "_memory")
 
     # _is_private: nobody but this object has the memory or a view of it.
     # _is_written: the bytes mean something, or will before the command that fills them is done.
@@ -155,12 +155,15 @@ class Buffer:
             True also if there are no bytes to look at.
 
         Raises:
-            IndexError: offset or offset + size is outside the buffer, or size is less than -1.
+            IndexError: offset or offset + size is outside the buffer, or size is less than -1;
+                but not if size is 0.
 
         Example:
             >>> nbd.Buffer(4096).is_zero(1024, 512)
             True
         """
+        if size == 0:
+            return True
         whole = len(self)
         if not 0 <= offset <= whole:
             raise IndexError(f"offset {offset} is outside the buffer of {whole} bytes")
@@ -175,6 +178,14 @@ class Buffer:
         self._fill()
         room = self._memory.room
         return bool(lib.nbdshim_is_zero(room[0] + offset, size))
+
+    def __copy__(self) -> Buffer:
+        twin = self.from_buffer(self.to_buffer())
+        vars(twin).update(vars(self))
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).from_bytearray, (self.to_bytearray(),), vars(self) or None
 
     def __repr__(self) -> str:
         return f"<nbd.Buffer of {len(self)} bytes>"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import array
+import copy
 import gc
 import mmap
+import pickle
 import sys
 from typing import Any, Callable
 
@@ -208,6 +210,39 @@ def test_to_buffer_gives_what_from_buffer_was_given() -> None:
     assert nbd.Buffer.from_buffer(data).to_buffer() is data
 
 
+def test_a_copy_shares_the_memory() -> None:
+    buf = nbd.Buffer(8)
+    again = copy.copy(buf)
+    again[0] = 1
+    assert buf[0] == 1
+
+
+def test_the_memory_of_copies_is_not_given_to_two_others() -> None:
+    copies = [copy.copy(buf) for buf in [nbd.Buffer(4096)]]
+    del copies
+    first, second = nbd.Buffer(4096), nbd.Buffer(4096)
+    second[0] = 1
+    assert bytes(first) == bytes(4096)
+    first[0] = 2
+    assert second[0] == 1
+
+
+@pytest.mark.parametrize(
+    "twin", [copy.deepcopy, lambda buf: pickle.loads(pickle.dumps(buf))], ids=["copy", "pickle"]
+)
+def test_a_deep_copy_has_memory_of_its_own(twin: Callable[[nbd.Buffer], nbd.Buffer]) -> None:
+    buf = nbd.Buffer.from_bytearray(b"abc")
+    again = twin(buf)
+    buf[0] = 0
+    assert bytes(again) == b"abc"
+
+
+def test_a_buffer_takes_attributes() -> None:
+    buf: Any = nbd.Buffer(8)
+    buf.offset = 512
+    assert copy.deepcopy(buf).offset == 512
+
+
 def test_to_bytearray_copies() -> None:
     buf = nbd.Buffer(4)
     copy = buf.to_bytearray()
@@ -288,6 +323,7 @@ def test_an_empty_buffer_is_false_and_another_true() -> None:
         ((4, 0), True),
         ((8,), True),
         ((8, 0), True),
+        ((9, 0), True),
     ],
 )
 def test_is_zero_looks_at_the_range_it_is_given(arguments: Any, expected: bool) -> None:
