@@ -242,6 +242,8 @@ class NBD(Handle):
 {textwrap.indent(group_index(groups), "    ")}
     """
 
+    __module__ = "nbd"
+
     # help() shows the methods in this order; without it, by name.
     _fields = (
 {order_of_use(groups)}

@@ -35,7 +35,15 @@ from nbd.constants import *  # noqa: F403 - one name for each constant of libnbd
 from nbd.error import ClosedHandle, Error
 from nbd.methods import NBD
 
-__all__ = ["NBD", "Buffer", "ClosedHandle", "Error", "nbd", *_constants.__all__]
+__all__ = [
+    "NBD",
+    "Buffer",
+    "ClosedHandle",
+    "Error",
+    "nbd",
+    "package_name",
+    *_constants.__all__,
+]
 
 
 def nbd() -> NBD:

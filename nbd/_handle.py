@@ -25,7 +25,7 @@ _is_exiting = False
 class Handle:
     """What nbd.NBD is besides libnbd's calls: its beginning and its end."""
 
-    _h: Any = None
+    _h: Any
 
     def __init__(self) -> None:
         """Make a handle that is not connected to a server yet.
@@ -81,7 +81,7 @@ class Handle:
         _close_quietly(self._h)
 
     def __del__(self) -> None:
-        h = self._h
+        h = getattr(self, "_h", None)
         if h is not None:
             _open.discard(h)
             (lib.nbdshim_close if _is_exiting else lib.nbdshim_destroy)(h)

@@ -99,6 +99,17 @@ def test_a_subclass_works(nbdkit: Callable[..., Server]) -> None:
         assert disk.get_size() == 1 << 20
 
 
+def test_a_subclass_that_makes_no_handle_has_none() -> None:
+    class Disk(nbd.NBD):
+        def __init__(self) -> None:
+            pass
+
+    disk = Disk()
+    for call in (disk.get_size, disk.close):
+        with pytest.raises(AttributeError):
+            call()
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_of_a_closed_handle_raises_closed_handle(name: str) -> None:
     handle = nbd.NBD()

@@ -38,11 +38,18 @@ def methods(cls):
     found = {name: value for name, value in public(cls).items() if callable(value)}
     return {name: signature(value) for name, value in found.items()}
 
+def star():
+    found = {}
+    exec("from nbd import *", found)
+    return sorted(name for name, value in found.items() if name in names)
+
 names = public(nbd)
 print(json.dumps({
     "libnbd": nbd.NBD().get_version(),
     "reference": "libnbdmod" in sys.modules,
     "names": sorted(names),
+    "star": star(),
+    "homes": {name: value.__module__ for name, value in names.items() if inspect.isclass(value)},
     "kinds": {name: type(value).__name__ for name, value in names.items()},
     "constants": {n: v for n, v in names.items() if isinstance(v, (int, str))},
     "NBD": methods(nbd.NBD),
@@ -111,6 +118,15 @@ def differences(theirs: dict[str, Any], mine: dict[str, Any]) -> dict[str, Any]:
 
 def test_every_public_name_is_there(reference: dict[str, Any]) -> None:
     assert set(reference["names"]) - set(ours()["names"]) == set()
+
+
+def test_a_star_import_brings_every_public_name(reference: dict[str, Any]) -> None:
+    assert set(reference["star"]) - set(ours()["star"]) == set()
+
+
+def test_every_class_says_that_it_is_of_the_same_module(reference: dict[str, Any]) -> None:
+    assert set(reference["homes"]) >= {"NBD", "Buffer", "Error"}
+    assert differences(reference["homes"], ours()["homes"]) == {}
 
 
 def test_every_public_name_is_of_the_same_kind(reference: dict[str, Any]) -> None:
