@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from _typeshed import ReadableBuffer
 
+    from nbd.memory import Memory
+
 
 class Buffer:
     """Memory for the asynchronous calls: aio_pread, aio_pread_structured and aio_pwrite.
@@ -42,7 +44,7 @@ class Buffer:
     # _is_private: nobody but this object has the memory or a view of it.
     # _is_written: the bytes mean something, or will before the command that fills them is done.
 
-    _memory: Any  # nbd.memory's Memory or, if others may resize it, Shared
+    _memory: Memory | Shared
 
     def __init__(self, len: int) -> None:
         size = index(len)
@@ -60,9 +62,10 @@ class Buffer:
         def __del__(self) -> None:
             try:
                 if self._is_private:
-                    shelf = self._memory.shelf
+                    memory: Any = self._memory  # not Shared: that is not private
+                    shelf = memory.shelf
                     if len(shelf.items) < shelf.most:
-                        shelf.items.append(self._memory)
+                        shelf.items.append(memory)
             except AttributeError:
                 pass  # __init__ failed
 
