@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nbdsh",
         description="A Python shell for NBD (network block device) servers.",
-        epilog="Without -c, nbdsh is interactive; help(nbd) is the manual there.",
+        epilog="Without -c, nbdsh is interactive; help(nbd) is the manual page there.",
     )
     flag = parser.add_argument
     text = 'ask for the "base:allocation" meta context when connecting'

@@ -247,6 +247,12 @@ def test_help_shows_every_option_but_the_hidden_ones(nbdsh: Run) -> None:
     assert shown == {"-h", "--help", *listed.split()}
 
 
+def test_help_says_where_the_manual_page_is(nbdsh: Run) -> None:
+    text = printed(nbdsh("--help"))
+    assert text.startswith("usage: nbdsh ")
+    assert "help(nbd) is the manual page" in " ".join(text.split())
+
+
 def test_the_options_for_completion_are_sorted_lines(nbdsh: Run) -> None:
     for option in ("--short-options", "--long-options"):
         lines = printed(nbdsh(option)).splitlines()
