@@ -141,7 +141,8 @@ class Buffer:
         self._fill()
         storage = self._memory.storage
         if isinstance(key, slice):
-            memoryview(storage).cast("B")[key] = newvalue  # which does not change the size
+            # Of a memoryview, as that does not change the size.
+            memoryview(storage).cast("B")[key] = _bytes_of(newvalue)
         elif 0 <= newvalue <= 255:
             storage[key] = newvalue
         else:
@@ -204,3 +205,11 @@ class Buffer:
         self._fill()
         self._is_private = False
         return self._memory.storage
+
+
+def _bytes_of(value: Any) -> memoryview | bytes:
+    """The bytes of what a slice of a bytearray can be set to: a buffer, or some numbers."""
+    try:
+        return memoryview(value).cast("B")
+    except TypeError:
+        return bytes(iter(value))

@@ -284,6 +284,25 @@ def test_a_slice_reads_and_writes() -> None:
     assert bytes(buf[-5:-3]) == b"bc"
 
 
+@pytest.mark.parametrize(
+    "value",
+    [[1, 2], (1, 2), range(1, 3), nbd.Buffer.from_bytearray(b"\1\2"), array.array("H", b"\1\2")],
+    ids=["list", "tuple", "range", "Buffer", "array of uint16"],
+)
+def test_a_slice_can_be_set_to_what_a_bytearray_takes(value: Any) -> None:
+    buf = nbd.Buffer.from_bytearray(b"abcd")
+    buf[1:3] = value
+    assert bytes(buf) == b"a\1\2d"
+
+
+@pytest.mark.parametrize("value", ["xy", 2, None, [1.5, 2]])
+def test_a_slice_can_be_set_to_nothing_else(value: Any) -> None:
+    buf = nbd.Buffer.from_bytearray(b"abcd")
+    with pytest.raises(TypeError):
+        buf[1:3] = value
+    assert bytes(buf) == b"abcd"
+
+
 def test_a_slice_with_a_step_reads() -> None:
     assert bytes(nbd.Buffer.from_bytearray(b"abcdef")[::2]) == b"ace"
 
