@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable
 
+import figures
 import pytest
 import servers
 
@@ -48,6 +49,17 @@ def no_process_is_left() -> Iterator[None]:
     gc.collect()
     left = servers.children()
     assert not left, f"these processes are still running: {left}"
+
+
+@pytest.fixture
+def figure(record_property: figures.Figure) -> figures.Figure:
+    """Record what was counted: figure("kills: commands that failed", 64)."""
+
+    def record(name: str, value: object) -> None:
+        record_property(name, value)
+        figures.show(name, value)
+
+    return record
 
 
 @pytest.fixture

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from figures import Figure, pass_on, show
+from forms import SOAK
 
 import nbd
 
@@ -32,7 +34,6 @@ pytest.importorskip("hypothesis", reason="the calls are made up by hypothesis")
 import hypothesis
 from hypothesis import strategies as st
 
-SOAK = os.environ.get("NBD_SOAK") == "1"
 CALLS = 100_000 if SOAK else 5_000
 AT_ONCE = 8  # calls on one handle
 HANG = 60  # seconds until calls on one handle count as hung
@@ -403,7 +404,8 @@ def program(log: Path, wanted: int, seed: int) -> None:
     gc.collect()
     for state in (*STATES, BUFFER):
         returned, raised = caller.returned[state], caller.raised[state]
-        print(f"bad arguments, {state}: {returned + raised} calls, {raised} raised as documented")
+        show(f"bad arguments, {state}: calls", returned + raised)
+        show(f"bad arguments, {state}: calls that raised as documented", raised)
 
 
 # --- the tests --------------------------------------------------------------------------------
@@ -415,7 +417,7 @@ def how_it_ended(status: int) -> str:
 
 
 def test_any_argument_in_any_state_gets_a_documented_answer(
-    nbdkit: Callable[..., Any], tmp_path: Path
+    nbdkit: Callable[..., Any], tmp_path: Path, figure: Figure
 ) -> None:
     (tmp_path / SOCKET).symlink_to(nbdkit("memory", "1M").socket)
     log, errors = tmp_path / "call", tmp_path / "stderr"
@@ -429,7 +431,7 @@ def test_any_argument_in_any_state_gets_a_documented_answer(
             timeout=300 + CALLS // 50,
             cwd=tmp_path,
         )
-    print(done.stdout, end="")
+    pass_on(done.stdout, figure)
     if done.returncode != 0:
         said = errors.read_text(errors="replace")[-5000:]
         how = how_it_ended(done.returncode)

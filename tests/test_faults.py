@@ -1,13 +1,9 @@
-"""Servers that fail, stall and die: every command has one outcome, and what was read is right.
-
-NBD_SOAK=1 in the environment makes the counts those of a long run.
-"""
+"""Servers that fail, stall and die: every command has one outcome, and what was read is right."""
 
 from __future__ import annotations
 
 import errno
 import gc
-import os
 import select
 import socket
 import struct
@@ -24,11 +20,13 @@ from typing import Any
 
 import pytest
 import servers
+from figures import Figure
+from forms import SOAK
 from hostile import BOUND, FATAL, Connection, Script, Watchdog, Wire, export_info
+from usage import collect_garbage, descriptors, resident
 
 import nbd
 
-SOAK = os.environ.get("NBD_SOAK") == "1"
 OPERATIONS = 10_000 if SOAK else 800
 KILLS = 200 if SOAK else 10
 
@@ -117,9 +115,11 @@ class Model:
                 self.wrong += 0 if held else BLOCK
                 self.versions[block] = held or {0}
 
-    def check(self, name: str) -> None:
-        """Print the figures, and check that faults did happen and did no harm."""
-        print(f"{name}: {OPERATIONS} operations, {self.errors} errors, {self.wrong} wrong bytes")
+    def check(self, name: str, figure: Figure) -> None:
+        """Record the figures, and check that faults did happen and did no harm."""
+        figure(f"{name}: commands", OPERATIONS)
+        figure(f"{name}: commands that failed", self.errors)
+        figure(f"{name}: wrong bytes in successful reads", self.wrong)
         assert 0.1 < self.errors / OPERATIONS < 0.3
         assert self.wrong == 0
 
@@ -151,7 +151,9 @@ def execute(h: nbd.NBD, operation: Operation) -> bytearray | None:
     return None
 
 
-def test_synchronous_commands_survive_faults(nbdkit: StartServer, h: nbd.NBD) -> None:
+def test_synchronous_commands_survive_faults(
+    nbdkit: StartServer, h: nbd.NBD, figure: Figure
+) -> None:
     model = Model()
     errors: set[str | None] = set()
     server = nbdkit(*FAULTY)
@@ -167,7 +169,7 @@ def test_synchronous_commands_survive_faults(nbdkit: StartServer, h: nbd.NBD) ->
                 model.settle(operation, data, error=False)
     assert not watchdog.late
     assert errors == {"EIO"}
-    model.check("faults, synchronous")
+    model.check("faults, synchronous", figure)
 
 
 @dataclass
@@ -237,7 +239,9 @@ def overlaps(operation: Operation, flying: list[Command]) -> bool:
     )
 
 
-def test_asynchronous_commands_survive_faults(nbdkit: StartServer, h: nbd.NBD) -> None:
+def test_asynchronous_commands_survive_faults(
+    nbdkit: StartServer, h: nbd.NBD, figure: Figure
+) -> None:
     model = Model()
     flying: list[Command] = []
     issued = []
@@ -258,7 +262,7 @@ def test_asynchronous_commands_survive_faults(nbdkit: StartServer, h: nbd.NBD) -
     assert not watchdog.late
     assert h.aio_in_flight() == 0
     assert all(len(command.errors) == (command.retire is not None) for command in issued)
-    model.check("faults, asynchronous")
+    model.check("faults, asynchronous", figure)
 
 
 # --- a server that is killed ------------------------------------------------------------------
@@ -324,17 +328,6 @@ def kill_with_commands_in_flight(server: servers.Server) -> list[weakref.ref[Com
     return [weakref.ref(completion) for completion in commands.values() if completion is not None]
 
 
-def resident() -> int:
-    """Return how many bytes of memory this process has."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGESIZE")
-
-
-def descriptors() -> int:
-    """Return how many file descriptors this process has open."""
-    return len(os.listdir("/proc/self/fd"))
-
-
 def kill_times(nbdkit: StartServer, times: int) -> None:
     """Kill this many servers, and check that nothing is left of the commands."""
     freed: list[weakref.ref[Completion]] = []
@@ -342,20 +335,20 @@ def kill_times(nbdkit: StartServer, times: int) -> None:
         with nbdkit(*STUCK) as server, Watchdog(BOUND, server.kill) as watchdog:
             freed += kill_with_commands_in_flight(server)
         assert not watchdog.late
-    for _ in range(3):  # PyPy needs more than one collection to run every finalizer
-        gc.collect()
+    collect_garbage()
     assert [ref for ref in freed if ref() is not None] == []
 
 
-def test_killed_server_fails_each_command_once_and_leaks_nothing(nbdkit: StartServer) -> None:
+def test_killed_server_fails_each_command_once_and_leaks_nothing(
+    nbdkit: StartServer, figure: Figure
+) -> None:
     kill_times(nbdkit, 5)
     before = descriptors(), resident()
     kill_times(nbdkit, KILLS)
     files, grown = descriptors() - before[0], resident() - before[1]
-    print(
-        f"kills: {KILLS} with {IN_FLIGHT} commands in flight, {KILLS * IN_FLIGHT} failed once, "
-        f"{files} descriptors and {grown >> 10} KiB more than before"
-    )
+    figure(f"kills: servers, with {IN_FLIGHT} commands in flight each", KILLS)
+    figure("kills: descriptors more than before", files)
+    figure("kills: MiB more than before", max(0, round(grown / MIB)))
     assert files == 0
     assert grown < 16 * MIB
 
@@ -463,13 +456,15 @@ def cut_handshakes(server: servers.Server, prepare: Callable[[nbd.NBD], object],
         limit += step
 
 
-def test_handshake_that_is_cut_at_any_byte_is_an_error(nbdkit: StartServer) -> None:
+def test_handshake_that_is_cut_at_any_byte_is_an_error(nbdkit: StartServer, figure: Figure) -> None:
     whole = cut_handshakes(nbdkit("null", "1M"), lambda h: h.set_full_info(True), step=1)
     assert whole > 80
-    print(f"cuts: {whole} handshakes, each ended with an error")
+    figure("cuts: handshakes that ended with an error", whole)
 
 
-def test_tls_handshake_that_is_cut_is_an_error(nbdkit: StartServer, psk: Path) -> None:
+def test_tls_handshake_that_is_cut_is_an_error(
+    nbdkit: StartServer, psk: Path, figure: Figure
+) -> None:
     def prepare(h: nbd.NBD) -> None:
         h.set_tls(nbd.TLS_REQUIRE)
         h.set_tls_psk_file(str(psk))
@@ -477,7 +472,7 @@ def test_tls_handshake_that_is_cut_is_an_error(nbdkit: StartServer, psk: Path) -
 
     whole = cut_handshakes(nbdkit("null", "1M", tls="require", psk=psk), prepare, step=17)
     assert whole > 300
-    print(f"cuts: {whole // 17} TLS handshakes, each ended with an error")
+    figure("cuts: TLS handshakes that ended with an error", whole // 17)
 
 
 def test_read_that_is_cut_anywhere_is_an_error(nbdkit: StartServer) -> None:

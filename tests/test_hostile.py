@@ -8,12 +8,13 @@ never passes is a crash, a hang, another exception, or bytes outside the caller'
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
 import hostile
 import pytest
+from figures import Figure
 from hostile import (
     BLOCK,
     CHUNK_BLOCK_STATUS,
@@ -76,6 +77,13 @@ MESSAGES = {
 
 Reply = Callable[[Wire, Request], None]
 Extents = list[tuple[str, int, Any, int]]
+
+
+@pytest.fixture(autouse=True)
+def misbehaviour(figure: Figure) -> Iterator[None]:
+    """Count the ways to misbehave."""
+    yield
+    figure("hostile servers: misbehaviours", 1)
 
 
 def sends(*parts: bytes) -> Script:

@@ -1,15 +1,68 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""./run soak: the test suite, as check_here runs it, with the counts of a long run."""
+"""./run soak: the test suite in its long form, and a table of what the tests counted."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
+
 from check import check_here, closing_line
-from console import run, say
+from console import log_path, run, say
+from environments import ALL
+from suite import Outcome
+
+BETWEEN = 60  # seconds from one line about how far the tests are to the next
+PATIENCE = "-v", "-o", "faulthandler_timeout=1800"  # pytest's, which a long test may need
+
+
+def table(outcomes: list[Outcome]) -> list[str]:
+    """A line for each figure, with a column for each run, and how long each took."""
+    names = list(dict.fromkeys(name for outcome in outcomes for name in outcome.figures))
+    rows = [("", *(f"{o.interpreter} {o.mode}" for o in outcomes))]
+    rows += [(name, *(o.figures.get(name, "-") for o in outcomes)) for name in names]
+    rows += [("minutes", *(f"{o.seconds / 60:.1f}" for o in outcomes))]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+
+
+def last_lines() -> dict[str, str]:
+    """What each run has said last: the test it is at."""
+    logs = {environment.name: log_path(f"suite-{environment.name}") for environment in ALL}
+    texts = {name: log.read_text(errors="replace") for name, log in logs.items() if log.is_file()}
+    return {name: (text.splitlines() or [""])[-1].strip() for name, text in texts.items()}
+
+
+@contextmanager
+def progress() -> Iterator[None]:
+    """Say every now and then at which test the runs are that go on."""
+    done = Event()
+
+    def tell() -> None:
+        before = last_lines()
+        while not done.wait(BETWEEN):
+            now = last_lines()
+            for name in now:
+                if now[name] != before.get(name):
+                    say(f"    {name}: {now[name]}")
+            before = now
+
+    thread = Thread(target=tell)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def main(arguments: list[str]) -> int:
     """Run the suite, with options for pytest if there are any; returns 1 if a test failed."""
-    outcomes = check_here(arguments, {"NBD_SOAK": "1"})
+    with progress():
+        outcomes = check_here([*PATIENCE, *arguments], {"NBD_SOAK": "1"})
+    say("\n".join(table(outcomes)))
     say(closing_line(outcomes))
     return 1 if any(outcome.failures for outcome in outcomes) else 0
 

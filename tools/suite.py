@@ -39,6 +39,8 @@ class Outcome:
     passed: int = 0
     skipped: dict[str, int] = field(default_factory=dict)  # how often, by reason
     failures: list[str] = field(default_factory=list)
+    figures: dict[str, str] = field(default_factory=dict)  # what tests counted, by name
+    seconds: float = 0
     debian: str = ""
 
     @property
@@ -74,10 +76,20 @@ def folded(skipped: dict[str, int]) -> dict[str, int]:
     return counts
 
 
+def add_figures(case: ElementTree.Element, figures: dict[str, str]) -> None:
+    """Add what a test counted; what several tests count under one name is summed up."""
+    for one in case.iter("property"):
+        name, value = one.get("name", ""), one.get("value", "")
+        figures[name] = str(int(figures[name]) + int(value)) if name in figures else value
+
+
 def read_report(report: Path, outcome: Outcome) -> None:
     """Count what pytest's XML report says."""
     skipped: Counter[str] = Counter()
-    for case in ElementTree.parse(report).getroot().iter("testcase"):
+    root = ElementTree.parse(report).getroot()
+    outcome.seconds = sum(float(suite.get("time", 0)) for suite in root.iter("testsuite"))
+    for case in root.iter("testcase"):
+        add_figures(case, outcome.figures)
         bad = case.find("failure") is not None or case.find("error") is not None
         skip = case.find("skipped")
         if bad:

@@ -1,0 +1,34 @@
+"""What this process holds: memory, file descriptors, and what is kept for libnbd."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from pathlib import Path
+
+import nbd
+
+
+def collect_garbage() -> None:
+    """Collect garbage; PyPy needs more than one collection to run every finalizer."""
+    for _ in range(1 if sys.implementation.name == "cpython" else 3):
+        gc.collect()
+
+
+def resident() -> int:
+    """Return how many bytes of memory this process has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE")
+
+
+def descriptors() -> int:
+    """Return how many file descriptors this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def registered() -> int:
+    """Return how many callables and buffers are kept for libnbd, after a collection if any are."""
+    if nbd._callbacks.registry:
+        collect_garbage()
+    return len(nbd._callbacks.registry)
