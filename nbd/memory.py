@@ -37,7 +37,7 @@ _from_buffer = ffi.from_buffer
 #: Memory that is not cleared; PyPy takes long to make a bytearray.
 allocate_uncleared = ffi.new_allocator(should_clear_after_alloc=False)
 _pool_limit = 64 * 1024 * 1024
-_allocate: Callable[[int], bytearray] | None = None
+_resize: Callable[[bytearray, int], object] | None = None
 
 
 class Shelf:
@@ -173,12 +173,17 @@ def new_bytearray(size: int) -> tuple[bytearray, bool]:
 
 
 def _uninitialised(size: int) -> bytearray:
-    global _allocate
-    if _allocate is None:
+    """A bytearray whose bytes are anything.
+
+    Resized, and not made by PyByteArray_FromStringAndSize: where there is no memory, that drops a
+    half-made bytearray, about which CPython prints a SystemError.
+    """
+    global _resize
+    if _resize is None:
         import ctypes
 
-        function = ctypes.pythonapi.PyByteArray_FromStringAndSize
-        function.restype = ctypes.py_object
-        function.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t]
-        _allocate = lambda n: function(None, n)  # noqa: E731
-    return _allocate(size)
+        _resize = ctypes.pythonapi["PyByteArray_Resize"]
+        _resize.argtypes = [ctypes.py_object, ctypes.c_ssize_t]
+    fresh = bytearray()
+    _resize(fresh, size)
+    return fresh

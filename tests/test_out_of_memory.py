@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import pytest
+from figures import Figure
 from handles import drain
 
 import nbd
@@ -204,7 +205,9 @@ def fail_malloc(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_every_allocation_of_the_shim_may_fail(name: str, fail_malloc: Path) -> None:
+def test_every_allocation_of_the_shim_may_fail(
+    name: str, fail_malloc: Path, figure: Figure
+) -> None:
     done = subprocess.run(
         [sys.executable, __file__, name],
         env={**os.environ, "LD_PRELOAD": str(fail_malloc), "LIBNBD_DEBUG": "0"},
@@ -214,12 +217,27 @@ def test_every_allocation_of_the_shim_may_fail(name: str, fail_malloc: Path) -> 
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == SCENARIOS[name].allocations
+    figure("out of memory: allocations of the shim made to fail", int(done.stdout))
 
 
 @pytest.mark.parametrize("size", [1 << 45, 1 << 62, sys.maxsize])
 def test_a_buffer_that_does_not_fit_is_a_memory_error(size: int) -> None:
     with pytest.raises((MemoryError, OverflowError)):
         nbd.Buffer(size)
+
+
+def test_a_buffer_that_does_not_fit_is_told_by_the_exception_alone() -> None:
+    program = """
+import nbd
+for _ in range(1000):
+    try:
+        nbd.Buffer(1 << 62)
+    except MemoryError:
+        continue
+    raise AssertionError
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_read_that_does_not_fit_leaves_the_handle_usable(disk: nbd.NBD) -> None:
