@@ -19,6 +19,7 @@ struct nbdshim {
     struct nbd_handle *h;
     atomic_uint users;
     atomic_int socket; /* the connection's, or -1: what wakes a call that waits */
+    pid_t owner;       /* the process that made it */
 };
 
 /*

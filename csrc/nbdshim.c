@@ -34,6 +34,7 @@ struct nbdshim *nbdshim_create(void)
     }
     atomic_init(&s->users, 1);
     atomic_init(&s->socket, -1);
+    s->owner = getpid();
     return s;
 }
 
@@ -56,6 +57,9 @@ static void wake(struct nbdshim *s)
 {
     int socket = atomic_load_explicit(&s->socket, memory_order_relaxed);
 
+    /* After a fork the threads are the parent's, and so is the connection. */
+    if (getpid() != s->owner)
+        return;
     /* A dead or closed handle has given its socket back, and waits for nothing. */
     if (socket >= 0 && !nbd_aio_is_dead(s->h) && !nbd_aio_is_closed(s->h))
         (void)shutdown(socket, SHUT_RDWR);

@@ -33,6 +33,9 @@
  * Threads.  Every function may be called from any thread.  nbdshim_close may run while other
  * threads are inside calls: it ends the connection, so that they come back, and the last one to
  * leave ends the libnbd handle.  A call that is still connecting comes back by itself.
+ *
+ * Fork.  A child's nbdshim_close closes its copy of the socket, and the connection goes on for the
+ * parent.  If calls of the parent were running at the fork it only marks the handle as closed.
  */
 #ifndef NBDSHIM_H
 #define NBDSHIM_H
