@@ -37,6 +37,9 @@ registry: dict[int, Entry] = {}
 next_token = count(1).__next__
 forget = registry.pop
 
+# The thread in which the process ends, from when its handles are closed.
+_ending: int | None = None
+
 
 class ErrorNumber:
     """The errno of a command, as a callback sees it and may change it.
@@ -96,12 +99,29 @@ def keep(raised: BaseException, token: int) -> int:
     return -1
 
 
+def end_other_threads() -> None:
+    """Let calls that fail in other threads than this raise SystemExit: the process ends here.
+
+    Only daemon threads are left then, and it is the end of the process that closed their handles.
+    A traceback would be no help, and CPython aborts if one is printed while it ends.
+    """
+    global _ending
+    _ending = get_ident()
+
+
 def settle(handle: Any, result: Any) -> None:
     """Raise what a method's call left to raise: it failed, or callbacks of it raised."""
-    _raise(handle, _failure(handle, result, sys._getframe(1).f_code.co_name))
+    _raise(handle, _or_end(_failure(handle, result, sys._getframe(1).f_code.co_name)))
 
 
-def _raise(handle: Any, failure: Exception | None) -> None:
+def _or_end(failure: Exception | None) -> BaseException | None:
+    """The failure of a call, or in its place what ends this thread."""
+    if failure is None or _ending in (None, get_ident()):
+        return failure
+    return SystemExit("the program ends, and with it this thread")
+
+
+def _raise(handle: Any, failure: BaseException | None) -> None:
     """Raise a failure, or what a callback raised that must not be held up; report the rest.
 
     An exception refers to the frames it has passed, so no frame may refer to it in turn: the

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import atexit
 
-from nbd._callbacks import report_pending, settle
+from nbd._callbacks import end_other_threads, report_pending, settle
 from nbd._ffi import lib, pending
 
 TYPE_CHECKING = False
@@ -107,5 +107,6 @@ def _close_quietly(h: Any) -> None:
 def _close_all() -> None:
     global _is_exiting
     _is_exiting = True
+    end_other_threads()
     for h in list(_open):
         _close_quietly(h)

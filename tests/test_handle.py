@@ -6,14 +6,12 @@ import copy
 import gc
 import inspect
 import pickle
-import subprocess
-import sys
 import weakref
 from typing import Any, Callable
 
 import pytest
 from handles import closed, poll
-from servers import PATIENCE, Server
+from servers import Server
 
 import nbd
 
@@ -58,18 +56,6 @@ def call_with_anything(handle: nbd.NBD, name: str) -> None:
     if name.endswith("connect_vsock"):
         arguments = [1, 1]
     getattr(handle, name)(*arguments)
-
-
-def run_program(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a Python program in a process of its own, with this interpreter."""
-    command = [sys.executable, "-W", "error", "-I", "-c", program, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=3 * PATIENCE)
-
-
-def ended_silently(program: str, *arguments: str) -> None:
-    """Run a program that must end with status 0 and write nothing."""
-    done = run_program(program, *arguments)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_new_handle_is_created_and_not_connected(h: nbd.NBD) -> None:
@@ -220,70 +206,6 @@ def test_a_handle_cannot_be_duplicated(h: nbd.NBD, duplicate: Callable[[Any], An
 def test_a_handle_cannot_be_pickled(h: nbd.NBD, protocol: int) -> None:
     with pytest.raises(TypeError):
         pickle.dumps(h, protocol)
-
-
-def test_a_program_may_end_with_an_open_connection(nbdkit: Callable[..., Server]) -> None:
-    server = nbdkit("memory", "1M", "--filter=exitlast")
-    ended_silently(
-        "import nbd, sys; h = nbd.NBD(); h.connect_unix(sys.argv[1]); h.pread(512, 0)",
-        server.socket,
-    )
-    assert server.wait() == 0
-
-
-def test_a_program_may_end_with_commands_in_flight(nbdkit: Callable[..., Server]) -> None:
-    program = """
-import nbd, sys
-h = nbd.NBD()
-h.connect_unix(sys.argv[1])
-for i in range(8):
-    h.aio_pread(nbd.Buffer(4096), 0, lambda error: 1)
-    h.aio_pread_structured(bytearray(4096), 0, lambda *chunk: 0)
-"""
-    ended_silently(program, nbdkit("memory", "1M", "--filter=delay", "rdelay=60").socket)
-
-
-def test_a_program_may_end_with_a_handle_that_was_never_connected() -> None:
-    ended_silently("import nbd; h = nbd.NBD()")
-
-
-def test_a_program_may_end_with_a_closed_handle() -> None:
-    ended_silently("import nbd; h = nbd.NBD(); h.close()")
-
-
-def test_a_program_may_end_with_handles_in_a_cycle() -> None:
-    ended_silently("import nbd; h = nbd.NBD(); h.other = nbd.NBD(); h.other.other = h")
-
-
-def test_a_program_may_end_with_a_callback_that_refers_to_its_handle() -> None:
-    ended_silently(
-        "import nbd; h = nbd.NBD(); h.set_debug_callback(lambda *message: h); h.set_debug(True)"
-    )
-
-
-def test_a_program_may_end_with_a_server_as_subprocess() -> None:
-    ended_silently(
-        "import nbd; h = nbd.NBD();"
-        "h.connect_command(['nbdkit', '-s', '--exit-with-parent', 'memory', '1M'])"
-    )
-
-
-def test_a_program_may_end_by_an_exception_with_an_open_handle() -> None:
-    done = run_program("import nbd; h = nbd.NBD(); h.get_size()")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("nbd.Error: nbd_get_size: ")
-
-
-def test_a_handle_made_in_a_thread_may_outlive_it() -> None:
-    program = """
-import nbd, threading
-handles = []
-thread = threading.Thread(target=lambda: handles.append(nbd.NBD()))
-thread.start()
-thread.join()
-assert handles[0].aio_is_created()
-"""
-    ended_silently(program)
 
 
 def test_a_subclass_whose_init_raises_first_leaves_no_trace(unraisable: list[Any]) -> None:
