@@ -35,6 +35,7 @@ void nbdshim_note_socket(struct nbdshim *s);
 struct nbdshim_closure {
     struct nbdshim *s;
     uintptr_t token;
+    const char *buffer; /* of the command; callbacks tell of parts of it by their offsets in it */
     bool completed; /* the completion callback was called: libnbd 1.22's nbd_close does it again */
     bool released;  /* by a completion callback that returned 1 */
 };
@@ -43,10 +44,11 @@ struct nbdshim_closure {
 void nbdshim_leave(struct nbdshim *s);
 
 /*
- * Remember token for libnbd, in *closure; nothing to do if token is 0.
- * Returns 0, or NBDSHIM_NO_MEMORY: then the token is released.
+ * Remember token for libnbd, in *closure, and the command's buffer, if it has one, for callbacks;
+ * nothing to do if token is 0.  Returns 0, or NBDSHIM_NO_MEMORY: then the token is released.
  */
-int nbdshim_closure_new(struct nbdshim *s, uintptr_t token, struct nbdshim_closure **closure);
+int nbdshim_closure_new(struct nbdshim *s, uintptr_t token, const void *buffer,
+                        struct nbdshim_closure **closure);
 
 /* libnbd's `free` of every callback: releases the token, unless that was done, and the memory. */
 void nbdshim_closure_free(void *closure);

@@ -131,7 +131,8 @@ void nbdshim_free(void *p)
     free(p);
 }
 
-int nbdshim_closure_new(struct nbdshim *s, uintptr_t token, struct nbdshim_closure **closure)
+int nbdshim_closure_new(struct nbdshim *s, uintptr_t token, const void *buffer,
+                        struct nbdshim_closure **closure)
 {
     *closure = NULL;
     if (token == 0)
@@ -141,7 +142,7 @@ int nbdshim_closure_new(struct nbdshim *s, uintptr_t token, struct nbdshim_closu
         nbdshim_release(token);
         return NBDSHIM_NO_MEMORY;
     }
-    **closure = (struct nbdshim_closure){.s = s, .token = token};
+    **closure = (struct nbdshim_closure){.s = s, .token = token, .buffer = buffer};
     return 0;
 }
 

@@ -24,6 +24,8 @@
  * refused read fills its buffer with zeroes, as libnbd does before any failure of its own.  A
  * buffer that is stale holds bytes nobody may see: it is cleared also where libnbd is told not to.
  *
+ * Parts of a buffer go up as offsets in it.
+ *
  * Errnos.  A callback's errno goes up by value, and its address as a number, for changing it.
  *
  * Calls from inside an upcall, `release` included, on its own handle are refused: libnbd holds its

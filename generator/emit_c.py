@@ -64,6 +64,8 @@ def upcall_parameters(closure: Closure) -> Iterator[str]:
             yield f"const {argument.ctype} *{argument.name}"
         elif argument.kind is CallbackKind.PAIRS:
             yield f"const uint64_t *{argument.name}"
+        elif argument.kind is CallbackKind.VIEW:
+            yield f"size_t {argument.name}_at"
         elif argument.kind is CallbackKind.ERROR:
             yield f"int {argument.name}"
             yield f"uintptr_t {argument.name}_at"
@@ -121,6 +123,8 @@ def upcall_arguments(argument: CallbackArgument) -> list[str]:
         return [f"*{name}", f"(uintptr_t){name}"]
     if argument.kind is CallbackKind.PAIRS:
         name = f"(const uint64_t *){name}"
+    elif argument.kind is CallbackKind.VIEW:
+        name = f"(size_t)((const char *){name} - closure->buffer)"
     return [name, argument.length] if argument.length else [name]
 
 
@@ -238,7 +242,8 @@ def refusal(function: Function) -> list[str]:
         undo.insert(0, f"        memset({function.buffer.name}, 0, {function.buffer.length});")
     lines = [f"    struct nbdshim_closure *{name}_closure;" for name in names]
     if names:
-        made = [f"nbdshim_closure_new(s, {name}, &{name}_closure)" for name in names]
+        buffer = function.buffer.name if function.buffer else "NULL"
+        made = [f"nbdshim_closure_new(s, {name}, {buffer}, &{name}_closure)" for name in names]
         lines.append("    int refused = " + " |\n                  ".join(made) + ";")
         lines += ["", "    if (!refused)", f"        refused = {enter};"]
     else:

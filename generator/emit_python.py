@@ -17,7 +17,15 @@ from generator.calls import (
     in_order_of_use,
     returned,
 )
-from generator.model import CallbackKind, Closure, Function, Header, Kind, Parameter
+from generator.model import (
+    CallbackArgument,
+    CallbackKind,
+    Closure,
+    Function,
+    Header,
+    Kind,
+    Parameter,
+)
 
 BANNER = """\
 # SPDX-License-Identifier: LGPL-2.0-or-later
@@ -103,13 +111,7 @@ def closure_function(closure: Closure) -> str:
     """The function for one callback type."""
     parameters = ["token: int"]
     for argument in closure.arguments:
-        is_number = argument.kind is CallbackKind.INT
-        parameters.append(f"{argument.name}: {'int' if is_number else 'Any'}")
-        if argument.length:
-            parameters.append(f"{argument.length}: int")
-        if argument.kind is CallbackKind.ERROR:
-            parameters[-1] = f"{argument.name}: int"
-            parameters.append(f"{argument.name}_at: int")
+        parameters += upcall_parameters(argument)
     errors = [a.name for a in closure.arguments if a.kind is CallbackKind.ERROR]
     passed = ", ".join(callback_argument(a.name, a.kind, a.length) for a in closure.arguments)
     lines = ["try:"]
@@ -124,6 +126,20 @@ def closure_function(closure: Closure) -> str:
     doc = f'    """Run the {closure.name} callback that token stands for."""'
     body = textwrap.indent("\n".join(lines), "    ")
     return f'@upcall("{closure.name}")\n{signature}\n{doc}\n{body}\n'
+
+
+def upcall_parameters(argument: CallbackArgument) -> Iterator[str]:
+    """What the shim passes for one argument of a callback."""
+    if argument.kind is CallbackKind.VIEW:
+        yield f"{argument.name}_at: int"
+    elif argument.kind in (CallbackKind.INT, CallbackKind.ERROR):
+        yield f"{argument.name}: int"
+    else:
+        yield f"{argument.name}: Any"
+    if argument.kind is CallbackKind.ERROR:
+        yield f"{argument.name}_at: int"
+    if argument.length:
+        yield f"{argument.length}: int"
 
 
 def called(call: str, errors: Sequence[str]) -> list[str]:
@@ -171,7 +187,7 @@ def callback_argument(name: str, kind: CallbackKind, length: str) -> str:
         CallbackKind.INT: name,
         CallbackKind.STRING: f"as_text({name})",
         CallbackKind.ERROR: f"{name}_cell",
-        CallbackKind.VIEW: f"part(buffer, room, {name}, {length})",
+        CallbackKind.VIEW: f"part(buffer, room, {name}_at, {length})",
         CallbackKind.INTS: f"numbers({name}, {length})",
         CallbackKind.PAIRS: f"pairs({name}, {length})",
     }[kind]

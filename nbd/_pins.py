@@ -169,15 +169,19 @@ def copy_back(buffer: Any, room: Room) -> None:
         ) from None
 
 
-def part(buffer: Any, room: Room, start: Any, count: int) -> memoryview:
-    """A read-only view of the count bytes at start, which is inside the room.
+def part(buffer: Any, room: Room, start: int, count: int) -> memoryview:
+    """A read-only view of the count bytes at start of a command's buffer.
 
     A room without a pin is the bytearray's own, of a call that waits.
     """
     pointer, size, pin = room
-    offset = ffi.cast("char *", start) - ffi.cast("char *", pointer)
     if BOUNCES and pin is not None:
         buffer = ffi.buffer(pointer, size)
     elif isinstance(buffer, Buffer):
         buffer = buffer._exposed()
-    return memoryview(buffer).cast("B")[offset : offset + count].toreadonly()
+    view = memoryview(buffer)
+    if buffer.__class__ is not bytearray:
+        view = view.cast("B")
+    if count != size:
+        view = view[start : start + count]
+    return view.toreadonly()

@@ -26,10 +26,10 @@ static void release(uintptr_t token)
         t->released(t);
 }
 
-static int chunk(uintptr_t token, const void *subbuf, size_t count, uint64_t offset,
-                 unsigned status, int error, uintptr_t error_at)
+static int chunk(uintptr_t token, size_t subbuf_at, size_t count, uint64_t offset, unsigned status,
+                 int error, uintptr_t error_at)
 {
-    (void)subbuf, (void)offset, (void)status, (void)error_at;
+    (void)subbuf_at, (void)offset, (void)status, (void)error_at;
     return called(token, count, error);
 }
 
