@@ -20,7 +20,15 @@ from operator import index
 from nbd._ffi import ffi
 from nbd.buffer import Buffer
 from nbd.error import Error
-from nbd.memory import LARGE, Shared, allocate_uncleared, new_bytearray, room_of
+from nbd.memory import (
+    LARGE,
+    Shared,
+    allocate,
+    contiguous_size,
+    new_bytearray,
+    new_uncleared,
+    room_of,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,6 +43,8 @@ _TOO_LARGE = 2**27
 _SIZE_MAX = 2 ** (8 * ffi.sizeof("size_t")) - 1
 
 _from_buffer = ffi.from_buffer
+#: Let a bytearray be resized again whose memory _from_buffer gave: on PyPy, too.
+unpin = ffi.release
 
 
 def read_into(count: int) -> tuple[bytearray | None, Any, int]:
@@ -48,7 +58,7 @@ def read_into(count: int) -> tuple[bytearray | None, Any, int]:
         return small, _from_buffer(small), size
     _check_count(size)
     if BOUNCES:
-        return None, allocate_uncleared("char[]", size), size
+        return None, new_uncleared("char[]", size), size
     large, _ = new_bytearray(size)
     return large, _from_buffer(large), size
 
@@ -80,13 +90,10 @@ def copy_out(pointer: Any, size: int) -> bytearray:
     return copy
 
 
-def unpin(pointer: Any) -> None:
-    """Let a bytearray be resized again, on PyPy too."""
-    ffi.release(pointer)
-
-
 def readable(name: str, buffer: Any) -> Room:
     """The memory of a bytes-like object or nbd.Buffer that libnbd reads."""
+    if buffer.__class__ is bytes and not BOUNCES:
+        return buffer, len(buffer), buffer  # cffi passes on the address of bytes by itself
     if isinstance(buffer, Buffer):
         buffer._fill()
         memory = buffer._memory
@@ -94,16 +101,14 @@ def readable(name: str, buffer: Any) -> Room:
             return memory.room
         buffer = memory.storage
     try:
-        room = room_of(buffer)
+        if BOUNCES and not isinstance(buffer, bytes):
+            size = contiguous_size(buffer)
+            copy = allocate(size)
+            ffi.memmove(copy, buffer, size)
+            return copy, size, copy
+        return room_of(buffer)
     except (TypeError, ValueError, BufferError) as reason:
         raise _unusable(name, buffer, reason) from None
-    if BOUNCES and not isinstance(buffer, bytes):
-        pointer, size, pin = room
-        copy = allocate_uncleared("char[]", size)
-        ffi.memmove(copy, pointer, size)
-        ffi.release(pin)
-        return copy, size, copy
-    return room
 
 
 def held_room(name: str, buffer: Any) -> tuple[Room, bool]:
@@ -113,7 +118,7 @@ def held_room(name: str, buffer: Any) -> tuple[Room, bool]:
     """
     if buffer.__class__ is bytearray and not BOUNCES:
         pin = _from_buffer(buffer)
-        return (pin, len(pin), pin), False
+        return (pin, len(buffer), pin), False
     if isinstance(buffer, Buffer):
         memory = buffer._memory
         if memory.__class__ is not Shared:
@@ -122,15 +127,13 @@ def held_room(name: str, buffer: Any) -> tuple[Room, bool]:
             return memory.room, is_stale
         buffer = memory.storage
     try:
-        room = room_of(buffer, True)
+        if BOUNCES:
+            size = contiguous_size(buffer, writable=True)
+            copy = allocate(size, clear=True)
+            return (copy, size, copy), False
+        return room_of(buffer, True), False
     except (TypeError, ValueError, BufferError) as reason:
         raise _unusable(name, buffer, reason) from None
-    if BOUNCES:
-        _, size, pin = room
-        ffi.release(pin)
-        copy = ffi.new("char[]", size)
-        return (copy, size, copy), False
-    return room, False
 
 
 def disclaim(buffer: Any, is_stale: bool) -> None:
@@ -160,13 +163,12 @@ def copy_back(buffer: Any, room: Room) -> None:
         if buffer._memory.__class__ is not Shared:
             return
         buffer = buffer._memory.storage
-    try:
-        with memoryview(buffer) as view, view.cast("B") as bytes_of_it:
-            bytes_of_it[:] = ffi.buffer(*room[:2])
-    except ValueError:
+    pointer, size, _ = room
+    if contiguous_size(buffer, writable=True) != size:
         raise BufferError(
             "the buffer was resized while a command was reading into it: what it read is lost"
-        ) from None
+        )
+    ffi.memmove(buffer, pointer, size)
 
 
 def part(buffer: Any, room: Room, start: int, count: int) -> memoryview:

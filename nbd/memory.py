@@ -25,18 +25,25 @@ if TYPE_CHECKING:
 LARGE = 128 * 1024
 #: From this size on, memory may be in huge pages: a page fault for 2 MiB instead of for 4 KiB.
 HUGE = 4 * 1024 * 1024
+#: Between these sizes PyPy makes a bytearray by copying zeroes, which are kept.
+LEAST_COPIED, MOST_COPIED = 16 * 1024, 4 * 1024 * 1024
 
 #: Only where an object is finalised as soon as it is dropped is there something to recycle in time.
 RECYCLES = IS_CPYTHON = sys.implementation.name == "cpython"
+
+#: Where it is not, the memory of dropped objects is looked for whenever so much has been allocated:
+#: PyPy frees it in any collection, but does not count it, and so would wait for very long.
+STEP = 8 * 1024 * 1024
 
 #: How many sizes are kept at once; each has an equal share of the bound.
 _SIZES = 4
 
 _CHARS = ffi.typeof("char[]")
 _from_buffer = ffi.from_buffer
-#: Memory that is not cleared; PyPy takes long to make a bytearray.
-allocate_uncleared = ffi.new_allocator(should_clear_after_alloc=False)
+new_uncleared = ffi.new_allocator(should_clear_after_alloc=False)
 _pool_limit = 64 * 1024 * 1024
+_uncounted = 0
+_zeroes = b""
 _resize: Callable[[bytearray, int], object] | None = None
 
 
@@ -139,8 +146,30 @@ def new_memory(size: int) -> tuple[Memory, bool]:
     if IS_CPYTHON:
         storage, is_zero = new_bytearray(size)
         return Memory(storage, room_of(storage), shelf), is_zero
-    pointer = allocate_uncleared("char[]", size)
+    pointer = allocate(size)
     return Memory(memoryview(ffi.buffer(pointer)), (pointer, size, pointer), shelf), False
+
+
+def allocate(size: int, clear: bool = False) -> Any:
+    """Memory for C where a bytearray's can move: that of PyPy."""
+    global _uncounted
+    _uncounted += size
+    if _uncounted >= STEP:
+        import gc
+
+        _uncounted = 0
+        gc.collect_step()  # type: ignore[attr-defined] # PyPy's alone
+    return (ffi.new if clear else new_uncleared)(_CHARS, size)
+
+
+def contiguous_size(buffer: Any, writable: bool = False) -> int:
+    """The bytes of a bytes-like object; BufferError if not contiguous, or not writable."""
+    with memoryview(buffer) as view:
+        if not view.c_contiguous:
+            raise BufferError("the buffer is not contiguous")
+        if writable and view.readonly:
+            raise BufferError("the buffer is read-only")
+        return view.nbytes
 
 
 def room_of(buffer: Any, writable: bool = False) -> Room:
@@ -164,12 +193,25 @@ def room_of(buffer: Any, writable: bool = False) -> Room:
 
 def new_bytearray(size: int) -> tuple[bytearray, bool]:
     """A bytearray of size bytes, and whether they are zeroes; else they are anything."""
-    if size < LARGE or not IS_CPYTHON:
+    if not IS_CPYTHON:
+        return _copied_zeroes(size), True
+    if size < LARGE:
         return bytearray(size), True
     fresh = _uninitialised(size)
     if size >= HUGE:
         lib.nbdshim_advise_huge(ffi.from_buffer(fresh), size)
     return fresh, False
+
+
+def _copied_zeroes(size: int) -> bytearray:
+    """A bytearray of zeroes: PyPy fills one in half the time if it can copy the bytes."""
+    global _zeroes
+    if not LEAST_COPIED <= size <= MOST_COPIED:
+        return bytearray(size)
+    zeroes = _zeroes
+    if len(zeroes) != size:
+        _zeroes = zeroes = bytes(size)
+    return bytearray(zeroes)
 
 
 def _uninitialised(size: int) -> bytearray:

@@ -1,0 +1,182 @@
+"""How much memory nbd.Buffer takes: it is recycled up to a bound, and given back."""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+from handles import drain, finish
+from servers import Server
+
+import nbd
+import nbd.memory
+
+SOAK = os.environ.get("NBD_SOAK") == "1"
+FEW, MANY = 10_000, 1_000_000 if SOAK else 40_000
+BLOCK = 4096
+MIB = 1 << 20
+POOL = 64 * MIB  # the bound that README and set_pool_limit give
+
+# A program of its own: the peak of this process is that of whatever was tested before.
+READ_INTO_NEW_BUFFERS = """
+import resource, sys
+import nbd
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+def read(count):
+    for _ in range(count):
+        while h.aio_in_flight() >= 64:
+            h.poll(-1)
+        h.aio_pread(nbd.Buffer(4096), 0, lambda error: 1)
+    while h.aio_in_flight():
+        h.poll(-1)
+
+uri, few, many = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+h = nbd.NBD()
+h.connect_uri(uri)
+read(few)
+before = peak()
+read(many - few)
+print(peak() - before)
+"""
+
+recycles = pytest.mark.skipif(
+    sys.implementation.name == "pypy", reason="PyPy frees memory in collections; there is no pool"
+)
+
+
+def resident() -> int:
+    """Return how many bytes of memory this process has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE")
+
+
+@pytest.fixture
+def pool_limit() -> Iterator[Callable[[int], None]]:
+    """Return set_pool_limit; the bound is afterwards what it was."""
+    yield nbd.memory.set_pool_limit
+    nbd.memory.set_pool_limit(POOL)
+
+
+def pooled() -> int:
+    """Return how many bytes wait to be used again."""
+    return sum(size * len(items) for size, items in nbd.memory.spares.items())
+
+
+def test_new_buffers_without_end_need_no_more_memory_than_some(
+    nbdkit: Callable[..., Server], tmp_path: Path
+) -> None:
+    arguments = [nbdkit("null", "1M").uri, str(FEW), str(MANY)]
+    done = subprocess.run(
+        [sys.executable, "-c", READ_INTO_NEW_BUFFERS, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=True,
+    )
+    grown = int(done.stdout)
+    print(f"{MANY} reads with new Buffers: peak {grown >> 10} KiB above that of {FEW}")
+    assert grown <= 16 * MIB
+
+
+def test_a_large_buffer_gives_its_memory_back() -> None:
+    size = 1 << 30
+    before = resident()
+    buffer = nbd.Buffer(size)
+    for page in range(0, size, BLOCK):
+        buffer[page] = 1
+    assert resident() - before >= size
+    del buffer
+    gc.collect()
+    assert resident() - before < 16 * MIB
+
+
+@recycles
+def test_memory_of_a_dropped_buffer_is_used_again() -> None:
+    nbd.Buffer(BLOCK)
+    kept = pooled()
+    buffer = nbd.Buffer(BLOCK)
+    assert pooled() == kept - BLOCK
+    del buffer
+    assert pooled() == kept
+
+
+@recycles
+def test_the_pool_keeps_no_more_than_its_bound(pool_limit: Callable[[int], None]) -> None:
+    pool_limit(MIB)
+    for size in range(BLOCK, 20 * BLOCK, BLOCK):
+        buffers = [nbd.Buffer(size) for _ in range(64)]
+        assert len(buffers) == 64
+        del buffers
+    assert 0 < pooled() <= MIB
+
+
+@recycles
+def test_a_bound_of_zero_keeps_nothing(pool_limit: Callable[[int], None]) -> None:
+    buffer = nbd.Buffer(BLOCK)
+    pool_limit(0)
+    del buffer
+    nbd.Buffer(BLOCK)
+    assert pooled() == 0
+
+
+def test_a_negative_bound_is_refused(pool_limit: Callable[[int], None]) -> None:
+    with pytest.raises(ValueError, match="size: -1"):
+        pool_limit(-1)
+
+
+def test_used_memory_reads_as_zeroes_in_the_next_buffer(disk: nbd.NBD) -> None:
+    disk.pwrite(b"old" * 1024, 0)
+    for _ in range(8):
+        used = nbd.Buffer(3072)
+        finish(disk, disk.aio_pread(used, 0))
+        assert used[:3] == b"old"
+        del used
+        assert bytes(nbd.Buffer(3072)) == bytes(3072)
+
+
+def test_a_failed_read_shows_nothing_of_used_memory(
+    nbdkit: Callable[..., Server], h: nbd.NBD
+) -> None:
+    h.connect_unix(nbdkit("data", "size=1M", "data=(0xff)*4096").socket)
+    for _ in range(8):
+        used = nbd.Buffer(BLOCK)
+        finish(h, h.aio_pread(used, 0))
+        del used
+        fresh = nbd.Buffer(BLOCK)
+        with pytest.raises(nbd.Error):
+            h.aio_pread(fresh, MIB)
+        assert fresh.is_zero()
+
+
+@recycles
+def test_memory_that_can_still_be_seen_is_not_used_again(disk: nbd.NBD) -> None:
+    buffer = nbd.Buffer(BLOCK)
+    views: list[memoryview] = []
+    disk.aio_pread_structured(buffer, 0, lambda view, *rest: views.append(view), lambda error: 1)
+    drain(disk)
+    del buffer
+    for _ in range(8):
+        nbd.Buffer.from_bytearray(b"x" * BLOCK)
+        new = nbd.Buffer(BLOCK)
+        new[:] = b"x" * BLOCK
+    assert bytes(views[0]) == bytes(BLOCK)
+
+
+def test_a_buffer_whose_memory_has_no_fixed_address(disk: nbd.NBD) -> None:
+    file = io.BytesIO(b"in a file" * 100)
+    disk.pwrite(file.getbuffer(), 0)
+    assert disk.pread(900, 0) == b"in a file" * 100
+    target: Any = io.BytesIO(bytes(900))
+    cookie = disk.aio_pread(target.getbuffer(), 0)
+    finish(disk, cookie)
+    assert target.getvalue() == b"in a file" * 100
