@@ -211,7 +211,7 @@ def methods_module(header: Header, documentation: Mapping[str, Documentation]) -
 
 from __future__ import annotations
 
-from operator import index as as_number
+from _operator import index as as_number
 
 import nbd.closures  # noqa: F401 - tells the shim whom to call
 from nbd._arguments import address_of, as_path, as_string, as_strings, bad_numbers

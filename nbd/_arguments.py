@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from operator import index
+from _operator import index  # which takes a fraction of the time of operator
 
 from nbd._ffi import ffi, lib
 from nbd.error import Error

@@ -15,10 +15,8 @@ the cause of the nbd.Error if the call failed, and else gives it to sys.unraisab
 
 from __future__ import annotations
 
-import errno
 import sys
 from _thread import get_ident
-from itertools import count
 
 from nbd._ffi import ffi, lib, pending
 from nbd._values import as_text
@@ -34,7 +32,8 @@ if TYPE_CHECKING:
 
 registry: dict[int, Entry] = {}
 
-next_token = count(1).__next__
+# What itertools.count would give, which takes a while to import.
+next_token = iter(range(1, sys.maxsize)).__next__
 forget = registry.pop
 
 # The thread in which the process ends, from when its handles are closed.
@@ -163,19 +162,21 @@ def _failure(handle: Any, result: Any, method: str) -> Exception | None:
         if result:
             return None
         code = lib.nbdshim_check(handle) or -1
+    if code == -1:
+        return last_error()
     if code == lib.NBDSHIM_CLOSED:
         return ClosedHandle("the handle is closed; make a new one with nbd.NBD()")
+    if code == lib.NBDSHIM_NO_MEMORY:
+        return MemoryError(f"nbd_{method}: no memory for a callback")
+    import errno
+
     if code == lib.NBDSHIM_REENTERED:
         return Error(
             f"nbd_{method}: called from inside a callback of the same handle, where libnbd would "
             "deadlock; make the call after the callback has returned",
             errno.EDEADLK,
         )
-    if code == lib.NBDSHIM_TOO_LARGE:
-        return Error(f"nbd_{method}: the server's number is too large", errno.EOVERFLOW)
-    if code == lib.NBDSHIM_NO_MEMORY:
-        return MemoryError(f"nbd_{method}: no memory for a callback")
-    return last_error()
+    return Error(f"nbd_{method}: the server's number is too large", errno.EOVERFLOW)
 
 
 def last_error() -> Error:

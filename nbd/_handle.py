@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
     Self = TypeVar("Self", bound="Handle")
 
+# Looked up once, as the calls of nbd.methods are.
+nbdshim_create = lib.nbdshim_create
+nbdshim_close = lib.nbdshim_close
+nbdshim_destroy = lib.nbdshim_destroy
+
 # The open handles of the shim: PyPy runs no destructors at exit.
 _open: set[Any] = set()
 
@@ -35,7 +40,7 @@ class Handle:
 
         C: nbd_create, since libnbd 1.0.
         """
-        made = lib.nbdshim_create()
+        made = nbdshim_create()
         if not made:
             raise MemoryError("no memory for a handle")
         self._h = made
@@ -63,7 +68,7 @@ class Handle:
 
         C: nbd_close, since libnbd 1.0.
         """
-        result = lib.nbdshim_close(self._h)
+        result = nbdshim_close(self._h)
         if result == 0:
             _open.discard(self._h)
         if result < 0 or pending:
@@ -81,12 +86,14 @@ class Handle:
         _close_quietly(self._h)
 
     def __del__(self) -> None:
-        h = getattr(self, "_h", None)
-        if h is not None:
-            _open.discard(h)
-            (lib.nbdshim_close if _is_exiting else lib.nbdshim_destroy)(h)
-            if pending:
-                report_pending(h)
+        try:
+            h = self._h
+        except AttributeError:  # __init__ failed, or was not called
+            return
+        _open.discard(h)
+        (nbdshim_close if _is_exiting else nbdshim_destroy)(h)
+        if pending:
+            report_pending(h)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
@@ -97,7 +104,7 @@ class Handle:
 
 def _close_quietly(h: Any) -> None:
     """Close a handle of the shim unless it is closed."""
-    if lib.nbdshim_close(h) == 0:
+    if nbdshim_close(h) == 0:
         _open.discard(h)
     if pending:
         report_pending(h)

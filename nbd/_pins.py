@@ -13,9 +13,8 @@ buffer is bytes or an nbd.Buffer with memory of its own, which are never resized
 
 from __future__ import annotations
 
-import errno
 import sys
-from operator import index
+from _operator import index
 
 from nbd._ffi import ffi
 from nbd.buffer import Buffer
@@ -77,6 +76,8 @@ def _check_count(size: int) -> None:
     if size > _SIZE_MAX:
         raise OverflowError(f"count: {size} is not between 0 and {_SIZE_MAX}")
     if size > _TOO_LARGE:
+        import errno
+
         raise Error(
             f"count: {size} is more than libnbd reads at once (64 MiB); read it in pieces",
             errno.ERANGE,

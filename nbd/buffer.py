@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from operator import index
+from _operator import index
 
 from nbd._ffi import lib
 from nbd.memory import IS_CPYTHON, RECYCLES, Shared, new_memory, room_of, spares

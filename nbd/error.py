@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import errno
-
 
 class Error(Exception):
     """A libnbd call failed.
@@ -41,6 +39,8 @@ class Error(Exception):
     @property
     def errno(self) -> str | None:
         """The errno's name, or None if there is none."""
+        import errno
+
         return errno.errorcode.get(self.errnum)
 
     def __str__(self) -> str:
