@@ -1,0 +1,33 @@
+"""Of every kind of call, callback, error and life of a handle nothing is left, however often."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Callable
+
+import loops
+import pytest
+from figures import Figure, pass_on
+from forms import SOAK
+from servers import Server
+
+HANG = 1800 if SOAK else 120  # seconds until the loops of a group count as hung
+
+
+@pytest.mark.parametrize("group", loops.GROUPS)
+def test_loops_leave_nothing(group: str, nbdkit: Callable[..., Server], figure: Figure) -> None:
+    # In one thread: nbdkit 1.32 has others that may abort if a client goes before it is answered.
+    disk = nbdkit("--threads=1", "memory", "1M").socket
+    failing = nbdkit("memory", "1M", "--filter=error", "error=EIO", "error-rate=100%").socket
+    done = subprocess.run(
+        [sys.executable, str(Path(loops.__file__)), group, disk, failing],
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    pass_on(done.stdout, figure)
+    figures = [line.rpartition(": ")[::2] for line in done.stdout.splitlines()]
+    assert [one for one in figures if one[1] != "0" and not one[0].endswith(": calls")] == []
