@@ -26,6 +26,7 @@ PACKAGES = {
     "certtool": "gnutls-bin",
     "nbd-server": "nbd-server",
     "nbdkit": "nbdkit",
+    "psktool": "gnutls-bin",
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
     "qemu-nbd": "qemu-utils",

@@ -86,6 +86,16 @@ def psk_server(
     return qemu_nbd(raw_disk(tmp_path), "--format=raw", *tls.qemu_psk(psk))
 
 
+@pytest.fixture(params=["nbdkit", "qemu-nbd"])
+def server_in_the_clear(
+    request: pytest.FixtureRequest, nbdkit: StartServer, qemu_nbd: StartServer, tmp_path: Path
+) -> servers.Server:
+    """Return a server on a Unix socket that knows no TLS."""
+    if request.param == "nbdkit":
+        return nbdkit(*DISK)
+    return qemu_nbd(raw_disk(tmp_path), "--format=raw")
+
+
 def raw_disk(folder: Path) -> Path:
     """Make an empty disk."""
     path = folder / "disk"
@@ -225,6 +235,13 @@ def test_right_key_connects(h: nbd.NBD, psk_server: servers.Server, psk: Path) -
     check_data(h)
 
 
+def test_key_made_by_psktool_connects(h: nbd.NBD, nbdkit: StartServer, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.psk"
+    servers.run("psktool", "--username=bob", f"--pskfile={keys}")
+    connect_psk(h, nbdkit(*DISK, tls="require", psk=keys), keys, "bob")
+    check_data(h)
+
+
 def test_wrong_key_is_refused(
     h: nbd.NBD, psk_server: servers.Server, psk: Path, tmp_path: Path
 ) -> None:
@@ -280,10 +297,10 @@ def test_certificates_do_not_open_a_server_that_wants_a_key(
 
 
 def test_server_in_the_clear_is_refused_where_tls_is_required(
-    h: nbd.NBD, nbdkit: StartServer, psk: Path
+    h: nbd.NBD, server_in_the_clear: servers.Server, psk: Path
 ) -> None:
     with pytest.raises(nbd.Error, match="TLS") as caught:
-        connect_psk(h, nbdkit(*DISK), psk)
+        connect_psk(h, server_in_the_clear, psk)
     assert caught.value.errno == "ENOTSUP"
 
 
