@@ -75,8 +75,9 @@ ENDS = {
 
 
 def run(program: str, *arguments: str) -> tuple[int, str]:
-    """Run a program in a process of its own; return its status and output, stderr is the servers'."""
+    """Run a program in a process of its own; return its status and output."""
     command = [sys.executable, "-W", "error", "-I", "-c", program, *arguments]
+    # What servers say goes to stderr as well, so that is not looked at.
     done = subprocess.run(command, capture_output=True, text=True, timeout=3 * PATIENCE)
     return done.returncode, done.stdout
 
