@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
 import shutil
 import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -235,7 +237,7 @@ def test_a_module_fits_its_columns(name: str) -> None:
 
 @pytest.mark.parametrize("name", PYTHON)
 def test_a_module_is_formatted(name: str, tmp_path: Path) -> None:
-    tool = shutil.which("ruff")
+    tool = shutil.which("ruff", path=os.path.dirname(sys.executable)) or shutil.which("ruff")
     if tool is None:
         pytest.skip("ruff is not installed (pip install ruff)")
     (tmp_path / name).write_text(PYTHON[name], encoding="utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import io
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,13 +11,15 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+from figures import Figure
+from forms import SOAK
 from handles import drain, finish
 from servers import Server
+from usage import resident
 
 import nbd
 import nbd.memory
 
-SOAK = os.environ.get("NBD_SOAK") == "1"
 FEW, MANY = 10_000, 1_000_000 if SOAK else 40_000
 BLOCK = 4096
 MIB = 1 << 20
@@ -54,12 +55,6 @@ recycles = pytest.mark.skipif(
 )
 
 
-def resident() -> int:
-    """Return how many bytes of memory this process has."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGESIZE")
-
-
 @pytest.fixture
 def pool_limit() -> Iterator[Callable[[int], None]]:
     """Return set_pool_limit; the bound is afterwards what it was."""
@@ -73,7 +68,7 @@ def pooled() -> int:
 
 
 def test_new_buffers_without_end_need_no_more_memory_than_some(
-    nbdkit: Callable[..., Server], tmp_path: Path
+    nbdkit: Callable[..., Server], tmp_path: Path, figure: Figure
 ) -> None:
     arguments = [nbdkit("null", "1M").uri, str(FEW), str(MANY)]
     done = subprocess.run(
@@ -84,7 +79,7 @@ def test_new_buffers_without_end_need_no_more_memory_than_some(
         check=True,
     )
     grown = int(done.stdout)
-    print(f"{MANY} reads with new Buffers: peak {grown >> 10} KiB above that of {FEW}")
+    figure(f"{MANY} reads with new Buffers: peak above that of {FEW}, KiB", grown >> 10)
     assert grown <= 16 * MIB
 
 
