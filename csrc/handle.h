@@ -72,6 +72,16 @@ struct nbdshim_upcall {
 
 extern _Thread_local struct nbdshim_upcall *nbdshim_innermost NBDSHIM_TLS;
 
+/* Whether the process ends, and whether this is the thread in which it does. */
+extern atomic_bool nbdshim_is_ending;
+extern _Thread_local bool nbdshim_ends_here NBDSHIM_TLS;
+
+/* Whether what is called upwards may be gone by the time that this thread gets there. */
+static inline bool nbdshim_is_silent(void)
+{
+    return atomic_load_explicit(&nbdshim_is_ending, memory_order_relaxed) && !nbdshim_ends_here;
+}
+
 static inline void nbdshim_call_up(struct nbdshim_upcall *upcall, struct nbdshim *s, bool is_debug)
 {
     *upcall = (struct nbdshim_upcall){s, is_debug, nbdshim_innermost};

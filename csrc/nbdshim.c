@@ -15,10 +15,18 @@
 
 struct nbdshim_upcalls nbdshim_up;
 _Thread_local struct nbdshim_upcall *nbdshim_innermost;
+atomic_bool nbdshim_is_ending;
+_Thread_local bool nbdshim_ends_here;
 
 void nbdshim_register(const struct nbdshim_upcalls *upcalls)
 {
     nbdshim_up = *upcalls;
+}
+
+void nbdshim_end_other_threads(void)
+{
+    nbdshim_ends_here = true;
+    atomic_store(&nbdshim_is_ending, true);
 }
 
 struct nbdshim *nbdshim_create(void)
@@ -170,7 +178,7 @@ void nbdshim_closure_drop(struct nbdshim_closure *closure)
 
 void nbdshim_release(uintptr_t token)
 {
-    if (token != 0)
+    if (token != 0 && !nbdshim_is_silent())
         nbdshim_up.release(token);
 }
 

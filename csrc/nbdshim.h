@@ -60,6 +60,12 @@ enum nbdshim_refusal {
 /* Copy the functions to call upwards, once for the process, before any other call. */
 void nbdshim_register(const struct nbdshim_upcalls *upcalls);
 
+/*
+ * The process ends in this thread: from now on there are no upcalls in others, where a callback
+ * counts as one that returned -1, and a token is not said to be released.
+ */
+void nbdshim_end_other_threads(void);
+
 /* A new handle, to be ended by nbdshim_destroy; NULL if there is no memory. */
 struct nbdshim *nbdshim_create(void);
 

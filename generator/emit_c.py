@@ -109,6 +109,7 @@ def upcall_function(closure: Closure) -> str:
         f"{head}\n{{\n"
         "    struct nbdshim_closure *closure = user_data;\n"
         f"    struct nbdshim_upcall upcall;\n\n{once}"
+        "    if (nbdshim_is_silent())\n        return -1;\n"
         f"    nbdshim_call_up(&upcall, closure->s, {str(name == 'debug').lower()});\n"
         f"{call}\n"
         "    nbdshim_came_back(&upcall);\n"

@@ -106,6 +106,7 @@ def end_other_threads() -> None:
     """
     global _ending
     _ending = get_ident()
+    lib.nbdshim_end_other_threads()
 
 
 def settle(handle: Any, result: Any) -> None:

@@ -8,11 +8,12 @@ how the shim is given the Python functions that it calls upwards.
 from __future__ import annotations
 
 import os
+import sys
 from _thread import get_ident
 
 from nbd._build import LIBNBD, MODE
 
-__all__ = ["LIBNBD", "MODE", "ffi", "install", "lib", "pending", "upcall"]
+__all__ = ["LIBNBD", "MODE", "ffi", "install", "keep_upcalls", "lib", "pending", "upcall"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ try:
     else:
         from nbd._abi import ffi
 
-        lib = ffi.dlopen(os.path.join(os.path.dirname(__file__), "_nbdshim.so"))
+        # Not to be unloaded: a daemon thread may be inside of it to the very end of the process.
+        flags = ffi.RTLD_NOW | ffi.RTLD_NODELETE
+        lib = ffi.dlopen(os.path.join(os.path.dirname(__file__), "_nbdshim.so"), flags)
 except (ImportError, OSError) as reason:
     raise ImportError(_explain(reason)) from reason
 
@@ -76,3 +79,17 @@ def _unconverted(exc_type: object, exception: BaseException, traceback: object) 
 def install() -> None:
     """Tell the shim about every function that `upcall` has seen, once for the process."""
     lib.nbdshim_register(ffi.new("struct nbdshim_upcalls *", _pointers))
+
+
+def keep_upcalls() -> None:
+    """Keep what libnbd calls upwards until the process is gone, if other threads may be inside it.
+
+    CPython frees everything when it ends, and what ffi.callback has made would be freed before a
+    daemon thread that waits in C calls it.  There it finds that Python has ended, and stops.
+    """
+    is_freed = MODE == "ABI" and sys.implementation.name == "cpython"
+    if is_freed and len(sys._current_frames()) > 1:
+        import ctypes
+
+        for pointer in _pointers.values():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(pointer))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import atexit
 
 from nbd._callbacks import end_other_threads, report_pending, settle
-from nbd._ffi import lib, pending
+from nbd._ffi import keep_upcalls, lib, pending
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ def _close_quietly(h: Any) -> None:
 def _close_all() -> None:
     global _is_exiting
     _is_exiting = True
+    keep_upcalls()
     end_other_threads()
     for h in list(_open):
         _close_quietly(h)
