@@ -18,7 +18,7 @@ Ending = Callable[..., None]
 
 # In one thread: nbdkit 1.32 has others that may abort if a client goes before it is answered.
 DISK = "--threads=1", "memory", "1M"
-STUCK = "memory", "1M", "--filter=delay", "rdelay=600", "wdelay=600"
+STUCK = "--threads=1", "memory", "1M", "--filter=delay", "rdelay=600", "wdelay=600"
 
 
 def run_program(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
