@@ -23,10 +23,7 @@ _FORMATS: dict[str, Literal["I", "Q"]] = {"uint32_t": "I", "uint64_t": "Q"} if I
 def as_text(pointer: Any) -> str:
     """The string at a char pointer."""
     raw: bytes = _string(pointer)
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return raw.decode("utf-8", "surrogateescape")
+    return raw.decode("utf-8", "surrogateescape")
 
 
 def owned_text(pointer: Any) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from _operator import index
 
 from nbd._ffi import lib
-from nbd.memory import IS_CPYTHON, RECYCLES, Shared, new_memory, room_of, spares
+from nbd.memory import IS_CPYTHON, RECYCLES, Shared, contiguous_size, new_memory, spares
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Buffer:
             >>> nbd.Buffer.from_buffer(data)[0] == data[0]
             True
         """
-        room_of(buf)  # or raise
+        contiguous_size(buf)  # or raise
         self = cls.__new__(cls)
         self._memory = Shared(buf)
         self._is_written = True
@@ -120,10 +120,10 @@ class Buffer:
 
     def size(self) -> int:
         """The size in bytes."""
-        return self._memory.room[1]
+        return self._memory.size
 
     def __len__(self) -> int:
-        return self._memory.room[1]
+        return self._memory.size
 
     def __bytes__(self) -> bytes:
         self._fill()
@@ -180,6 +180,10 @@ class Buffer:
                 f"offset {offset} + size {size} is outside the buffer of {whole} bytes"
             )
         self._fill()
+        if self._memory.__class__ is Shared and not IS_CPYTHON:
+            # By its address, PyPy 8 would not let it be resized before the next collection.
+            view = memoryview(self._memory.storage).cast("B")
+            return bytes(view[offset : offset + size]) == bytes(size)
         room = self._memory.room
         return bool(lib.nbdshim_is_zero(room[0] + offset, size))
 

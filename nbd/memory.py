@@ -78,6 +78,12 @@ class Memory:
         self.room = room
         self.shelf = shelf
 
+    @property
+    def size(self) -> int:
+        """Its size in bytes."""
+        size: int = self.room[1]
+        return size
+
 
 class Shared:
     """A bytes-like object of somebody else, who may resize it between two uses.
@@ -96,6 +102,11 @@ class Shared:
         """Its memory as it is now, and what keeps that in place."""
         return room_of(self.storage)
 
+    @property
+    def size(self) -> int:
+        """Its size in bytes as it is now."""
+        return contiguous_size(self.storage)
+
 
 NOWHERE = Shelf(0)
 
@@ -109,7 +120,7 @@ def set_pool_limit(size: int) -> None:
 
     Args:
         size: Bytes, at the most; 0 keeps none.  It is 64 MiB to begin with.  A Buffer larger than a
-            quarter of it is never kept.
+            quarter of it is never kept, and on PyPy none is.
     """
     global _pool_limit
     if size < 0:

@@ -476,6 +476,7 @@ def growth(kind: Kind, calls: int) -> tuple[int, int]:
 
 def program(group: str, place: Place) -> None:
     """Repeat what is in a group, and print the figures."""
+    nbd.Buffer(MIB)  # imports ctypes, whose libffi keeps a descriptor from then on
     files, handles, calls = descriptors(), len(open_handles), 0
     for kind in GROUPS[group](place):
         each, made = growth(kind, max(CALLS // kind.share, 1))
