@@ -65,6 +65,7 @@ class Buffer:
                     memory: Any = self._memory  # not Shared: that is not private
                     shelf = memory.shelf
                     if len(shelf.items) < shelf.most:
+                        del self._memory  # another finalizer of a cycle may still see this object
                         shelf.items.append(memory)
             except AttributeError:
                 pass  # __init__ failed

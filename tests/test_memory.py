@@ -167,6 +167,24 @@ def test_memory_that_can_still_be_seen_is_not_used_again(disk: nbd.NBD) -> None:
     assert bytes(views[0]) == bytes(BLOCK)
 
 
+@recycles
+def test_a_finalizer_that_runs_later_shares_no_memory_with_a_new_buffer() -> None:
+    shared: list[bool] = []
+
+    class Owner:
+        def __init__(self, buffer: nbd.Buffer) -> None:
+            self.buffer = buffer
+            self.itself = self
+
+        def __del__(self) -> None:
+            new = nbd.Buffer(BLOCK)
+            shared.append(getattr(self.buffer, "_memory", None) is new._memory)
+
+    Owner(nbd.Buffer(BLOCK))  # the buffer is the older of the two: it is finalized first
+    gc.collect()
+    assert shared == [False]
+
+
 def test_a_buffer_whose_memory_has_no_fixed_address(disk: nbd.NBD) -> None:
     file = io.BytesIO(b"in a file" * 100)
     disk.pwrite(file.getbuffer(), 0)
