@@ -143,7 +143,8 @@ class Buffer:
         storage = self._memory.storage
         if isinstance(key, slice):
             # Of a memoryview, as that does not change the size.
-            memoryview(storage).cast("B")[key] = _bytes_of(newvalue)
+            with memoryview(storage) as view, view.cast("B") as whole:
+                whole[key] = _bytes_of(newvalue)
         elif 0 <= newvalue <= 255:
             storage[key] = newvalue
         else:
@@ -181,10 +182,8 @@ class Buffer:
                 f"offset {offset} + size {size} is outside the buffer of {whole} bytes"
             )
         self._fill()
-        if self._memory.__class__ is Shared and not IS_CPYTHON:
-            # By its address, PyPy 8 would not let it be resized before the next collection.
-            view = memoryview(self._memory.storage).cast("B")
-            return bytes(view[offset : offset + size]) == bytes(size)
+        if isinstance(self._memory, Shared) and not IS_CPYTHON:
+            return self._memory.bytes_at(offset, size) == bytes(size)
         room = self._memory.room
         return bool(lib.nbdshim_is_zero(room[0] + offset, size))
 

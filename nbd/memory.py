@@ -107,6 +107,12 @@ class Shared:
         """Its size in bytes as it is now."""
         return contiguous_size(self.storage)
 
+    def bytes_at(self, start: int, size: int) -> bytes:
+        """A copy of some bytes; a view, or an address, would keep PyPy 8 from resizing it."""
+        end = start + size
+        with memoryview(self.storage) as view, view.cast("B") as whole, whole[start:end] as part:
+            return part.tobytes()
+
 
 NOWHERE = Shelf(0)
 
