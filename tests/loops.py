@@ -190,8 +190,8 @@ def commands(place: Place) -> Iterator[Kind]:
     if hasattr(d, "block_status_64"):
         yield Kind("block_status_64", partial(d.block_status_64, MIB, 0, nothing))
     yield Kind("flush", d.flush)
-    yield Kind("zero", partial(d.zero, 512, 0))
-    yield Kind("trim", partial(d.trim, 512, 0))
+    yield Kind("zero", partial(d.zero, 512, 0), share=4)
+    yield Kind("trim", partial(d.trim, 512, 0), share=4)
     yield Kind("cache", partial(d.cache, 512, 0), share=4)
     yield Kind("get_size", d.get_size)
     yield Kind("can_trim", d.can_trim)

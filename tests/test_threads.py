@@ -25,7 +25,7 @@ import nbd
 THREADS = 16
 ROUNDS = 20
 SECONDS = 60  # that the threads go on in the long form
-CLOSES = 100 if SOAK else 5
+CLOSES = 40 if SOAK else 5
 BLOCK = 4096
 
 
