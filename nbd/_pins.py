@@ -24,8 +24,8 @@ from nbd.memory import (
     Shared,
     allocate,
     contiguous_size,
+    free,
     new_bytearray,
-    new_uncleared,
     room_of,
 )
 
@@ -57,7 +57,7 @@ def read_into(count: int) -> tuple[bytearray | None, Any, int]:
         return small, _from_buffer(small), size
     _check_count(size)
     if BOUNCES:
-        return None, new_uncleared("char[]", size), size
+        return None, allocate(size), size
     large, _ = new_bytearray(size)
     return large, _from_buffer(large), size
 
@@ -87,7 +87,7 @@ def _check_count(size: int) -> None:
 def copy_out(pointer: Any, size: int) -> bytearray:
     """What was read, in a new bytearray; the memory is freed."""
     copy = bytearray(ffi.buffer(pointer, size))
-    ffi.release(pointer)
+    free(pointer, size)
     return copy
 
 

@@ -40,7 +40,7 @@ _SIZES = 4
 
 _CHARS = ffi.typeof("char[]")
 _from_buffer = ffi.from_buffer
-new_uncleared = ffi.new_allocator(should_clear_after_alloc=False)
+_new_uncleared = ffi.new_allocator(should_clear_after_alloc=False)
 _pool_limit = 64 * 1024 * 1024
 _uncounted = 0
 _zeroes = b""
@@ -176,16 +176,23 @@ def allocate(size: int, clear: bool = False) -> Any:
 
         _uncounted = 0
         gc.collect_step()  # type: ignore[attr-defined] # PyPy's alone
-    return (ffi.new if clear else new_uncleared)(_CHARS, size)
+    return (ffi.new if clear else _new_uncleared)(_CHARS, size)
+
+
+def free(pointer: Any, size: int) -> None:
+    """Free at once what allocate gave, so that it does not count."""
+    global _uncounted
+    ffi.release(pointer)
+    _uncounted = max(_uncounted - size, 0)
 
 
 def contiguous_size(buffer: Any, writable: bool = False) -> int:
     """The bytes of a bytes-like object; BufferError if not contiguous, or not writable."""
     with memoryview(buffer) as view:
         if not view.c_contiguous:
-            raise BufferError("the buffer is not contiguous")
+            raise BufferError("the buffer is not contiguous; pass a copy, bytes(...)")
         if writable and view.readonly:
-            raise BufferError("the buffer is read-only")
+            raise BufferError("the buffer is read-only; pass a bytearray or nbd.Buffer")
         return view.nbytes
 
 

@@ -8,7 +8,6 @@ import io
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Callable
 
 import pytest
@@ -26,14 +25,20 @@ BLOCK = 4096
 MIB = 1 << 20
 POOL = 64 * MIB  # the bound that README and set_pool_limit give
 
-# A program of its own: the peak of this process is that of whatever was tested before.
-READ_INTO_NEW_BUFFERS = """
-import resource, sys
+# Programs of their own: the peak of this process is that of whatever was tested before.
+PEAK = """
+import sys
 import nbd
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    for line in open("/proc/self/status"):
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) << 10
 
+h = nbd.NBD()
+h.connect_uri(sys.argv[1])
+"""
+READ_INTO_NEW_BUFFERS = """
 def read(count):
     for _ in range(count):
         while h.aio_in_flight() >= 64:
@@ -42,12 +47,20 @@ def read(count):
     while h.aio_in_flight():
         h.poll(-1)
 
-uri, few, many = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-h = nbd.NBD()
-h.connect_uri(uri)
+few, many = map(int, sys.argv[2:])
 read(few)
 before = peak()
 read(many - few)
+print(peak() - before)
+"""
+FAIL_TO_READ = """
+before = peak()
+for _ in range(40):
+    try:
+        h.pread(8 << 20, 0)
+    except nbd.Error:
+        continue
+    raise AssertionError
 print(peak() - before)
 """
 
@@ -68,20 +81,24 @@ def pooled() -> int:
     return sum(size * len(items) for size, items in nbd.memory.spares.items())
 
 
+def growth(program: str, *arguments: str) -> int:
+    """Return by how many bytes the peak of a program grows, which it prints."""
+    command = [sys.executable, "-W", "ignore", "-I", "-c", PEAK + program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
 def test_new_buffers_without_end_need_no_more_memory_than_some(
-    nbdkit: Callable[..., Server], tmp_path: Path, figure: Figure
+    nbdkit: Callable[..., Server], figure: Figure
 ) -> None:
-    arguments = [nbdkit("null", "1M").uri, str(FEW), str(MANY)]
-    done = subprocess.run(
-        [sys.executable, "-c", READ_INTO_NEW_BUFFERS, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=True,
-    )
-    grown = int(done.stdout)
+    grown = growth(READ_INTO_NEW_BUFFERS, nbdkit("null", "1M").uri, str(FEW), str(MANY))
     figure(f"{MANY} reads with new Buffers: peak above that of {FEW}, KiB", grown >> 10)
     assert grown <= 16 * MIB
+
+
+def test_reads_that_fail_leave_no_memory(nbdkit: Callable[..., Server]) -> None:
+    server = nbdkit("memory", "8M", "--filter=error", "error=EIO", "error-rate=100%")
+    assert growth(FAIL_TO_READ, server.uri) < 40 * 8 * MIB // 2
 
 
 @pytest.mark.skipif(
