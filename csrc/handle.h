@@ -19,7 +19,7 @@ struct nbdshim {
     struct nbd_handle *h;
     atomic_uint users;
     atomic_int socket; /* the connection's, or -1: what wakes a call that waits */
-    pid_t owner;       /* the process that made it */
+    atomic_int owner;  /* the process that connected it */
 };
 
 /*
@@ -28,7 +28,10 @@ struct nbdshim {
  */
 int64_t nbdshim_number(int64_t number, const char *call);
 
-/* Remember the socket of a connection, before a call that waits; sets libnbd's error if none. */
+/*
+ * Remember the socket of a connection, and whose it is, before a call that waits; sets libnbd's
+ * error if there is none.
+ */
 void nbdshim_note_socket(struct nbdshim *s);
 
 /* A token given to libnbd as user_data. */

@@ -42,7 +42,7 @@ struct nbdshim *nbdshim_create(void)
     }
     atomic_init(&s->users, 1);
     atomic_init(&s->socket, -1);
-    s->owner = getpid();
+    atomic_init(&s->owner, 0);
     return s;
 }
 
@@ -57,6 +57,7 @@ void nbdshim_leave(struct nbdshim *s)
 
 void nbdshim_note_socket(struct nbdshim *s)
 {
+    atomic_store_explicit(&s->owner, getpid(), memory_order_relaxed);
     atomic_store_explicit(&s->socket, nbd_aio_get_fd(s->h), memory_order_relaxed);
 }
 
@@ -66,7 +67,7 @@ static void wake(struct nbdshim *s)
     int socket = atomic_load_explicit(&s->socket, memory_order_relaxed);
 
     /* After a fork the threads are the parent's, and so is the connection. */
-    if (getpid() != s->owner)
+    if (getpid() != atomic_load_explicit(&s->owner, memory_order_relaxed))
         return;
     /* A dead or closed handle has given its socket back, and waits for nothing. */
     if (socket >= 0 && !nbd_aio_is_dead(s->h) && !nbd_aio_is_closed(s->h))
