@@ -6,7 +6,15 @@ from __future__ import annotations
 from _operator import index
 
 from nbd._ffi import lib
-from nbd.memory import IS_CPYTHON, RECYCLES, Shared, contiguous_size, new_memory, spares
+from nbd.memory import (
+    IS_CPYTHON,
+    NOWHERE,
+    RECYCLES,
+    Shared,
+    contiguous_size,
+    new_memory,
+    spares,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,9 +47,8 @@ class Buffer:
     """
 
     __module__ = "nbd"
-    __slots__ = ("__dict__", "__weakref__", "_is_private", "_is_written", "_memory")
+    __slots__ = ("__dict__", "__weakref__", "_is_written", "_memory")
 
-    # _is_private: nobody but this object has the memory or a view of it.
     # _is_written: the bytes mean something, or will before the command that fills them is done.
 
     _memory: Memory | Shared
@@ -55,20 +62,18 @@ class Buffer:
             if size < 0:
                 raise ValueError(f"len: a buffer cannot have {size} bytes") from None
             self._memory, self._is_written = new_memory(size)
-        self._is_private = True
 
     if RECYCLES:
 
         def __del__(self) -> None:
             try:
-                if self._is_private:
-                    memory: Any = self._memory  # not Shared: that is not private
-                    shelf = memory.shelf
-                    if len(shelf.items) < shelf.most:
-                        del self._memory  # another finalizer of a cycle may still see this object
-                        shelf.items.append(memory)
+                memory: Any = self._memory  # where it is Shared, its shelf takes nothing
             except AttributeError:
-                pass  # __init__ failed
+                return  # __init__ failed
+            shelf = memory.shelf
+            if len(shelf.items) < shelf.most:
+                del self._memory  # another finalizer of a cycle may still see this object
+                shelf.items.append(memory)
 
     @classmethod
     def from_buffer(cls, buf: ReadableBuffer) -> Buffer:
@@ -88,7 +93,6 @@ class Buffer:
         self = cls.__new__(cls)
         self._memory = Shared(buf)
         self._is_written = True
-        self._is_private = False
         return self
 
     @classmethod
@@ -205,9 +209,9 @@ class Buffer:
             lib.nbdshim_clear(*self._memory.room[:2])
 
     def _exposed(self) -> Any:
-        """The object that holds the memory, for somebody who may keep it."""
+        """The object that holds the memory, for somebody who may keep it: nobody else gets it."""
         self._fill()
-        self._is_private = False
+        self._memory.shelf = NOWHERE
         return self._memory.storage
 
 

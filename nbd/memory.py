@@ -62,6 +62,9 @@ class Shelf:
         self.most = most
 
 
+NOWHERE = Shelf(0)
+
+
 class Memory:
     """A bytes-like object whose memory C may use as long as this lives.
 
@@ -90,12 +93,14 @@ class Shared:
 
     Attributes:
         storage: The object.
+        shelf: Nowhere: it is not ours to be used again.
     """
 
-    __slots__ = ("storage",)
+    __slots__ = ("shelf", "storage")
 
     def __init__(self, storage: Any) -> None:
         self.storage = storage
+        self.shelf = NOWHERE
 
     @property
     def room(self) -> Room:
@@ -113,8 +118,6 @@ class Shared:
         with memoryview(self.storage) as view, view.cast("B") as whole, whole[start:end] as part:
             return part.tobytes()
 
-
-NOWHERE = Shelf(0)
 
 #: The shelves' items, by size in bytes.
 spares: dict[int, list[Memory]] = {}
