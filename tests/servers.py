@@ -169,6 +169,19 @@ def nbdkit_argv(
     return [program("nbdkit"), *options, *args]
 
 
+def told_to_answer(folder: Path) -> tuple[list[str], Path, Path]:
+    """Return an nbdkit plugin that answers reads when told to, and two named pipes in a folder.
+
+    The server says in the first that it was asked for a read, and waits for a line in the second.
+    """
+    asked, go = folder / "asked", folder / "go"
+    os.mkfifo(asked)
+    os.mkfifo(go)
+    zeroes = "dd if=/dev/zero count=$3 iflag=count_bytes status=none"
+    plugin = ["eval", "get_size=echo 1M", f"pread=echo >{asked}; read line <{go}; {zeroes}"]
+    return plugin, asked, go
+
+
 def qemu_nbd_argv(image: Path, options: Sequence[str]) -> list[str]:
     """Return the command line of a qemu-nbd that serves image to one client after the other."""
     return [program("qemu-nbd"), "--persistent", "--shared=16", *options, str(image)]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Callable
 
 import pytest
 from figures import Figure
 from forms import SOAK
-from servers import PATIENCE, Server
+from programs import run_program
+from servers import Server
 
 RUNS = 100 if SOAK else 1
 
@@ -19,12 +18,6 @@ Ending = Callable[..., None]
 # In one thread: nbdkit 1.32 has others that may abort if a client goes before it is answered.
 DISK = "--threads=1", "memory", "1M"
 STUCK = "--threads=1", "memory", "1M", "--filter=delay", "rdelay=600", "wdelay=600"
-
-
-def run_program(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a Python program in a process of its own, with this interpreter."""
-    command = [sys.executable, "-W", "error", "-I", "-c", program, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=3 * PATIENCE)
 
 
 @pytest.fixture

@@ -5,16 +5,14 @@ The connection is that of both, and the child has none of the parent's other thr
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Callable
 
 import pytest
 from figures import Figure
 from forms import SOAK
-from servers import PATIENCE, Server
+from programs import run_program
+from servers import Server, told_to_answer
 
 RUNS = 20 if SOAK else 1
 
@@ -113,9 +111,8 @@ def forks(figure: Figure) -> Forks:
 
     def run(state: str, work: str, *arguments: str) -> None:
         program = PROGRAM.format(state=state, work=work)
-        command = [sys.executable, "-W", "error", "-I", "-c", program, *arguments]
         for _ in range(RUNS):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+            done = run_program(program, *arguments)
             assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         figure("forks: children that left the connection to their parent", RUNS)
 
@@ -148,12 +145,5 @@ def test_child_of_a_connection_with_commands_in_flight(
 def test_child_while_another_thread_is_inside_a_call(
     nbdkit: StartServer, forks: Forks, tmp_path: Path, work: str
 ) -> None:
-    asked, go = tmp_path / "asked", tmp_path / "go"
-    os.mkfifo(asked)
-    os.mkfifo(go)
-    pread = (
-        f"pread=echo >{asked}; read line <{go};"
-        " dd if=/dev/zero count=$3 iflag=count_bytes status=none"
-    )
-    server = nbdkit("eval", "get_size=echo 1M", pread)
-    forks(WAITING, work, server.socket, str(go), str(asked))
+    plugin, asked, go = told_to_answer(tmp_path)
+    forks(WAITING, work, nbdkit(*plugin).socket, str(go), str(asked))

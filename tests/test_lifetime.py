@@ -14,6 +14,7 @@ from typing import Any, Callable
 import pytest
 from handles import closed, drain, drain_dying, finish
 from servers import Server
+from usage import registered
 
 import nbd
 
@@ -44,13 +45,6 @@ def nothing_is_left() -> Iterator[None]:
     """Assert that the registry is empty after each of these tests."""
     yield
     assert registered() == 0
-
-
-def registered() -> int:
-    """Return how many callables and buffers are kept for libnbd, after a collection if any are."""
-    if nbd._callbacks.registry:
-        gc.collect()
-    return len(nbd._callbacks.registry)
 
 
 def alive(reference: weakref.ref[Any]) -> bool:

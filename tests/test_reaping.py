@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import servers
 from figures import Figure
 from forms import SOAK
-from servers import PATIENCE
+from programs import run_program
 
 ROUNDS = 50 if SOAK else 3
 
@@ -24,6 +22,13 @@ def connected(*more):
     h = nbd.NBD()
     h.connect_command([*nbdkit, *more])
     return h
+
+def refused(command):
+    h = nbd.NBD()
+    try:
+        h.connect_command([command])
+    except nbd.Error:
+        h.close()
 
 def end():
     {end}
@@ -51,20 +56,8 @@ ENDS = {
     h.kill_subprocess(9)
     h.close()
 """,
-    "never answered": """
-    h = nbd.NBD()
-    try:
-        h.connect_command(["true"])
-    except nbd.Error:
-        h.close()
-""",
-    "not found": """
-    h = nbd.NBD()
-    try:
-        h.connect_command(["/nonexistent/nbdkit"])
-    except nbd.Error:
-        h.close()
-""",
+    "never answered": "refused('true')",
+    "not found": "refused('/nonexistent/nbdkit')",
     "started by socket activation": """
     h = nbd.NBD()
     h.connect_systemd_socket_activation(nbdkit[:1] + nbdkit[2:])
@@ -75,10 +68,8 @@ ENDS = {
 
 
 def run(program: str, *arguments: str) -> tuple[int, str]:
-    """Run a program in a process of its own; return its status and output."""
-    command = [sys.executable, "-W", "error", "-I", "-c", program, *arguments]
-    # What servers say goes to stderr as well, so that is not looked at.
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3 * PATIENCE)
+    """Run a program; return its status and output, not stderr: servers write there too."""
+    done = run_program(program, *arguments)
     return done.returncode, done.stdout
 
 

@@ -18,7 +18,7 @@ from figures import Figure
 from forms import SOAK
 from handles import drain, finish
 from hostile import Connection, Wire
-from servers import Server
+from servers import Server, told_to_answer
 
 import nbd
 
@@ -166,14 +166,8 @@ def test_a_waiting_call_holds_up_no_other_thread(
     nbdkit: Callable[..., Server], h: nbd.NBD, tmp_path: Path
 ) -> None:
     # The server answers the read only when this thread has run on, through two named pipes.
-    asked, go = tmp_path / "asked", tmp_path / "go"
-    os.mkfifo(asked)
-    os.mkfifo(go)
-    pread = (
-        f"pread=echo >{asked}; read line <{go};"
-        " dd if=/dev/zero count=$3 iflag=count_bytes status=none"
-    )
-    h.connect_unix(nbdkit("eval", "get_size=echo 1M", pread).socket)
+    plugin, asked, go = told_to_answer(tmp_path)
+    h.connect_unix(nbdkit(*plugin).socket)
     result: list[bytes] = []
     thread = threading.Thread(target=lambda: result.append(bytes(h.pread(512, 0))))
     with open(os.open(asked, os.O_RDONLY | os.O_NONBLOCK), "rb") as waiting:
