@@ -64,6 +64,9 @@ for _ in range(40):
 print(peak() - before)
 """
 
+frees = pytest.mark.skipif(
+    hasattr(ctypes.CDLL(None), "__asan_init"), reason="AddressSanitizer keeps what is freed"
+)
 recycles = pytest.mark.skipif(
     sys.implementation.name == "pypy", reason="PyPy frees memory in collections; there is no pool"
 )
@@ -96,14 +99,13 @@ def test_new_buffers_without_end_need_no_more_memory_than_some(
     assert grown <= 16 * MIB
 
 
+@frees
 def test_reads_that_fail_leave_no_memory(nbdkit: Callable[..., Server]) -> None:
     server = nbdkit("memory", "8M", "--filter=error", "error=EIO", "error-rate=100%")
     assert growth(FAIL_TO_READ, server.uri) < 40 * 8 * MIB // 2
 
 
-@pytest.mark.skipif(
-    hasattr(ctypes.CDLL(None), "__asan_init"), reason="AddressSanitizer keeps what is freed"
-)
+@frees
 def test_a_large_buffer_gives_its_memory_back() -> None:
     size = 1 << 30
     before = resident()
