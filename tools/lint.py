@@ -19,7 +19,7 @@ from console import (
     run,
     say,
 )
-from environments import tools
+from environments import Environment, ready, tools
 from generated import generate
 
 WARNINGS = ("-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-O2", "-fsyntax-only")
@@ -72,6 +72,17 @@ def python_steps(bin_folder: Path) -> Iterator[Step]:
             yield Step(f"mypy --strict {name}", [*mypy, *files], [typed, ROOT / name])
     for example in sorted((ROOT / "examples").glob("*.py")):
         yield Step(f"mypy --strict examples/{example.name}", [*mypy, example], [typed])
+    yield stubtest(bin_folder)
+
+
+def stubtest(bin_folder: Path) -> Step:
+    """Whether the annotations that mypy reads are those of the package that runs."""
+    environment = Environment("cpython", "abi")
+    ready(environment)
+    (site,) = environment.folder.glob("lib/python3*/site-packages")
+    allowed = ["--allowlist", ROOT / "tools" / "stubtest-allowlist"]
+    command = [bin_folder / "stubtest", "--mypy-config-file", ROOT / "setup.cfg", *allowed, "nbd"]
+    return Step("stubtest nbd", ["env", f"PYTHONPATH={site}", *command], [site])
 
 
 def c_steps() -> Iterator[Step]:
