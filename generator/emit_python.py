@@ -228,11 +228,11 @@ from nbd._ffi import lib, pending
 from nbd._handle import Handle
 from nbd._pins import (
     BOUNCES,
-    copy_out,
     disclaim,
     held_room,
     read_into,
     read_into_shown,
+    read_out,
     readable,
     unpin,
 )
@@ -477,7 +477,8 @@ def outcome(function: Function, kind: Returns) -> Iterator[str]:
                 yield "unpin(pointer)"
                 yield f"return {name}"
             else:
-                yield f"return copy_out(pointer, size) if {name} is None else {name}"
+                done = f"read_out({name}, pointer, size)"
+                yield f"return {done} if {name} is None or BOUNCES else {name}"
         elif kind is Returns.TRUTH:
             yield "return result != 0"
         elif kind is Returns.NUMBER:

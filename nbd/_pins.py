@@ -24,7 +24,6 @@ from nbd.memory import (
     Shared,
     allocate,
     contiguous_size,
-    free,
     new_bytearray,
     room_of,
 )
@@ -39,6 +38,8 @@ BOUNCES = sys.implementation.name == "pypy"
 
 #: More than any libnbd reads in one request: not even allocated.
 _TOO_LARGE = 2**27
+#: From this size on, PyPy's garbage collector never moves a bytearray.
+_UNMOVED = 256 * 1024
 _SIZE_MAX = 2 ** (8 * ffi.sizeof("size_t")) - 1
 
 _from_buffer = ffi.from_buffer
@@ -47,16 +48,16 @@ unpin = ffi.release
 
 
 def read_into(count: int) -> tuple[bytearray | None, Any, int]:
-    """A new bytearray for a read of count bytes, its memory and its size.
+    """A new bytearray for a read of count bytes, its memory and its size; end it with read_out.
 
-    On PyPy only memory: there it is faster to copy that into a bytearray afterwards (copy_out).
+    On PyPy, where a small bytearray moves, only memory: it is faster to copy that afterwards.
     """
     size = index(count)
     if 0 <= size < LARGE and not BOUNCES:
         small = bytearray(size)
         return small, _from_buffer(small), size
     _check_count(size)
-    if BOUNCES:
+    if BOUNCES and size < _UNMOVED:
         return None, allocate(size), size
     large, _ = new_bytearray(size)
     return large, _from_buffer(large), size
@@ -84,11 +85,12 @@ def _check_count(size: int) -> None:
         )
 
 
-def copy_out(pointer: Any, size: int) -> bytearray:
-    """What was read, in a new bytearray; the memory is freed."""
-    copy = bytearray(ffi.buffer(pointer, size))
-    free(pointer, size)
-    return copy
+def read_out(read: bytearray | None, pointer: Any, size: int) -> bytearray:
+    """The bytearray of a read that is done, which can be resized: only for PyPy."""
+    if read is None:
+        read = bytearray(ffi.buffer(pointer, size))
+    unpin(pointer)
+    return read
 
 
 def readable(name: str, buffer: Any) -> Room:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 LARGE = 128 * 1024
 #: From this size on, memory may be in huge pages: a page fault for 2 MiB instead of for 4 KiB.
 HUGE = 4 * 1024 * 1024
-#: Between these sizes PyPy makes a bytearray by copying zeroes, which are kept.
-LEAST_COPIED, MOST_COPIED = 16 * 1024, 4 * 1024 * 1024
+#: From this size on, PyPy makes a bytearray in half the time by repeating so many zeroes.
+BLOCK = 64 * 1024
 
 #: Only where an object is finalised as soon as it is dropped is there something to recycle in time.
 RECYCLES = IS_CPYTHON = sys.implementation.name == "cpython"
@@ -43,7 +43,7 @@ _from_buffer = ffi.from_buffer
 _new_uncleared = ffi.new_allocator(should_clear_after_alloc=False)
 _pool_limit = 64 * 1024 * 1024
 _uncounted = 0
-_zeroes = b""
+_is_kept = False
 _resize: Callable[[bytearray, int], object] | None = None
 
 
@@ -172,21 +172,24 @@ def new_memory(size: int) -> tuple[Memory, bool]:
 
 def allocate(size: int, clear: bool = False) -> Any:
     """Memory for C where a bytearray's can move: that of PyPy."""
-    global _uncounted
+    _count(size)
+    return (ffi.new if clear else _new_uncleared)(_CHARS, size)
+
+
+def _count(size: int) -> None:
+    """Count what is allocated, and let PyPy look for what is dropped whenever it is enough."""
+    global _uncounted, _is_kept
     _uncounted += size
     if _uncounted >= STEP:
         import gc
 
         _uncounted = 0
         gc.collect_step()  # type: ignore[attr-defined] # PyPy's alone
-    return (ffi.new if clear else _new_uncleared)(_CHARS, size)
-
-
-def free(pointer: Any, size: int) -> None:
-    """Free at once what allocate gave, so that it does not count."""
-    global _uncounted
-    ffi.release(pointer)
-    _uncounted = max(_uncounted - size, 0)
+        if not _is_kept:
+            # What a step frees is wanted again at once.  glibc's malloc gives it to the kernel, to
+            # be cleared page by page, until it has seen more than that freed.
+            _is_kept = True
+            ffi.release(_new_uncleared(_CHARS, 2 * STEP))
 
 
 def contiguous_size(buffer: Any, writable: bool = False) -> int:
@@ -221,7 +224,7 @@ def room_of(buffer: Any, writable: bool = False) -> Room:
 def new_bytearray(size: int) -> tuple[bytearray, bool]:
     """A bytearray of size bytes, and whether they are zeroes; else they are anything."""
     if not IS_CPYTHON:
-        return _copied_zeroes(size), True
+        return _repeated_zeroes(size), True
     if size < LARGE:
         return bytearray(size), True
     fresh = _uninitialised(size)
@@ -230,15 +233,14 @@ def new_bytearray(size: int) -> tuple[bytearray, bool]:
     return fresh, False
 
 
-def _copied_zeroes(size: int) -> bytearray:
-    """A bytearray of zeroes: PyPy fills one in half the time if it can copy the bytes."""
-    global _zeroes
-    if not LEAST_COPIED <= size <= MOST_COPIED:
+def _repeated_zeroes(size: int) -> bytearray:
+    """A bytearray of zeroes, as PyPy makes one fast."""
+    _count(size)
+    if size < BLOCK:
         return bytearray(size)
-    zeroes = _zeroes
-    if len(zeroes) != size:
-        _zeroes = zeroes = bytes(size)
-    return bytearray(zeroes)
+    fresh = bytearray(BLOCK) * -(-size // BLOCK)
+    del fresh[size:]
+    return fresh
 
 
 def _uninitialised(size: int) -> bytearray:

@@ -44,11 +44,20 @@ def test_what_was_written_is_read(disk: nbd.NBD) -> None:
     assert disk.pread(12, 4999) == b"\x000123456789\0"
 
 
-@pytest.mark.parametrize("count", [1, 511, 4096, 65536, MIB])
+@pytest.mark.parametrize("count", [1, 511, 4096, 65536, 262144, 524287, MIB])
 def test_writes_of_every_size_are_read(disk: nbd.NBD, count: int) -> None:
     data = bytes(i * 7 & 0xFF for i in range(256)) * (count // 256 + 1)
     disk.pwrite(data[:count], 0)
     assert disk.pread(count, 0) == data[:count]
+
+
+@pytest.mark.parametrize("count", [512, 65536, 262144, 524287, MIB])
+def test_what_was_read_can_be_resized(disk: nbd.NBD, count: int) -> None:
+    disk.pwrite(b"\1" * count, 0)
+    read = disk.pread(count, 0)
+    read += b"more"
+    del read[:1]
+    assert read == b"\1" * (count - 1) + b"more"
 
 
 def test_a_large_read(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:

@@ -53,6 +53,12 @@ before = peak()
 read(many - few)
 print(peak() - before)
 """
+READ = """
+before = peak()
+for _ in range(600):
+    h.pread(1 << 20, 0)
+print(peak() - before)
+"""
 FAIL_TO_READ = """
 before = peak()
 for _ in range(40):
@@ -97,6 +103,11 @@ def test_new_buffers_without_end_need_no_more_memory_than_some(
     grown = growth(READ_INTO_NEW_BUFFERS, nbdkit("null", "1M").uri, str(FEW), str(MANY))
     figure(f"{MANY} reads with new Buffers: peak above that of {FEW}, KiB", grown >> 10)
     assert grown <= 16 * MIB
+
+
+@frees
+def test_what_is_read_and_dropped_leaves_no_memory(nbdkit: Callable[..., Server]) -> None:
+    assert growth(READ, nbdkit("null", "1M").uri) < 64 * MIB
 
 
 @frees
