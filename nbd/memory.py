@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Room = tuple[Any, int, Any]
 
 #: From this size on, not filling memory with zeroes first is worth the way to CPython's C API.
-LARGE = 128 * 1024
+LARGE = 64 * 1024
 #: From this size on, memory may be in huge pages: a page fault for 2 MiB instead of for 4 KiB.
 HUGE = 4 * 1024 * 1024
 #: From this size on, PyPy makes a bytearray in half the time by repeating so many zeroes.

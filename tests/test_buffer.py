@@ -16,7 +16,7 @@ from servers import Server
 
 import nbd
 
-SIZES = [0, 1, 511, 4096, 128 * 1024, 5 << 20]
+SIZES = [0, 1, 511, 4096, 64 * 1024, 5 << 20]
 
 
 @pytest.mark.parametrize("size", SIZES)
