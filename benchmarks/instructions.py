@@ -22,7 +22,7 @@ import plan
 from exports import running
 from plan import Workload
 from report import align
-from subjects import HERE, RunError, compile_limit
+from subjects import HERE, RunError, compile_limit, interpreters
 
 SHORT, LONG = 500, 2_500
 WORKLOADS = ["pread-512", "aio-pread-4k"]
@@ -67,13 +67,13 @@ def main(arguments: list[str]) -> None:
     """Count, and print the table."""
     parser = argparse.ArgumentParser(description="Count instructions per operation.")
     parser.add_argument("subjects", nargs="+", metavar="NAME=PYTHON")
-    pairs = (pair.partition("=") for pair in parser.parse_args(arguments).subjects)
+    pairs = interpreters(parser.parse_args(arguments).subjects)
     script = str(HERE / "workloads.py")
     rows = [["instructions per operation", *WORKLOADS]]
     with tempfile.TemporaryDirectory(prefix="nbd-bench-") as temporary:
         folder = Path(temporary)
         programs = {"C": [str(compile_limit(folder))]}
-        programs.update((name, [python, script]) for name, _, python in pairs)
+        programs.update((name, [python, script]) for name, python in pairs)
         with running({"null"}, 0, folder) as uris:
             for name, program in programs.items():
                 print(f"callgrind: {name}", file=sys.stderr)

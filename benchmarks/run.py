@@ -27,6 +27,7 @@ from subjects import (
     RunError,
     Subject,
     call,
+    interpreters,
     limit_subject,
     nbdcopy_subjects,
     python_subject,
@@ -66,7 +67,7 @@ def gather(pairs: list[str], folder: Path) -> list[Subject]:
         subjects.append(limit_subject(folder))
     except RunError as reason:
         progress(f"C is left out: {reason}\n")
-    for name, _, python in (pair.partition("=") for pair in pairs):
+    for name, python in interpreters(pairs):
         subjects.append(python_subject(name, python, folder))
     return subjects + nbdcopy_subjects()
 

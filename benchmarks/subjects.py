@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,15 @@ def call(command: list[str], cwd: Path | None = None) -> str:
         last = failed.stderr.strip().rpartition("\n")[2]
         raise RunError(f"{command[0]}: status {failed.returncode}: {last}") from None
     return done.stdout
+
+
+def interpreters(pairs: list[str]) -> Iterator[tuple[str, str]]:
+    """Each NAME=PYTHON of a command line; absolute, as every run is in a folder of its own."""
+    for name, _, python in (pair.partition("=") for pair in pairs):
+        found = shutil.which(python)
+        if found is None:
+            raise RunError(f"{name}: there is no program {python!r}")
+        yield name, os.path.abspath(found)
 
 
 def _measure_import(python: str, launches: int, folder: Path) -> Sample:
