@@ -174,6 +174,14 @@ def disk(nbdkit: Callable[..., servers.Server], h: nbd.NBD) -> nbd.NBD:
 
 
 @pytest.fixture
+def opt(nbdkit: Callable[..., servers.Server], h: nbd.NBD) -> nbd.NBD:
+    """Return a handle that is negotiating with an nbdkit that has a disk of 1 MiB."""
+    h.set_opt_mode(True)
+    h.connect_unix(nbdkit("memory", "1M").socket)
+    return h
+
+
+@pytest.fixture
 def unraisable(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Return the list to which sys.unraisablehook appends what reaches it during the test."""
     caught: list[Any] = []

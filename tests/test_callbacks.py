@@ -26,14 +26,6 @@ BASE = nbd.CONTEXT_BASE_ALLOCATION
 Callback = Callable[..., Any]
 
 
-@pytest.fixture
-def opt(nbdkit: Callable[..., Server], h: nbd.NBD) -> nbd.NBD:
-    """Return a handle that is negotiating with an nbdkit that has a disk of 1 MiB."""
-    h.set_opt_mode(True)
-    h.connect_unix(nbdkit("memory", "1M").socket)
-    return h
-
-
 def debug(handle: nbd.NBD, callback: Callback) -> None:
     """Run a debug callback for the messages of one call, not for those of setting it up."""
 

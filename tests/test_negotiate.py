@@ -32,14 +32,6 @@ def exports(nbdkit: Callable[..., Server]) -> Server:
     return nbdkit(*EXPORTS)
 
 
-@pytest.fixture
-def opt(nbdkit: Callable[..., Server], h: nbd.NBD) -> nbd.NBD:
-    """Return a handle that is negotiating with an nbdkit that has a disk of 1 MiB."""
-    h.set_opt_mode(True)
-    h.connect_unix(nbdkit("memory", "1M").socket)
-    return h
-
-
 def listed(handle: nbd.NBD) -> list[tuple[str, str]]:
     """Return what opt_list calls its callback with."""
     found: list[tuple[str, str]] = []

@@ -25,7 +25,6 @@ from nbd.types import (
 )
 
 MIB = 1 << 20
-BASE = nbd.CONTEXT_BASE_ALLOCATION
 
 
 class BlockStatus64(Protocol):
@@ -86,17 +85,6 @@ def seen() -> Seen:
     return Seen()
 
 
-@pytest.fixture
-def opt(nbdkit: Callable[..., Server], h: nbd.NBD) -> nbd.NBD:
-    """Return a handle that is negotiating."""
-    h.set_opt_mode(True)
-    h.add_meta_context(BASE)
-    address: Address = nbdkit("memory", "1M").socket
-    h.aio_connect(address)
-    run_until(h, h.aio_is_negotiating)
-    return h
-
-
 def test_a_chunk_callback_is_called_as_it_is_annotated(disk: nbd.NBD, seen: Seen) -> None:
     callback: ChunkCallback = seen.chunk
     disk.pread_structured(512, 0, callback)
@@ -141,6 +129,12 @@ def test_a_list_callback_is_called_as_it_is_annotated(opt: nbd.NBD, seen: Seen) 
     callback: ListCallback = seen.export
     opt.opt_list(callback)
     assert seen.types == [str, str]
+
+
+def test_an_address_is_taken_as_it_is_annotated(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+    address: Address = nbdkit("memory", "1M").socket
+    h.aio_connect(address)
+    run_until(h, h.aio_is_ready)
 
 
 def test_a_function_of_other_arguments_is_found_wrong_by_mypy(
