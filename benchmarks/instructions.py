@@ -22,7 +22,7 @@ import plan
 from exports import running
 from plan import Workload
 from report import align
-from subjects import HERE, RunError, compile_limit, interpreters
+from subjects import HERE, RunError, compile_limit, interpreter
 
 SHORT, LONG = 500, 2_500
 WORKLOADS = ["pread-512", "aio-pread-4k"]
@@ -66,8 +66,8 @@ def per_operation(
 def main(arguments: list[str]) -> None:
     """Count, and print the table."""
     parser = argparse.ArgumentParser(description="Count instructions per operation.")
-    parser.add_argument("subjects", nargs="+", metavar="NAME=PYTHON")
-    pairs = interpreters(parser.parse_args(arguments).subjects)
+    parser.add_argument("subjects", nargs="+", type=interpreter, metavar="NAME=PYTHON")
+    pairs = parser.parse_args(arguments).subjects
     script = str(HERE / "workloads.py")
     rows = [["instructions per operation", *WORKLOADS]]
     with tempfile.TemporaryDirectory(prefix="nbd-bench-") as temporary:

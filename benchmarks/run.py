@@ -27,7 +27,7 @@ from subjects import (
     RunError,
     Subject,
     call,
-    interpreters,
+    interpreter,
     limit_subject,
     nbdcopy_subjects,
     python_subject,
@@ -39,7 +39,7 @@ Step = tuple[int, Workload, Subject]
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Measure nbd beside libnbd's own module and C.")
-    parser.add_argument("subjects", nargs="+", metavar="NAME=PYTHON")
+    parser.add_argument("subjects", nargs="+", type=interpreter, metavar="NAME=PYTHON")
     parser.add_argument("--quick", action="store_true", help="a tenth of the work, 3 rounds")
     parser.add_argument("--rounds", type=int, help="default 7")
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN")
@@ -60,14 +60,14 @@ def progress(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def gather(pairs: list[str], folder: Path) -> list[Subject]:
+def gather(pairs: list[tuple[str, str]], folder: Path) -> list[Subject]:
     """The subjects of the command line, and those that are always there."""
     subjects = []
     try:
         subjects.append(limit_subject(folder))
     except RunError as reason:
         progress(f"C is left out: {reason}\n")
-    for name, python in interpreters(pairs):
+    for name, python in pairs:
         subjects.append(python_subject(name, python, folder))
     return subjects + nbdcopy_subjects()
 

@@ -9,7 +9,8 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from argparse import ArgumentTypeError
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,13 @@ def call(command: list[str], cwd: Path | None = None) -> str:
     return done.stdout
 
 
-def interpreters(pairs: list[str]) -> Iterator[tuple[str, str]]:
-    """Each NAME=PYTHON of a command line; absolute, as every run is in a folder of its own."""
-    for name, _, python in (pair.partition("=") for pair in pairs):
-        found = shutil.which(python)
-        if found is None:
-            raise RunError(f"{name}: there is no program {python!r}")
-        yield name, os.path.abspath(found)
+def interpreter(text: str) -> tuple[str, str]:
+    """NAME=PYTHON of a command line; absolute, as every run is in a folder of its own."""
+    name, _, python = text.partition("=")
+    found = shutil.which(python)
+    if found is None:
+        raise ArgumentTypeError(f"there is no program {python!r}; give NAME=PYTHON")
+    return name, os.path.abspath(found)
 
 
 def _measure_import(python: str, launches: int, folder: Path) -> Sample:
