@@ -38,8 +38,8 @@ BOUNCES = sys.implementation.name == "pypy"
 
 #: More than any libnbd reads in one request: not even allocated.
 _TOO_LARGE = 2**27
-#: From this size on, PyPy's garbage collector never moves a bytearray.
-_UNMOVED = 256 * 1024
+#: From this size on, PyPy reads into a bytearray faster than it copies what was read into one.
+_READ_IN_PLACE = 256 * 1024
 _SIZE_MAX = 2 ** (8 * ffi.sizeof("size_t")) - 1
 
 _from_buffer = ffi.from_buffer
@@ -48,16 +48,16 @@ unpin = ffi.release
 
 
 def read_into(count: int) -> tuple[bytearray | None, Any, int]:
-    """A new bytearray for a read of count bytes, its memory and its size; end it with read_out.
+    """A new bytearray for a read of count bytes, its memory and its size.
 
-    On PyPy, where a small bytearray moves, only memory: it is faster to copy that afterwards.
+    On PyPy end it with read_out.  There a small bytearray is made only then, of a copy.
     """
     size = index(count)
     if 0 <= size < LARGE and not BOUNCES:
         small = bytearray(size)
         return small, _from_buffer(small), size
     _check_count(size)
-    if BOUNCES and size < _UNMOVED:
+    if BOUNCES and size < _READ_IN_PLACE:
         return None, allocate(size), size
     large, _ = new_bytearray(size)
     return large, _from_buffer(large), size
@@ -86,7 +86,7 @@ def _check_count(size: int) -> None:
 
 
 def read_out(read: bytearray | None, pointer: Any, size: int) -> bytearray:
-    """The bytearray of a read that is done, which can be resized: only for PyPy."""
+    """The bytearray of a read that is done on PyPy; it can be resized."""
     if read is None:
         read = bytearray(ffi.buffer(pointer, size))
     unpin(pointer)

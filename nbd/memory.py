@@ -43,7 +43,7 @@ _from_buffer = ffi.from_buffer
 _new_uncleared = ffi.new_allocator(should_clear_after_alloc=False)
 _pool_limit = 64 * 1024 * 1024
 _uncounted = 0
-_is_kept = False
+_malloc_keeps = False
 _resize: Callable[[bytearray, int], object] | None = None
 
 
@@ -178,17 +178,17 @@ def allocate(size: int, clear: bool = False) -> Any:
 
 def _count(size: int) -> None:
     """Count what is allocated, and let PyPy look for what is dropped whenever it is enough."""
-    global _uncounted, _is_kept
+    global _uncounted, _malloc_keeps
     _uncounted += size
     if _uncounted >= STEP:
         import gc
 
         _uncounted = 0
         gc.collect_step()  # type: ignore[attr-defined] # PyPy's alone
-        if not _is_kept:
+        if not _malloc_keeps:
             # What a step frees is wanted again at once.  glibc's malloc gives it to the kernel, to
             # be cleared page by page, until it has seen more than that freed.
-            _is_kept = True
+            _malloc_keeps = True
             ffi.release(_new_uncleared(_CHARS, 2 * STEP))
 
 
