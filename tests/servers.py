@@ -158,8 +158,12 @@ class Server:
 def nbdkit_argv(
     args: Sequence[str], tls: str | None, psk: Path | None, certificates: Path | None
 ) -> list[str]:
-    """Return the command line of an nbdkit that serves in the foreground with these arguments."""
-    options = ["--foreground", "--exit-with-parent"]
+    """Return the command line of an nbdkit that serves in the foreground with these arguments.
+
+    With one thread, unless the arguments say otherwise: with more, nbdkit 1.32 aborts now and then
+    when a client leaves commands in flight behind, and the next client finds no server.
+    """
+    options = ["--foreground", "--exit-with-parent", "--threads=1"]
     if tls is not None:
         options.append(f"--tls={tls}")
     if psk is not None:

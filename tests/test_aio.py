@@ -35,7 +35,8 @@ every_command = pytest.mark.parametrize("name", list(COMMANDS))
 @pytest.fixture
 def slow(nbdkit: Callable[..., Server], h: nbd.NBD) -> nbd.NBD:
     """Return a handle whose reads are never answered; writes are."""
-    h.connect_unix(nbdkit("memory", "1M", "--filter=delay", "rdelay=600").socket)
+    answering = "--threads=2", "memory", "1M"  # one thread sleeps on the read
+    h.connect_unix(nbdkit(*answering, "--filter=delay", "rdelay=600").socket)
     return h
 
 

@@ -419,8 +419,7 @@ def how_it_ended(status: int) -> str:
 def test_any_argument_in_any_state_gets_a_documented_answer(
     nbdkit: Callable[..., Any], tmp_path: Path, figure: Figure
 ) -> None:
-    # In one thread: nbdkit 1.32 has others that may abort if a client goes before it is answered.
-    (tmp_path / SOCKET).symlink_to(nbdkit("--threads=1", "memory", "1M").socket)
+    (tmp_path / SOCKET).symlink_to(nbdkit("memory", "1M").socket)
     log, errors = tmp_path / "call", tmp_path / "stderr"
     seed = int.from_bytes(os.urandom(4), "big") if SOAK else 0
     with errors.open("w") as stderr:

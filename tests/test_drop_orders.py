@@ -90,7 +90,7 @@ def stuck(nbdkit: StartServer) -> str:
 @pytest.fixture
 def prompt(nbdkit: StartServer) -> str:
     """Return the socket of a server that answers."""
-    return nbdkit("--threads=1", "memory", "1M").socket
+    return nbdkit("memory", "1M").socket
 
 
 def test_with_the_command_in_flight(stuck: str) -> None:

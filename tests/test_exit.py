@@ -15,9 +15,8 @@ RUNS = 100 if SOAK else 1
 StartServer = Callable[..., Server]
 Ending = Callable[..., None]
 
-# In one thread: nbdkit 1.32 has others that may abort if a client goes before it is answered.
-DISK = "--threads=1", "memory", "1M"
-STUCK = "--threads=1", "memory", "1M", "--filter=delay", "rdelay=600", "wdelay=600"
+DISK = "memory", "1M"
+STUCK = "memory", "1M", "--filter=delay", "rdelay=600", "wdelay=600"
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ IN_FLIGHT = 64  # commands in flight when the server is killed
 MIB = 1 << 20
 
 FAULTY = (
-    *("memory", str(SIZE)),
+    *("--threads=16", "memory", str(SIZE)),  # answers come in another order than the commands
     *("--filter=error", "error=EIO", "error-rate=20%"),
     *("--filter=delay", "rdelay=1ms", "wdelay=1ms"),
 )

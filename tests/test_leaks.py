@@ -22,8 +22,7 @@ HANG = 1800 if SOAK else 120  # seconds until the loops of a group count as hung
 )
 @pytest.mark.parametrize("group", loops.GROUPS)
 def test_loops_leave_nothing(group: str, nbdkit: Callable[..., Server], figure: Figure) -> None:
-    # In one thread: nbdkit 1.32 has others that may abort if a client goes before it is answered.
-    disk = nbdkit("--threads=1", "memory", "1M").socket
+    disk = nbdkit("memory", "1M").socket
     failing = nbdkit("memory", "1M", "--filter=error", "error=EIO", "error-rate=100%").socket
     done = subprocess.run(
         [sys.executable, str(Path(loops.__file__)), group, disk, failing],
