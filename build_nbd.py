@@ -34,6 +34,7 @@ CSRC = ROOT / "csrc"
 SHIM = CSRC / "nbdshim.c"
 INCLUDES = '#include "nbdshim.h"\n#include "nbdglue.h"\n'
 STRICT = ("-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra")
+LINKED_AT_ONCE = "-Wl,-z,now"  # a function that libnbd lacks is an error at import, not at a call
 
 
 class Build(NamedTuple):
@@ -118,7 +119,7 @@ def api_builder(build: Build) -> FFI:
         sources=build.sources,
         include_dirs=build.include_dirs,
         extra_compile_args=[*STRICT, *build.library.cflags],
-        extra_link_args=list(build.library.libs),
+        extra_link_args=[LINKED_AT_ONCE, *build.library.libs],
     )
     return ffi
 

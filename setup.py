@@ -64,7 +64,7 @@ else:
         sources=build.sources,
         include_dirs=build.include_dirs,
         extra_compile_args=[*build_nbd.STRICT, *build.library.cflags],
-        extra_link_args=list(build.library.libs),
+        extra_link_args=[build_nbd.LINKED_AT_ONCE, *build.library.libs],
     )
     commands["bdist_wheel"] = AnyPythonWheel
 

@@ -34,15 +34,22 @@ def _explain(reason: Exception) -> str:
     )
 
 
+# Lazily, as a C program links: of the thousands of functions of what libnbd stands on, few are ever
+# called.  The shim itself is linked with -z now, so that one that libnbd lacks is an error here.
 try:
     if MODE == "API":
-        from nbd._api import ffi, lib
+        _others = sys.getdlopenflags()
+        sys.setdlopenflags(os.RTLD_LAZY)
+        try:
+            from nbd._api import ffi, lib
+        finally:
+            sys.setdlopenflags(_others)
     else:
         from nbd._abi import ffi
 
         # Not to be unloaded: a daemon thread may be inside of it to the very end of the process.
-        flags = ffi.RTLD_NOW | ffi.RTLD_NODELETE
-        lib = ffi.dlopen(os.path.join(os.path.dirname(__file__), "_nbdshim.so"), flags)
+        _lasting = ffi.RTLD_LAZY | ffi.RTLD_NODELETE
+        lib = ffi.dlopen(os.path.join(os.path.dirname(__file__), "_nbdshim.so"), _lasting)
 except (ImportError, OSError) as reason:
     raise ImportError(_explain(reason)) from reason
 

@@ -11,6 +11,7 @@ from typing import Any, Callable
 
 import pytest
 from handles import closed, poll
+from programs import run_program
 from servers import Server
 
 import nbd
@@ -237,3 +238,14 @@ def test_the_module_tells_the_version_of_libnbd(h: nbd.NBD) -> None:
 
 def test_the_module_tells_the_name_of_the_package(h: nbd.NBD) -> None:
     assert nbd.package_name == h.get_package_name() == "libnbd"
+
+
+def test_the_import_leaves_the_way_that_others_are_linked() -> None:
+    program = """
+import sys
+before = sys.getdlopenflags()
+import nbd
+assert sys.getdlopenflags() == before
+"""
+    done = run_program(program)
+    assert done.returncode == 0, done.stderr
