@@ -231,8 +231,6 @@ from nbd._pins import (
     disclaim,
     held_room,
     read_into,
-    read_into_shown,
-    read_out,
     readable,
     unpin,
 )
@@ -402,8 +400,7 @@ def memory_of(function: Function, buffer: Parameter) -> Iterator[str]:
     if buffer.kind is Kind.DATA:
         yield f'room = readable("{buffer.name}", {buffer.name})'
     elif not function.is_asynchronous:
-        read = "read_into_shown" if function.closures else "read_into"
-        yield f"{buffer.name}, pointer, size = {read}({buffer.length})"
+        yield f"{buffer.name}, pointer, size = read_into({buffer.length})"
     else:
         yield f'room, is_stale = held_room("{buffer.name}", {buffer.name})'
 
@@ -472,13 +469,12 @@ def outcome(function: Function, kind: Returns) -> Iterator[str]:
         yield "if result < 0 or pending:"
         yield "    settle(self._h, result)"
         if reads_synchronously(function) and function.buffer:
-            name = function.buffer.name
             if function.closures:
                 yield "unpin(pointer)"
-                yield f"return {name}"
             else:
-                done = f"read_out({name}, pointer, size)"
-                yield f"return {done} if {name} is None or BOUNCES else {name}"
+                yield "if BOUNCES:"
+                yield "    unpin(pointer)"
+            yield f"return {function.buffer.name}"
         elif kind is Returns.TRUTH:
             yield "return result != 0"
         elif kind is Returns.NUMBER:

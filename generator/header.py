@@ -62,7 +62,7 @@ RESERVED = frozenset(keyword.kwlist) | {
     *("self", "raised", "result", "room", "pointer", "size", "is_stale", "pending", "registry"),
     *("address_of", "as_number", "as_path", "as_string", "as_strings", "as_text", "owned_text"),
     *("abandon", "bad_numbers", "next_token", "not_callable", "register", "register_optional"),
-    *("disclaim", "held_room", "read_into", "read_into_shown", "read_out", "readable", "unpin"),
+    *("disclaim", "held_room", "read_into", "readable", "unpin"),
     *("settle", "lib", "BOUNCES", "bool", "callable", "OverflowError", "TypeError"),
 }
 

@@ -24,6 +24,7 @@ from nbd.memory import (
     Shared,
     allocate,
     contiguous_size,
+    free,
     new_bytearray,
     room_of,
 )
@@ -38,8 +39,6 @@ BOUNCES = sys.implementation.name == "pypy"
 
 #: More than any libnbd reads in one request: not even allocated.
 _TOO_LARGE = 2**27
-#: From this size on, PyPy reads into a bytearray faster than it copies what was read into one.
-_READ_IN_PLACE = 256 * 1024
 _SIZE_MAX = 2 ** (8 * ffi.sizeof("size_t")) - 1
 
 _from_buffer = ffi.from_buffer
@@ -47,28 +46,18 @@ _from_buffer = ffi.from_buffer
 unpin = ffi.release
 
 
-def read_into(count: int) -> tuple[bytearray | None, Any, int]:
+def read_into(count: int) -> tuple[bytearray, Any, int]:
     """A new bytearray for a read of count bytes, its memory and its size.
 
-    On PyPy end it with read_out.  There a small bytearray is made only then, of a copy.
+    Where the memory may outlive the call, on PyPy or in a callback's hands, end it with unpin.
     """
     size = index(count)
     if 0 <= size < LARGE and not BOUNCES:
         small = bytearray(size)
         return small, _from_buffer(small), size
     _check_count(size)
-    if BOUNCES and size < _READ_IN_PLACE:
-        return None, allocate(size), size
     large, _ = new_bytearray(size)
     return large, _from_buffer(large), size
-
-
-def read_into_shown(count: int) -> tuple[bytearray, Any, int]:
-    """The same for a read that shows its bytearray to a callback; end it with unpin."""
-    size = index(count)
-    _check_count(size)
-    shown, _ = new_bytearray(size)
-    return shown, _from_buffer(shown), size
 
 
 def _check_count(size: int) -> None:
@@ -83,14 +72,6 @@ def _check_count(size: int) -> None:
             f"count: {size} is more than libnbd reads at once (64 MiB); read it in pieces",
             errno.ERANGE,
         )
-
-
-def read_out(read: bytearray | None, pointer: Any, size: int) -> bytearray:
-    """The bytearray of a read that is done on PyPy; it can be resized."""
-    if read is None:
-        read = bytearray(ffi.buffer(pointer, size))
-    unpin(pointer)
-    return read
 
 
 def readable(name: str, buffer: Any) -> Room:
@@ -160,11 +141,16 @@ def _unusable(name: str, buffer: Any, reason: Exception) -> Exception:
     return BufferError(f"{name}: {reason}")
 
 
+def _has_own(buffer: Any) -> bool:
+    """Whether a buffer has memory of its own, that libnbd works on: on PyPy few have."""
+    return isinstance(buffer, Buffer) and buffer._memory.__class__ is not Shared
+
+
 def copy_back(buffer: Any, room: Room) -> None:
-    """Bring what a command read into a copy to the caller's object."""
+    """Bring what a command read into a copy to the caller's object, and free the copy."""
+    if _has_own(buffer):
+        return
     if isinstance(buffer, Buffer):
-        if buffer._memory.__class__ is not Shared:
-            return
         buffer = buffer._memory.storage
     pointer, size, _ = room
     if contiguous_size(buffer, writable=True) != size:
@@ -172,6 +158,7 @@ def copy_back(buffer: Any, room: Room) -> None:
             "the buffer was resized while a command was reading into it: what it read is lost"
         )
     ffi.memmove(buffer, pointer, size)
+    free(pointer, size)
 
 
 def part(buffer: Any, room: Room, start: int, count: int) -> memoryview:
@@ -181,6 +168,8 @@ def part(buffer: Any, room: Room, start: int, count: int) -> memoryview:
     """
     pointer, size, pin = room
     if BOUNCES and pin is not None:
+        if not _has_own(buffer):  # the copy is freed, and the callback may keep the view
+            return memoryview(ffi.buffer(pointer + start, count)[:])
         buffer = ffi.buffer(pointer, size)
     elif isinstance(buffer, Buffer):
         buffer = buffer._exposed()

@@ -25,25 +25,28 @@ if TYPE_CHECKING:
 LARGE = 64 * 1024
 #: From this size on, memory may be in huge pages: a page fault for 2 MiB instead of for 4 KiB.
 HUGE = 4 * 1024 * 1024
-#: From this size on, PyPy makes a bytearray in half the time by repeating so many zeroes.
-BLOCK = 64 * 1024
 
 #: Only where an object is finalised as soon as it is dropped is there something to recycle in time.
 RECYCLES = IS_CPYTHON = sys.implementation.name == "cpython"
 
-#: Where it is not, the memory of dropped objects is looked for whenever so much has been allocated:
-#: PyPy frees it in any collection, but does not count it, and so would wait for very long.
-STEP = 8 * 1024 * 1024
+if not IS_CPYTHON:
+    from __pypy__ import (  # type: ignore[import-not-found]
+        add_memory_pressure as _add_memory_pressure,
+    )
 
 #: How many sizes are kept at once; each has an equal share of the bound.
 _SIZES = 4
 
+#: The largest that glibc's malloc lets itself be taught to keep.
+_MALLOC_KEEPS = 31 * 1024 * 1024
+
 _CHARS = ffi.typeof("char[]")
 _from_buffer = ffi.from_buffer
 _new_uncleared = ffi.new_allocator(should_clear_after_alloc=False)
-_pool_limit = 64 * 1024 * 1024
-_uncounted = 0
-_malloc_keeps = False
+_pool_limit = (64 if RECYCLES else 32) * 1024 * 1024
+#: PyPy copies zeroes in a fifth of the time that it takes to make them.
+_zeroes = bytearray(0 if IS_CPYTHON else 64 * 1024)
+_has_slack = IS_CPYTHON
 _resize: Callable[[bytearray, int], object] | None = None
 
 
@@ -127,9 +130,12 @@ _shelves: dict[int, Shelf] = {}
 def set_pool_limit(size: int) -> None:
     """Bound how much memory of dropped nbd.Buffer objects is kept for new ones.
 
+    On PyPy nothing is kept: there it is how much more than PyPy's own bound may be allocated before
+    it looks for what was dropped.  That holds from the next time that it does.
+
     Args:
-        size: Bytes, at the most; 0 keeps none.  It is 64 MiB to begin with.  A Buffer larger than a
-            quarter of it is never kept, and on PyPy none is.
+        size: Bytes, at the most; 0 keeps none.  It is 64 MiB to begin with (PyPy: 32 MiB).  A
+            Buffer larger than a quarter of it is never kept.
     """
     global _pool_limit
     if size < 0:
@@ -172,24 +178,42 @@ def new_memory(size: int) -> tuple[Memory, bool]:
 
 def allocate(size: int, clear: bool = False) -> Any:
     """Memory for C where a bytearray's can move: that of PyPy."""
-    _count(size)
+    if not _has_slack:
+        _give_slack()
     return (ffi.new if clear else _new_uncleared)(_CHARS, size)
 
 
-def _count(size: int) -> None:
-    """Count what is allocated, and let PyPy look for what is dropped whenever it is enough."""
-    global _uncounted, _malloc_keeps
-    _uncounted += size
-    if _uncounted >= STEP:
-        import gc
+def free(pointer: Any, size: int) -> None:
+    """Give back what allocate gave, and let PyPy know, which has counted it."""
+    ffi.release(pointer)
+    _add_memory_pressure(-size)
 
-        _uncounted = 0
-        gc.collect_step()  # type: ignore[attr-defined] # PyPy's alone
-        if not _malloc_keeps:
-            # What a step frees is wanted again at once.  glibc's malloc gives it to the kernel, to
-            # be cleared page by page, until it has seen more than that freed.
-            _malloc_keeps = True
-            ffi.release(_new_uncleared(_CHARS, 2 * STEP))
+
+def _give_slack() -> None:
+    """Keep PyPy, which is about to allocate much, from collecting all the time.
+
+    In a small program it goes through everything that is alive for every 8 MiB allocated: the time
+    of a hundred reads of 64 KiB.
+    """
+    global _has_slack
+    _has_slack = True
+    _renew_slack()
+    # What a collection frees is wanted again at once.  glibc's malloc gives it to the kernel, to be
+    # cleared page by page, until it has seen something as large freed.
+    ffi.release(_new_uncleared(_CHARS, _MALLOC_KEEPS))
+
+
+def _renew_slack() -> None:
+    """Let more be allocated until the next collection, and again after each."""
+    _add_memory_pressure(-_pool_limit)
+    _Collected()
+
+
+class _Collected:
+    """Dropped at once, and so finalised after a collection: that has set the bound anew."""
+
+    def __del__(self) -> None:
+        _renew_slack()
 
 
 def contiguous_size(buffer: Any, writable: bool = False) -> int:
@@ -235,10 +259,11 @@ def new_bytearray(size: int) -> tuple[bytearray, bool]:
 
 def _repeated_zeroes(size: int) -> bytearray:
     """A bytearray of zeroes, as PyPy makes one fast."""
-    _count(size)
-    if size < BLOCK:
-        return bytearray(size)
-    fresh = bytearray(BLOCK) * -(-size // BLOCK)
+    if not _has_slack:
+        _give_slack()
+    if size <= len(_zeroes):
+        return _zeroes[:size]
+    fresh = _zeroes * -(-size // len(_zeroes))
     del fresh[size:]
     return fresh
 

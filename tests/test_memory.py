@@ -59,6 +59,10 @@ for _ in range(600):
     h.pread(1 << 20, 0)
 print(peak() - before)
 """
+KEEP_NOTHING = """
+import nbd.memory
+nbd.memory.set_pool_limit(0)
+"""
 FAIL_TO_READ = """
 before = peak()
 for _ in range(40):
@@ -108,6 +112,11 @@ def test_new_buffers_without_end_need_no_more_memory_than_some(
 @frees
 def test_what_is_read_and_dropped_leaves_no_memory(nbdkit: Callable[..., Server]) -> None:
     assert growth(READ, nbdkit("null", "1M").uri) < 64 * MIB
+
+
+@frees
+def test_a_bound_of_zero_lets_little_be_dropped_at_once(nbdkit: Callable[..., Server]) -> None:
+    assert growth(KEEP_NOTHING + READ, nbdkit("null", "1M").uri) < 24 * MIB
 
 
 @frees
