@@ -14,7 +14,10 @@ KIB = 1024
 MIB = 1024 * KIB
 
 QUICK_DIVISOR = 10
-WARM_UP_BYTES = 64 * MIB
+#: PyPy compiles a loop when it has run a thousand times, and then the ways out of it.
+WARM_UP = 2_000
+WARM_UP_BYTES = 2_000 * MIB
+QUICK_WARM_UP_BYTES = 128 * MIB
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ def _sized(workload: Workload, quick: bool) -> Workload:
     operations = max(workload.operations // (QUICK_DIVISOR if quick else 1), 2)
     warm_up = workload.operations // (QUICK_DIVISOR if quick else 4)
     if workload.size:
-        warm_up = min(warm_up, WARM_UP_BYTES // workload.size)
+        most = QUICK_WARM_UP_BYTES if quick or workload.fresh else WARM_UP_BYTES
+        warm_up = min(max(warm_up, WARM_UP), 2 * workload.operations, most // workload.size)
     return replace(workload, operations=operations, warm_up=warm_up)
 
 
