@@ -142,7 +142,7 @@ def _unusable(name: str, buffer: Any, reason: Exception) -> Exception:
 
 
 def _has_own(buffer: Any) -> bool:
-    """Whether a buffer has memory of its own, that libnbd works on: on PyPy few have."""
+    """Whether libnbd works on the buffer's own memory even on PyPy, and not on a copy."""
     return isinstance(buffer, Buffer) and buffer._memory.__class__ is not Shared
 
 

@@ -24,6 +24,7 @@ FEW, MANY = 10_000, 1_000_000 if SOAK else 40_000
 BLOCK = 4096
 MIB = 1 << 20
 POOL = 64 * MIB  # the bound that README and set_pool_limit give
+SLACK = 32 * MIB if sys.implementation.name == "pypy" else 0  # and PyPy's
 
 # Programs of their own: the peak of this process is that of whatever was tested before.
 PEAK = """
@@ -114,7 +115,7 @@ def test_new_buffers_without_end_need_no_more_memory_than_some(
 
 @frees
 def test_what_is_read_and_dropped_leaves_no_memory(nbdkit: Callable[..., Server]) -> None:
-    assert growth(READ, nbdkit("null", "1M").uri) < 600 * MIB // 4
+    assert growth(READ, nbdkit("null", "1M").uri) < 64 * MIB + SLACK
 
 
 @frees
@@ -122,7 +123,7 @@ def test_what_is_read_and_dropped_leaves_no_memory(nbdkit: Callable[..., Server]
 def test_a_bound_of_zero_leaves_pypy_its_own(nbdkit: Callable[..., Server]) -> None:
     server = nbdkit("null", "1M")
     more = growth(READ, server.uri) - growth(KEEP_NOTHING + READ, server.uri)
-    assert 16 * MIB < more < 48 * MIB
+    assert SLACK // 2 < more < SLACK + SLACK // 2
 
 
 @frees
