@@ -48,8 +48,7 @@ class Environment(NamedTuple):
         return self.folder / "bin" / "python"
 
 
-INTERPRETERS = ("cpython", "pypy")
-ALL = tuple(Environment(i, m) for i in INTERPRETERS for m in ("api", "abi"))
+ALL = tuple(Environment(i, m) for i in ("cpython", "pypy") for m in ("api", "abi"))
 
 
 def base_interpreter(interpreter: str) -> str:
