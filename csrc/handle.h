@@ -18,9 +18,22 @@
 struct nbdshim {
     struct nbd_handle *h;
     atomic_uint users;
-    atomic_int socket; /* the connection's, or -1: what wakes a call that waits */
-    atomic_int owner;  /* the process that connected it */
+    atomic_int socket;      /* the connection's, or -1: what wakes a call that waits */
+    atomic_int owner;       /* the process that connected it */
+    atomic_bool leaves_old; /* libnbd may not clear what it reads into */
 };
+
+/* Before libnbd is told not to clear what it reads into; it is not asked, for it would log that. */
+static inline void nbdshim_note_leaving_old(struct nbdshim *s)
+{
+    atomic_store_explicit(&s->leaves_old, true, memory_order_relaxed);
+}
+
+/* Whether the shim has to clear bytes that may not be seen before a read. */
+static inline bool nbdshim_leaves_old(struct nbdshim *s)
+{
+    return atomic_load_explicit(&s->leaves_old, memory_order_relaxed);
+}
 
 /*
  * A 64-bit number that libnbd returned and a server chose: number, or NBDSHIM_TOO_LARGE.  A -1 is a

@@ -43,6 +43,11 @@ struct nbdshim *nbdshim_create(void)
     atomic_init(&s->users, 1);
     atomic_init(&s->socket, -1);
     atomic_init(&s->owner, 0);
+#ifdef LIBNBD_HAVE_NBD_SET_PREAD_INITIALIZE
+    atomic_init(&s->leaves_old, false);
+#else
+    atomic_init(&s->leaves_old, true);
+#endif
     return s;
 }
 

@@ -21,8 +21,9 @@
  * token only wants to know when the command retires.  Token 0 with false is no callback at all.
  *
  * Buffers.  The caller keeps a buffer in place until the command's last token is released.  A
- * refused read fills its buffer with zeroes, as libnbd does before any failure of its own.  A
- * buffer that is stale holds bytes nobody may see: it is cleared also where libnbd is told not to.
+ * refused read fills its buffer with zeroes, as libnbd does before any failure of its own.  What a
+ * call that waits reads into, and a buffer that is stale, hold bytes that nobody may see: they are
+ * cleared also where libnbd is told not to.
  *
  * Parts of a buffer go up as offsets in it.
  *

@@ -43,7 +43,7 @@ def glue_source(header: Header) -> str:
         "/* Where callbacks go: set once, by nbdshim_register. */\n"
         "extern struct nbdshim_upcalls nbdshim_up;\n",
         *(upcall_function(closure) for closure in header.closures),
-        *(glue_function(function, header) for function in header.functions),
+        *(glue_function(function) for function in header.functions),
     ]
     return "\n".join(blocks)
 
@@ -178,7 +178,7 @@ def passed_on(parameter: Parameter) -> Iterator[str]:
             yield parameter.length
 
 
-def glue_function(function: Function, header: Header) -> str:
+def glue_function(function: Function) -> str:
     """One flat function: enter the handle, call libnbd, leave."""
     lines = [
         comment(f"nbd_{function.name}.{ownership(function)}"),
@@ -186,7 +186,7 @@ def glue_function(function: Function, header: Header) -> str:
         "{",
     ]
     lines += refusal(function)
-    lines += clearing(function, header)
+    lines += clearing(function)
     for parameter in function.closures:
         lines += closure_struct(parameter)
     arguments = ["s->h", *(a for p in function.parameters for a in passed_on(p))]
@@ -254,15 +254,19 @@ def refusal(function: Function) -> list[str]:
     return [*lines, "    if (refused)", f"        return {value};"]
 
 
-def clearing(function: Function, header: Header) -> list[str]:
+def clearing(function: Function) -> list[str]:
     """Overwrite stale bytes, where libnbd does not do it before anything can fail."""
-    filled = function.filled_later
-    if filled is None:
+    if function.name == "set_pread_initialize":
+        (initialize,) = function.parameters
+        return [f"    if (!{initialize.name})", "        nbdshim_note_leaving_old(s);"]
+    filled = function.buffer
+    if filled is None or filled.kind is not Kind.ROOM:
         return []
-    test = f"{filled.name}_is_stale"
-    if any(f.name == "get_pread_initialize" for f in header.functions):
-        test += " && !nbd_get_pread_initialize(s->h)"
-    return [f"    if ({test})", f"        memset({filled.name}, 0, {filled.length});"]
+    test = f"{filled.name}_is_stale && " if filled is function.filled_later else ""
+    return [
+        f"    if ({test}nbdshim_leaves_old(s))",
+        f"        memset({filled.name}, 0, {filled.length});",
+    ]
 
 
 def closure_struct(parameter: Parameter) -> list[str]:

@@ -228,10 +228,14 @@ from nbd._ffi import lib, pending
 from nbd._handle import Handle
 from nbd._pins import (
     BOUNCES,
+    SCRATCH,
     disclaim,
     held_room,
-    read_into,
+    new_result,
+    new_scratch,
+    put_back,
     readable,
+    take_scratch,
     unpin,
 )
 from nbd._values import as_text, owned_text
@@ -395,12 +399,25 @@ def conversions(function: Function) -> Iterator[str]:
         yield "pointer, size, _ = room"
 
 
+def reads_through_scratch(function: Function) -> bool:
+    """Whether nobody sees the memory while the call runs."""
+    return reads_synchronously(function) and not function.closures
+
+
 def memory_of(function: Function, buffer: Parameter) -> Iterator[str]:
     """Have the memory of a buffer for C."""
     if buffer.kind is Kind.DATA:
         yield f'room = readable("{buffer.name}", {buffer.name})'
+    elif reads_through_scratch(function):
+        yield f"size = as_number({buffer.length})"
+        yield "try:"
+        yield "    pinned = take_scratch() if 0 <= size < SCRATCH else new_result(size)"
+        yield "except IndexError:"
+        yield "    pinned = new_scratch()"
+        yield f"{buffer.name}, pointer = pinned"
     elif not function.is_asynchronous:
-        yield f"{buffer.name}, pointer, size = read_into({buffer.length})"
+        yield f"size = as_number({buffer.length})"
+        yield f"{buffer.name}, pointer = new_result(size)"
     else:
         yield f'room, is_stale = held_room("{buffer.name}", {buffer.name})'
 
@@ -469,11 +486,14 @@ def outcome(function: Function, kind: Returns) -> Iterator[str]:
         yield "if result < 0 or pending:"
         yield "    settle(self._h, result)"
         if reads_synchronously(function) and function.buffer:
-            if function.closures:
-                yield "unpin(pointer)"
-            else:
-                yield "if BOUNCES:"
+            if reads_through_scratch(function):
+                yield "if size < SCRATCH:"
+                yield f"    {function.buffer.name} = {function.buffer.name}[:size]"
+                yield "    put_back(pinned)"
+                yield "elif BOUNCES:"
                 yield "    unpin(pointer)"
+            else:
+                yield "unpin(pointer)"
             yield f"return {function.buffer.name}"
         elif kind is Returns.TRUTH:
             yield "return result != 0"

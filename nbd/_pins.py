@@ -9,12 +9,14 @@ On PyPy that cdata lives until the next garbage collection; until PyPy 8 the obj
 the same, and the memory that libnbd was given is gone; from then on it cannot be resized for too
 long.  So there libnbd works on a copy, which the completion brings back (BOUNCES), unless the
 buffer is bytes or an nbd.Buffer with memory of its own, which are never resized.
+
+To pin takes a while, too: on CPython a small read that waits goes to scratch memory, which is
+pinned for good, and what it read is copied out.
 """
 
 from __future__ import annotations
 
 import sys
-from _operator import index
 
 from nbd._ffi import ffi
 from nbd.buffer import Buffer
@@ -31,33 +33,54 @@ from nbd.memory import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections import deque
     from typing import Any
 
     from nbd.memory import Room
+
+    # A bytearray and the address of its memory, which lasts as long as that lives.
+    Pinned = tuple[bytearray, Any]
+else:
+    from _collections import deque  # which takes a fraction of the time of collections
 
 BOUNCES = sys.implementation.name == "pypy"
 
 #: More than any libnbd reads in one request: not even allocated.
 _TOO_LARGE = 2**27
+_LINE = 64
 _SIZE_MAX = 2 ** (8 * ffi.sizeof("size_t")) - 1
 
 _from_buffer = ffi.from_buffer
 #: Let a bytearray be resized again whose memory _from_buffer gave: on PyPy, too.
 unpin = ffi.release
 
+#: From this size on a read goes into its bytearray at once; on PyPy every one does.
+SCRATCH = 0 if BOUNCES else LARGE
 
-def read_into(count: int) -> tuple[bytearray, Any, int]:
-    """A new bytearray for a read of count bytes, its memory and its size.
+# As many as there are reads at once, in threads and in debug callbacks; a few are kept.
+_scratches: deque[Pinned] = deque(maxlen=16)
+take_scratch = _scratches.pop
+put_back = _scratches.append
+
+
+def new_scratch() -> Pinned:
+    """Memory for one small read at a time, where take_scratch has none."""
+    # At a cache line, not 16 bytes into a page, where malloc puts large memory: to copy to there
+    # takes AMD's Zen three times as long.
+    scratch = bytearray(SCRATCH + _LINE)
+    start = -int(ffi.cast("uintptr_t", _from_buffer(scratch))) % _LINE
+    del scratch[:start]
+    return scratch, _from_buffer(scratch)
+
+
+def new_result(size: int) -> Pinned:
+    """A new bytearray for what is read, and its memory.
 
     Where the memory may outlive the call, on PyPy or in a callback's hands, end it with unpin.
     """
-    size = index(count)
-    if 0 <= size < LARGE and not BOUNCES:
-        small = bytearray(size)
-        return small, _from_buffer(small), size
     _check_count(size)
-    large, _ = new_bytearray(size)
-    return large, _from_buffer(large), size
+    result, _ = new_bytearray(size)
+    return result, _from_buffer(result)
 
 
 def _check_count(size: int) -> None:

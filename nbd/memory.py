@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     # Memory for C: its address, its size in bytes, and what keeps it in place.
     Room = tuple[Any, int, Any]
 
-#: From this size on, not filling memory with zeroes first is worth the way to CPython's C API.
-LARGE = 64 * 1024
+#: From this size on, not filling memory with zeroes first is worth the way to CPython's C API, and
+#: a read is not worth a copy.
+LARGE = 128 * 1024
 #: From this size on, memory may be in huge pages: a page fault for 2 MiB instead of for 4 KiB.
 HUGE = 4 * 1024 * 1024
 

@@ -588,6 +588,25 @@ def test_empty_chunk_before_the_data_does_not_harm_it(h: nbd.NBD) -> None:
         assert h.pread(BLOCK, 0) == PATTERN
 
 
+@pytest.mark.parametrize("initialize", [True, False])
+def test_bytes_that_the_server_left_out_are_zeroes_and_not_of_another_read(
+    h: nbd.NBD, initialize: bool
+) -> None:
+    half = BLOCK // 2
+    all_of_it = chunks((CHUNK_OFFSET_DATA, data(0, PATTERN)))
+    half_of_it_twice = chunks(*[(CHUNK_OFFSET_DATA, data(0, PATTERN[:half]))] * 2)
+
+    def replies(wire: Wire, request: Request) -> None:
+        all_of_it(wire, request)
+        half_of_it_twice(wire, wire.request())
+
+    h.set_pread_initialize(initialize)
+    with Connection(on_request(replies)) as peer:
+        connect(h, peer)
+        assert h.pread(BLOCK, 0) == PATTERN
+        assert h.pread(BLOCK, 0) == PATTERN[:half] + bytes(half)
+
+
 def test_second_reply_to_a_read_fails_the_next_command(h: nbd.NBD) -> None:
     def reply(wire: Wire, request: Request) -> None:
         wire.simple(request.cookie, 0, PATTERN)

@@ -19,6 +19,7 @@ from usage import resident
 
 import nbd
 import nbd.memory
+import nbd.methods
 
 FEW, MANY = 10_000, 1_000_000 if SOAK else 40_000
 BLOCK = 4096
@@ -215,6 +216,32 @@ def test_memory_that_can_still_be_seen_is_not_used_again(disk: nbd.NBD) -> None:
         new = nbd.Buffer(BLOCK)
         new[:] = b"x" * BLOCK
     assert bytes(views[0]) == bytes(BLOCK)
+
+
+def test_what_was_read_is_taken_from_scratch_memory_before_another_read_may_have_it(
+    disk: nbd.NBD, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def use_at_once(scratch: tuple[bytearray, Any]) -> None:
+        scratch[0][:] = b"\xa5" * len(scratch[0])
+
+    monkeypatch.setattr(nbd.methods, "put_back", use_at_once)
+    disk.pwrite(b"x" * BLOCK, 0)
+    assert disk.pread(BLOCK, 0) == b"x" * BLOCK
+
+
+def test_a_read_in_a_debug_callback_of_another_read_has_its_own_memory(
+    disk: nbd.NBD, nbdkit: Callable[..., Server]
+) -> None:
+    inner: list[bytearray] = []
+    with nbd.NBD() as other:
+        other.connect_unix(nbdkit("pattern", "1M").socket)
+        pattern = other.pread(BLOCK, BLOCK)
+        disk.pwrite(b"x" * BLOCK, 0)
+        disk.set_debug_callback(lambda context, message: inner.append(other.pread(BLOCK, BLOCK)))
+        disk.set_debug(True)
+        assert disk.pread(BLOCK, 0) == b"x" * BLOCK
+        disk.set_debug(False)
+    assert set(map(bytes, inner)) == {bytes(pattern)}
 
 
 @recycles
