@@ -47,7 +47,8 @@ _new_uncleared = ffi.new_allocator(should_clear_after_alloc=False)
 _pool_limit = (64 if RECYCLES else 32) * 1024 * 1024
 #: PyPy copies zeroes in a fifth of the time that it takes to make them.
 _zeroes = bytearray(0 if IS_CPYTHON else 64 * 1024)
-_has_slack = IS_CPYTHON
+# A list, since it can be emptied by one thread alone.
+_lacks_slack = [] if IS_CPYTHON else [True]
 _resize: Callable[[bytearray, int], object] | None = None
 
 
@@ -179,7 +180,7 @@ def new_memory(size: int) -> tuple[Memory, bool]:
 
 def allocate(size: int, clear: bool = False) -> Any:
     """Memory for C where a bytearray's can move: that of PyPy."""
-    if not _has_slack:
+    if _lacks_slack:
         _give_slack()
     return (ffi.new if clear else _new_uncleared)(_CHARS, size)
 
@@ -196,8 +197,10 @@ def _give_slack() -> None:
     In a small program it goes through everything that is alive for every 8 MiB allocated: the time
     of a hundred reads of 64 KiB.
     """
-    global _has_slack
-    _has_slack = True
+    try:
+        _lacks_slack.pop()
+    except IndexError:
+        return
     _renew_slack()
     # What a collection frees is wanted again at once.  glibc's malloc gives it to the kernel, to be
     # cleared page by page, until it has seen something as large freed.
@@ -260,7 +263,7 @@ def new_bytearray(size: int) -> tuple[bytearray, bool]:
 
 def _repeated_zeroes(size: int) -> bytearray:
     """A bytearray of zeroes, as PyPy makes one fast."""
-    if not _has_slack:
+    if _lacks_slack:
         _give_slack()
     if size <= len(_zeroes):
         return _zeroes[:size]

@@ -127,6 +127,15 @@ def test_a_bound_of_zero_leaves_pypy_its_own(nbdkit: Callable[..., Server]) -> N
     assert SLACK // 2 < more < SLACK + SLACK // 2
 
 
+def test_a_thread_that_comes_late_gives_pypy_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[None] = []
+    monkeypatch.setattr(nbd.memory, "_renew_slack", lambda: given.append(None))
+    nbd.Buffer(1)  # the first one of the process, perhaps
+    del given[:]
+    nbd.memory._give_slack()
+    assert not given
+
+
 @frees
 def test_reads_that_fail_leave_no_memory(nbdkit: Callable[..., Server]) -> None:
     server = nbdkit("memory", "8M", "--filter=error", "error=EIO", "error-rate=100%")
