@@ -255,7 +255,7 @@ def refusal(function: Function) -> list[str]:
 
 
 def clearing(function: Function) -> list[str]:
-    """Overwrite stale bytes, where libnbd does not do it before anything can fail."""
+    """Overwrite stale bytes, where libnbd is told not to, and take note of when it is."""
     if function.name == "set_pread_initialize":
         (initialize,) = function.parameters
         return [f"    if (!{initialize.name})", "        nbdshim_note_leaving_old(s);"]

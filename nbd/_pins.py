@@ -57,7 +57,8 @@ unpin = ffi.release
 #: From this size on a read goes into its bytearray at once; on PyPy every one does.
 SCRATCH = 0 if BOUNCES else LARGE
 
-# As many as there are reads at once, in threads and in debug callbacks; a few are kept.
+# As many as there are reads at once, in threads and in debug callbacks; a few are kept.  One is put
+# back after a read that succeeded, no other: nobody else is to have what libnbd may still write.
 _scratches: deque[Pinned] = deque(maxlen=16)
 take_scratch = _scratches.pop
 put_back = _scratches.append

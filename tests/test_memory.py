@@ -213,6 +213,17 @@ def test_a_failed_read_shows_nothing_of_used_memory(
         assert fresh.is_zero()
 
 
+def test_a_read_into_used_memory_makes_no_other_call_of_libnbd(disk: nbd.NBD) -> None:
+    calls: list[str] = []
+    nbd.Buffer(BLOCK)  # and dropped: the next one may have its memory
+    disk.set_debug_callback(lambda context, message: calls.append(context))
+    disk.set_debug(True)
+    disk.aio_pread(nbd.Buffer(BLOCK), 0)
+    disk.set_debug(False)
+    drain(disk)
+    assert not [call for call in calls if call.startswith("nbd_get_")]
+
+
 @recycles
 def test_memory_that_can_still_be_seen_is_not_used_again(disk: nbd.NBD) -> None:
     buffer = nbd.Buffer(BLOCK)

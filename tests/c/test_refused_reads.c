@@ -77,10 +77,7 @@ static void a_refused_read_touches_its_own_bytes_only(void)
     nbdshim_destroy(s);
 }
 
-/*
- * libnbd clears what it is given, unless told not to: then the shim does it for stale bytes, and
- * does not ask libnbd each time, which would be in the log.
- */
+/* libnbd clears what it is given, unless told not to: then the shim does it for stale bytes. */
 static void stale_bytes_never_show(void)
 {
     for (int initialize = 0; initialize < 2; initialize++) {
