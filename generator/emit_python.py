@@ -348,16 +348,14 @@ def statements(function: Function, kind: Returns) -> Iterator[str]:
     yield from conversions(function)
     yield from registrations(function)
     numbers = [p for p in function.parameters if p.kind is Kind.INT]
-    sized = [function.buffer] if reads_synchronously(function) and function.buffer else []
     arguments = ["self._h", *(a for p in function.parameters for a in c_arguments(function, p))]
     is_text = kind in (Returns.TEXT, Returns.OWNED_TEXT)
     declared = "result" if is_text else "result: int"
     call = wrap(
         f"{declared} = nbdcall_{function.name}({', '.join(arguments)})", 12 if numbers else 8
     )
-    if numbers or sized:
-        named = [f'{p.length}=({p.length}, "size_t")' for p in sized]
-        named += [f'{p.name}=({p.name}, "{p.ctype}")' for p in numbers]
+    if numbers:
+        named = [f'{p.name}=({p.name}, "{p.ctype}")' for p in numbers]
         yield "try:"
         yield textwrap.indent(call, "    ")
         yield "except (TypeError, OverflowError) as raised:"
