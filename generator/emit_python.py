@@ -230,6 +230,7 @@ from nbd._pins import (
     BOUNCES,
     SCRATCH,
     disclaim,
+    from_buffer,
     held_room,
     new_result,
     new_scratch,
@@ -405,7 +406,10 @@ def reads_through_scratch(function: Function) -> bool:
 def memory_of(function: Function, buffer: Parameter) -> Iterator[str]:
     """Have the memory of a buffer for C."""
     if buffer.kind is Kind.DATA:
-        yield f'room = readable("{buffer.name}", {buffer.name})'
+        yield f"if {buffer.name}.__class__ is bytes and not BOUNCES:"
+        yield f"    room = {buffer.name}, len({buffer.name}), {buffer.name}"
+        yield "else:"
+        yield f'    room = readable("{buffer.name}", {buffer.name})'
     elif reads_through_scratch(function):
         yield f"size = as_number({buffer.length})"
         yield "try:"
@@ -417,7 +421,11 @@ def memory_of(function: Function, buffer: Parameter) -> Iterator[str]:
         yield f"size = as_number({buffer.length})"
         yield f"{buffer.name}, pointer = new_result(size)"
     else:
-        yield f'room, is_stale = held_room("{buffer.name}", {buffer.name})'
+        yield f"if {buffer.name}.__class__ is bytearray and not BOUNCES:"
+        yield f"    pin = from_buffer({buffer.name})"
+        yield f"    room, is_stale = (pin, len({buffer.name}), pin), False"
+        yield "else:"
+        yield f'    room, is_stale = held_room("{buffer.name}", {buffer.name})'
 
 
 def registrations(function: Function) -> Iterator[str]:

@@ -50,8 +50,9 @@ _TOO_LARGE = 2**27
 _LINE = 64
 _SIZE_MAX = 2 ** (8 * ffi.sizeof("size_t")) - 1
 
-_from_buffer = ffi.from_buffer
-#: Let a bytearray be resized again whose memory _from_buffer gave: on PyPy, too.
+#: The memory of a bytes-like object, pinned.
+from_buffer = ffi.from_buffer
+#: Let a bytearray be resized again whose memory from_buffer gave: on PyPy, too.
 unpin = ffi.release
 
 #: From this size on a read goes into its bytearray at once; on PyPy every one does.
@@ -69,9 +70,9 @@ def new_scratch() -> Pinned:
     # At a cache line, not 16 bytes into a page, where malloc puts large memory: to copy to there
     # takes AMD's Zen three times as long.
     scratch = bytearray(SCRATCH + _LINE)
-    start = -int(ffi.cast("uintptr_t", _from_buffer(scratch))) % _LINE
+    start = -int(ffi.cast("uintptr_t", from_buffer(scratch))) % _LINE
     del scratch[:start]
-    return scratch, _from_buffer(scratch)
+    return scratch, from_buffer(scratch)
 
 
 def new_result(size: int) -> Pinned:
@@ -81,7 +82,7 @@ def new_result(size: int) -> Pinned:
     """
     _check_count(size)
     result, _ = new_bytearray(size)
-    return result, _from_buffer(result)
+    return result, from_buffer(result)
 
 
 def _check_count(size: int) -> None:
@@ -99,9 +100,10 @@ def _check_count(size: int) -> None:
 
 
 def readable(name: str, buffer: Any) -> Room:
-    """The memory of a bytes-like object or nbd.Buffer that libnbd reads."""
-    if buffer.__class__ is bytes and not BOUNCES:
-        return buffer, len(buffer), buffer  # cffi passes on the address of bytes by itself
+    """The memory of a bytes-like object or nbd.Buffer that libnbd reads.
+
+    Not for bytes on CPython: there cffi passes on their address by itself.
+    """
     if isinstance(buffer, Buffer):
         buffer._fill()
         memory = buffer._memory
@@ -122,11 +124,9 @@ def readable(name: str, buffer: Any) -> Room:
 def held_room(name: str, buffer: Any) -> tuple[Room, bool]:
     """The memory of a writable object or nbd.Buffer that a command in flight writes.
 
-    The second value says that it holds bytes which must not be seen: the shim overwrites them.
+    The second value says that it holds bytes which must not be seen: the shim overwrites them.  A
+    bytearray on CPython, which takes no more than from_buffer, need not come here.
     """
-    if buffer.__class__ is bytearray and not BOUNCES:
-        pin = _from_buffer(buffer)
-        return (pin, len(buffer), pin), False
     if isinstance(buffer, Buffer):
         memory = buffer._memory
         if memory.__class__ is not Shared:
