@@ -394,8 +394,6 @@ def conversions(function: Function) -> Iterator[str]:
     if buffer is None:
         return
     yield from memory_of(function, buffer)
-    if not reads_synchronously(function):
-        yield "pointer, size, _ = room"
 
 
 def reads_through_scratch(function: Function) -> bool:
@@ -406,10 +404,11 @@ def reads_through_scratch(function: Function) -> bool:
 def memory_of(function: Function, buffer: Parameter) -> Iterator[str]:
     """Have the memory of a buffer for C."""
     if buffer.kind is Kind.DATA:
+        pin = "pin" if function.is_asynchronous else "_alive"
         yield f"if {buffer.name}.__class__ is bytes and not BOUNCES:"
-        yield f"    room = {buffer.name}, len({buffer.name}), {buffer.name}"
+        yield f"    pointer, size, {pin} = {buffer.name}, len({buffer.name}), {buffer.name}"
         yield "else:"
-        yield f'    room = readable("{buffer.name}", {buffer.name})'
+        yield f'    pointer, size, {pin} = readable("{buffer.name}", {buffer.name})'
     elif reads_through_scratch(function):
         yield f"size = as_number({buffer.length})"
         yield "try:"
@@ -426,6 +425,7 @@ def memory_of(function: Function, buffer: Parameter) -> Iterator[str]:
         yield f"    room, is_stale = (pin, len({buffer.name}), pin), False"
         yield "else:"
         yield f'    room, is_stale = held_room("{buffer.name}", {buffer.name})'
+        yield "pointer, size, _ = room"
 
 
 def registrations(function: Function) -> Iterator[str]:
@@ -445,7 +445,7 @@ def held(function: Function, buffer: Parameter) -> str:
     """What a registry entry holds of a buffer: the object to show or fill, and its memory."""
     if reads_synchronously(function):
         return f"{buffer.name}, (pointer, size, None)"
-    return f"{buffer.name}, room" if buffer.kind is Kind.ROOM else f"None, ({buffer.name}, room)"
+    return f"{buffer.name}, room" if buffer.kind is Kind.ROOM else f"None, ({buffer.name}, pin)"
 
 
 def c_arguments(function: Function, parameter: Parameter) -> Iterator[str]:

@@ -59,7 +59,7 @@ PATHS = frozenset({"unixsocket", "dir", "filename"})
 #: Names that the generated C and Python use for themselves: a parameter of such a name gets a "_".
 RESERVED = frozenset(keyword.kwlist) | {
     *("s", "ret", "refused", "memset"),
-    *("self", "raised", "result", "room", "pointer", "size", "is_stale", "pin", "pinned"),
+    *("self", "raised", "result", "room", "pointer", "size", "is_stale", "pin", "pinned", "_alive"),
     *("pending", "registry", "SCRATCH", "new_scratch", "put_back", "take_scratch", "IndexError"),
     *("address_of", "as_number", "as_path", "as_string", "as_strings", "as_text", "owned_text"),
     *("abandon", "bad_numbers", "next_token", "not_callable", "register", "register_optional"),
