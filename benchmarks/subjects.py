@@ -25,12 +25,15 @@ Runner = Callable[[Workload, dict[str, str]], Sample]
 
 _IMPORT = "import time; t = time.perf_counter(); import nbd; print(time.perf_counter() - t)"
 _DESCRIBE = """
-import json, platform, nbd
-print(json.dumps({
+import json, platform, sys, nbd
+about = {
     "python": platform.python_implementation() + " " + platform.python_version(),
     "module": nbd.__file__,
     "libnbd": nbd.NBD().get_version(),
-}))
+}
+if "_cffi_backend" in sys.modules:
+    about["backend"] = "cffi " + sys.modules["_cffi_backend"].__version__
+print(json.dumps(about))
 """
 
 
