@@ -25,14 +25,15 @@ Runner = Callable[[Workload, dict[str, str]], Sample]
 
 _IMPORT = "import time; t = time.perf_counter(); import nbd; print(time.perf_counter() - t)"
 _DESCRIBE = """
-import json, platform, sys, nbd
+import json, platform, nbd
 about = {
     "python": platform.python_implementation() + " " + platform.python_version(),
     "module": nbd.__file__,
     "libnbd": nbd.NBD().get_version(),
 }
-if "_cffi_backend" in sys.modules:
-    about["backend"] = "cffi " + sys.modules["_cffi_backend"].__version__
+if hasattr(nbd, "_ffi"):  # libnbd's own module has none
+    import _cffi_backend
+    about["backend"] = "cffi " + _cffi_backend.__version__
 print(json.dumps(about))
 """
 
