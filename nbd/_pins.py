@@ -102,7 +102,7 @@ def _check_count(size: int) -> None:
 def readable(name: str, buffer: Any) -> Room:
     """The memory of a bytes-like object or nbd.Buffer that libnbd reads.
 
-    Not for bytes on CPython: there cffi passes on their address by itself.
+    Bytes on CPython, whose address cffi passes on by itself, need not come here.
     """
     if isinstance(buffer, Buffer):
         buffer._fill()
