@@ -83,7 +83,7 @@ def closures_module(header: Header) -> str:
     """closures.py: what the shim calls, one function for each callback type."""
     functions = [closure_function(closure) for closure in header.closures]
     used = "".join(functions)
-    converters = [name for name in ("as_text", "numbers", "pairs") if f"{name}(" in used]
+    converters = [name for name in ("as_text", "numbers", "pairs", "string") if f"{name}(" in used]
     head = f'''\
 {BANNER}"""What libnbd's callbacks call: each finds its callable and converts the arguments."""
 
@@ -112,16 +112,8 @@ def closure_function(closure: Closure) -> str:
     parameters = ["token: int"]
     for argument in closure.arguments:
         parameters += upcall_parameters(argument)
-    errors = [a.name for a in closure.arguments if a.kind is CallbackKind.ERROR]
-    passed = ", ".join(callback_argument(a.name, a.kind, a.length) for a in closure.arguments)
-    lines = ["try:"]
-    if closure.name == "completion":
-        lines += completion_lines(errors[0])
-    else:
-        entry = "callback, _, buffer, room" if closure.has_buffer else "callback, _, _, _"
-        lines += [f"    {entry} = registry[token]"]
-        lines += called(f"callback({passed})", errors)
-    lines += ["except BaseException as raised:", "    return keep(raised, token)"]
+    lines = completion_lines(closure) if closure.name == "completion" else callback_lines(closure)
+    lines = ["try:", *lines, "except BaseException as raised:", "    return keep(raised, token)"]
     signature = wrap(f"def {closure.name}_upcall({', '.join(parameters)}) -> int:", 0)
     doc = f'    """Run the {closure.name} callback that token stands for."""'
     body = textwrap.indent("\n".join(lines), "    ")
@@ -142,37 +134,65 @@ def upcall_parameters(argument: CallbackArgument) -> Iterator[str]:
         yield f"{argument.length}: int"
 
 
-def called(call: str, errors: Sequence[str]) -> list[str]:
+def callback_lines(closure: Closure) -> list[str]:
+    """The body for every callback but completions."""
+    entry = "callback, _, buffer, room" if closure.has_buffer else "callback"
+    return [
+        f"    {entry} = registry[token]" + ("" if closure.has_buffer else "[0]"),
+        *text_lines([a.name for a in closure.arguments if a.kind is CallbackKind.STRING]),
+        *called(closure),
+        *NONE_LINES,
+        "    return result if result.__class__ is int else as_int(result)",
+    ]
+
+
+def text_lines(names: Sequence[str]) -> list[str]:
+    """Make str of C's strings: nearly all are UTF-8, which takes no call of ours."""
+    if not names:
+        return []
+    strings = ", ".join(names)
+    return [
+        "    try:",
+        f"        {strings} = " + ", ".join(f"string({name}).decode()" for name in names),
+        "    except UnicodeDecodeError:",
+        f"        {strings} = " + ", ".join(f"as_text({name})" for name in names),
+    ]
+
+
+def called(closure: Closure) -> list[str]:
     """Call the callable; what it made of the errno counts also when it raises."""
+    passed = ", ".join(callback_argument(a.name, a.kind, a.length) for a in closure.arguments)
+    call = f"result = callback({passed})"
+    errors = [a.name for a in closure.arguments if a.kind is CallbackKind.ERROR]
     lines = [line for name in errors for line in cell_lines(name)]
     if not errors:
-        return [*textwrap.indent(wrap(f"result = {call}", 8), "    ").splitlines(), *INT_LINES]
-    lines += ["    try:", *textwrap.indent(wrap(f"result = {call}", 12), " " * 8).splitlines()]
+        return textwrap.indent(wrap(call, 8), "    ").splitlines()
+    lines += ["    try:", *textwrap.indent(wrap(call, 12), " " * 8).splitlines()]
     lines.append("    finally:")
     for name in errors:
         lines.append(f"        if {name}_cell.value != {name}:")
         lines.append(f"            set_errno({name}_at, {name}_cell.value)")
-    return [*lines, *INT_LINES]
+    return lines
 
 
 def cell_lines(name: str) -> list[str]:
     return [f"    {name}_cell = ErrorNumber()", f"    {name}_cell.value = {name}"]
 
 
-#: An int goes to libnbd as it is.
-INT_LINES = ["    return result if result.__class__ is int else as_int(result)"]
+#: What most return; to ask for its class takes longer.
+NONE_LINES = ["    if result is None:", "        return 0"]
 
 
-def completion_lines(error: str) -> list[str]:
+def completion_lines(closure: Closure) -> list[str]:
     """The body for completions: the common path, which also retires the command."""
-    *lines, _ = called(f"callback({error}_cell)", [error])
     return [
         "    callback, _, buffer, room = registry[token]",
         "    if BOUNCES and buffer is not None:",
         "        copy_back(buffer, room)",
         "    if callback is None:",
         "        return 0",
-        *lines,
+        *called(closure),
+        *NONE_LINES,
         "    if result.__class__ is not int:",
         "        result = as_int(result)",
         "    if result == 1:",
@@ -185,7 +205,7 @@ def callback_argument(name: str, kind: CallbackKind, length: str) -> str:
     """The Python expression for one argument of a callback."""
     return {
         CallbackKind.INT: name,
-        CallbackKind.STRING: f"as_text({name})",
+        CallbackKind.STRING: name,
         CallbackKind.ERROR: f"{name}_cell",
         CallbackKind.VIEW: f"part(buffer, room, {name}_at, {length})",
         CallbackKind.INTS: f"numbers({name}, {length})",

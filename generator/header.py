@@ -71,7 +71,8 @@ RESERVED = frozenset(keyword.kwlist) | {
 #: The same for an argument of a callback.
 RESERVED_IN_CALLBACKS = RESERVED | {
     *("closure", "upcall", "token", "callback", "buffer", "forget", "keep", "part"),
-    *("numbers", "pairs", "copy_back", "set_errno", "as_int", "ErrorNumber", "BaseException"),
+    *("numbers", "pairs", "string", "copy_back", "set_errno", "as_int", "ErrorNumber"),
+    *("BaseException", "UnicodeDecodeError"),
 }
 
 #: What a constant may be made with.

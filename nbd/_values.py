@@ -13,8 +13,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Literal
 
-
-_string = ffi.string
+#: The bytes at a char pointer.
+string = ffi.string
 
 # Formats of memoryview: its tolist takes half the time of ffi.unpack on CPython.
 _FORMATS: dict[str, Literal["I", "Q"]] = {"uint32_t": "I", "uint64_t": "Q"} if IS_CPYTHON else {}
@@ -22,7 +22,7 @@ _FORMATS: dict[str, Literal["I", "Q"]] = {"uint32_t": "I", "uint64_t": "Q"} if I
 
 def as_text(pointer: Any) -> str:
     """The string at a char pointer."""
-    raw: bytes = _string(pointer)
+    raw: bytes = string(pointer)
     return raw.decode("utf-8", "surrogateescape")
 
 
