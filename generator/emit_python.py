@@ -441,11 +441,11 @@ def memory_of(function: Function, buffer: Parameter) -> Iterator[str]:
         yield f"{buffer.name}, pointer = new_result(size)"
     else:
         yield f"if {buffer.name}.__class__ is bytearray and not BOUNCES:"
-        yield f"    pin = from_buffer({buffer.name})"
-        yield f"    room, is_stale = (pin, len({buffer.name}), pin), False"
+        yield f"    pointer, size, is_stale = from_buffer({buffer.name}), len({buffer.name}), False"
+        yield "    room = pointer, size, pointer"
         yield "else:"
         yield f'    room, is_stale = held_room("{buffer.name}", {buffer.name})'
-        yield "pointer, size, _ = room"
+        yield "    pointer, size, _ = room"
 
 
 def registrations(function: Function) -> Iterator[str]:
