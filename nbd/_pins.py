@@ -22,7 +22,6 @@ from nbd._ffi import ffi
 from nbd.buffer import Buffer
 from nbd.error import Error
 from nbd.memory import (
-    LARGE,
     Shared,
     allocate,
     contiguous_size,
@@ -55,8 +54,9 @@ from_buffer = ffi.from_buffer
 #: Let a bytearray be resized again whose memory from_buffer gave: on PyPy, too.
 unpin = ffi.release
 
-#: From this size on a read goes into its bytearray at once; on PyPy every one does.
-SCRATCH = 0 if BOUNCES else LARGE
+#: From this size on a read goes into its bytearray at once: to fill that with zeroes first takes no
+#: longer than to copy the result.  On PyPy every one does.
+SCRATCH = 0 if BOUNCES else 32 * 1024
 
 # As many as there are reads at once, in threads and in debug callbacks; a few are kept.  One is put
 # back after a read that succeeded, no other: nobody else is to have what libnbd may still write.
@@ -67,8 +67,8 @@ put_back = _scratches.append
 
 def new_scratch() -> Pinned:
     """Memory for one small read at a time, where take_scratch has none."""
-    # At a cache line, not 16 bytes into a page, where malloc puts large memory: to copy to there
-    # takes AMD's Zen three times as long.
+    # At a cache line, not 16 bytes into a page: to copy to there takes AMD's Zen three times as
+    # long.
     scratch = bytearray(SCRATCH + _LINE)
     start = -int(ffi.cast("uintptr_t", from_buffer(scratch))) % _LINE
     del scratch[:start]
