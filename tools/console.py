@@ -37,8 +37,11 @@ def shown(path: Path) -> str:
 
 
 def show_end(log: Path) -> None:
-    """Print the last lines of a log."""
-    for line in log.read_text(errors="replace").splitlines()[-LAST_LINES:]:
+    """Print the last lines of a log; of an interpreter's crash the first, the innermost frames."""
+    lines = log.read_text(errors="replace").splitlines()
+    crash = next((at for at, line in enumerate(lines) if "Fatal Python error" in line), len(lines))
+    start = min(crash, max(len(lines) - LAST_LINES, 0))
+    for line in lines[start : start + LAST_LINES]:
         say(f"    {line}")
 
 
