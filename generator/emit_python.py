@@ -83,7 +83,7 @@ def closures_module(header: Header) -> str:
     """closures.py: what the shim calls, one function for each callback type."""
     functions = [closure_function(closure) for closure in header.closures]
     used = "".join(functions)
-    converters = [name for name in ("as_text", "numbers", "pairs", "string") if f"{name}(" in used]
+    converters = [name for name in ("as_text", "pairs", "string", "unpack") if f"{name}(" in used]
     head = f'''\
 {BANNER}"""What libnbd's callbacks call: each finds its callable and converts the arguments."""
 
@@ -208,7 +208,7 @@ def callback_argument(name: str, kind: CallbackKind, length: str) -> str:
         CallbackKind.STRING: name,
         CallbackKind.ERROR: f"{name}_cell",
         CallbackKind.VIEW: f"part(buffer, room, {name}_at, {length})",
-        CallbackKind.INTS: f"numbers({name}, {length})",
+        CallbackKind.INTS: f"unpack({name}, {length})",
         CallbackKind.PAIRS: f"pairs({name}, {length})",
     }[kind]
 

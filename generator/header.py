@@ -71,7 +71,7 @@ RESERVED = frozenset(keyword.kwlist) | {
 #: The same for an argument of a callback.
 RESERVED_IN_CALLBACKS = RESERVED | {
     *("closure", "upcall", "token", "callback", "buffer", "forget", "keep", "part"),
-    *("numbers", "pairs", "string", "copy_back", "set_errno", "as_int", "ErrorNumber"),
+    *("unpack", "pairs", "string", "copy_back", "set_errno", "as_int", "ErrorNumber"),
     *("BaseException", "UnicodeDecodeError"),
 }
 
