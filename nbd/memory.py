@@ -30,6 +30,8 @@ HUGE = 4 * 1024 * 1024
 RECYCLES = IS_CPYTHON = sys.implementation.name == "cpython"
 
 if not IS_CPYTHON:
+    import gc
+
     from __pypy__ import (  # type: ignore[import-not-found]
         add_memory_pressure as _add_memory_pressure,
     )
@@ -52,6 +54,11 @@ _pool_limit = (64 if RECYCLES else 32) * 1024 * 1024
 _zeroes = bytearray(0 if IS_CPYTHON else 64 * 1024)
 # A list, since it can be emptied by one thread alone.
 _lacks_slack = [] if IS_CPYTHON else [True]
+#: What PyPy lets be in use before it collects garbage where the processor's cache is small.
+_LEAST_USED = 32 * 1024 * 1024
+#: How many bytes were allocated since the last collection, and how many may be.
+_since_collection = 0
+_until_collection = 0
 _resize: Callable[[bytearray, int], object] | None = None
 
 
@@ -183,15 +190,32 @@ def new_memory(size: int) -> tuple[Memory, bool]:
 
 def allocate(size: int, clear: bool = False) -> Any:
     """Memory for C where a bytearray's can move: that of PyPy."""
-    if _lacks_slack:
-        _give_slack()
+    _count(size)
     return (ffi.new if clear else _new_uncleared)(_CHARS, size)
 
 
 def free(pointer: Any, size: int) -> None:
     """Give back what allocate gave, and let PyPy know, which has counted it."""
+    global _since_collection
     ffi.release(pointer)
     _add_memory_pressure(-size)
+    _since_collection -= size
+
+
+def _count(size: int) -> None:
+    """Collect garbage if PyPy would leave too much before it does.
+
+    It makes a nursery of half the processor's cache, and waits until eight nurseries are in use.
+    Where that is a GiB, all of it would be fresh memory from the kernel, page by page.
+    """
+    global _since_collection
+    if _lacks_slack:
+        _give_slack()
+    _since_collection += size
+    if _since_collection > _until_collection and gc.isenabled():
+        _since_collection = size
+        while not gc.collect_step().major_is_done:  # type: ignore[attr-defined]
+            pass
 
 
 def _give_slack() -> None:
@@ -212,7 +236,11 @@ def _give_slack() -> None:
 
 def _renew_slack() -> None:
     """Let more be allocated until the next collection, and again after each."""
+    global _since_collection, _until_collection
     _add_memory_pressure(-_pool_limit)
+    now: Any = gc.get_stats()
+    used = now._s.total_arena_memory + now._s.total_rawmalloced_memory
+    _since_collection, _until_collection = 0, max(int(1.82 * used), _LEAST_USED) + _pool_limit
     _Collected()
 
 
@@ -266,8 +294,7 @@ def new_bytearray(size: int) -> tuple[bytearray, bool]:
 
 def _repeated_zeroes(size: int) -> bytearray:
     """A bytearray of zeroes, as PyPy makes one fast."""
-    if _lacks_slack:
-        _give_slack()
+    _count(size)
     if size <= len(_zeroes):
         return _zeroes[:size]
     fresh = _zeroes * -(-size // len(_zeroes))

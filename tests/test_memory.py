@@ -27,8 +27,8 @@ BLOCK = 4096
 MIB = 1 << 20
 POOL = 64 * MIB  # the bound that README and set_pool_limit give
 SLACK = 32 * MIB if sys.implementation.name == "pypy" else 0  # and PyPy's
-# PyPy's own bound comes to it; that goes by the processor's cache unless it is told this.
-NURSERY = {"PYPY_GC_NURSERY": "4M"}
+# PyPy's own bound comes to it; that goes by its nursery, and this by the processor's cache.
+NURSERY = 4 * MIB
 
 # Programs of their own: the peak of this process is that of whatever was tested before.
 PEAK = """
@@ -102,10 +102,10 @@ def pooled() -> int:
     return sum(size * len(items) for size, items in nbd.memory.spares.items())
 
 
-def growth(program: str, *arguments: str) -> int:
+def growth(program: str, *arguments: str, nursery: int = NURSERY) -> int:
     """Return by how many bytes the peak of a program grows, which it prints."""
     command = [sys.executable, "-W", "ignore", "-I", "-c", PEAK + program, *arguments]
-    environ = {**os.environ, **NURSERY}
+    environ = {**os.environ, "PYPY_GC_NURSERY": str(nursery)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ)
     return int(done.stdout)
 
@@ -121,6 +121,16 @@ def test_new_buffers_without_end_need_no_more_memory_than_some(
 @frees
 def test_what_is_read_and_dropped_leaves_no_memory(nbdkit: Callable[..., Server]) -> None:
     assert growth(READ, nbdkit("null", "1M").uri) < 64 * MIB + SLACK
+
+
+@frees
+@drops_late
+def test_a_large_nursery_leaves_no_more_than_is_read_into_a_small_one(
+    nbdkit: Callable[..., Server],
+) -> None:
+    nursery = 64 * MIB
+    grown = growth(READ, nbdkit("null", "1M").uri, nursery=nursery)
+    assert grown < 64 * MIB + SLACK + nursery
 
 
 @frees
