@@ -142,8 +142,9 @@ _shelves: dict[int, Shelf] = {}
 def set_pool_limit(size: int) -> None:
     """Bound how much memory of dropped nbd.Buffer objects is kept for new ones.
 
-    On PyPy nothing is kept: there it is how much more than PyPy's own bound may be allocated before
-    it looks for what was dropped.  That holds from the next time that it does.
+    On PyPy nothing is kept: there it is how much more than PyPy's own bound, or than 32 MiB where
+    that is larger, may be allocated before PyPy looks for what was dropped.  That holds from the
+    next time that it does.
 
     Args:
         size: Bytes, at the most; 0 keeps none.  It is 64 MiB to begin with (PyPy: 32 MiB).  A
