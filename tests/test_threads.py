@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import select
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -27,6 +29,15 @@ ROUNDS = 20
 SECONDS = 60  # that the threads go on in the long form
 CLOSES = 40 if SOAK else 5
 BLOCK = 4096
+
+
+@pytest.fixture
+def hurried() -> Iterator[None]:
+    """Let the interpreter change threads as often as it can."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(usual)
 
 
 def turns() -> Iterator[int]:
@@ -190,6 +201,42 @@ def test_exceptions_of_callbacks_stay_in_their_threads(disk: nbd.NBD) -> None:
             with pytest.raises(nbd.Error) as caught:
                 disk.pread_structured(512, 0, chunk)
             assert caught.value.__cause__ is mine
+
+    in_threads(work)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_each_call_reports_what_its_callbacks_raised_whatever_others_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raised, reported = Counter[int](), Counter[int]()
+    monkeypatch.setattr(
+        "sys.unraisablehook", lambda args: reported.update([args.exc_value.args[0]])
+    )
+
+    def work(number: int) -> None:
+        def fail(*message: str) -> None:
+            raised[number] += 1
+            raise ValueError(number)
+
+        with nbd.NBD() as handle:
+            handle.set_debug_callback(fail)
+            handle.set_debug(True)
+            for _ in range(20 * ROUNDS):
+                handle.get_handle_name()
+                assert reported[number] == raised[number]
+            handle.clear_debug_callback()
+
+    in_threads(work)
+    assert sum(raised.values()) >= THREADS * 20 * ROUNDS
+
+
+@pytest.mark.usefixtures("hurried")
+def test_threads_make_buffers_of_more_sizes_than_are_kept() -> None:
+    def work(number: int) -> None:
+        for turn in range(50 * ROUNDS):
+            size = 512 * (1 + (number + turn) % 11)
+            assert len(nbd.Buffer(size)) == size
 
     in_threads(work)
 
