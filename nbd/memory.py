@@ -159,7 +159,7 @@ def set_pool_limit(size: int) -> None:
 
 
 def _take_down(size: int) -> None:
-    shelf = _shelves.pop(size)
+    shelf = _shelves.pop(size, NOWHERE)  # where another thread is as far as this
     spares.pop(size, None)
     shelf.most = 0
     shelf.items.clear()
@@ -172,9 +172,9 @@ def _shelf_for(size: int) -> Shelf:
         most = _pool_limit // _SIZES // max(size, 1)
         if most == 0 or not RECYCLES:
             return NOWHERE
-        if len(_shelves) >= _SIZES:
-            _take_down(next(iter(_shelves)))
-        found = _shelves[size] = Shelf(most)
+        for oldest in list(_shelves)[: 1 - _SIZES]:
+            _take_down(oldest)
+        found = _shelves.setdefault(size, Shelf(most))
         spares[size] = found.items
     return found
 
