@@ -148,8 +148,7 @@ def report_pending(handle: Any) -> None:
 def _take(handle: Any) -> list[BaseException]:
     """The exceptions that callbacks of this handle raised in this thread."""
     # A copy: where another thread takes its own out meanwhile, a loop passes over one.
-    now = list(pending)
-    mine = [one for one in now if one[0] == get_ident() and one[1] in (handle, None)]
+    mine = [one for one in list(pending) if one[0] == get_ident() and one[1] in (handle, None)]
     for one in mine:
         pending.remove(one)
     return [exception for _, _, exception in mine]

@@ -54,11 +54,13 @@ _pool_limit = (64 if RECYCLES else 32) * 1024 * 1024
 _zeroes = bytearray(0 if IS_CPYTHON else 64 * 1024)
 # A list, since it can be emptied by one thread alone.
 _lacks_slack = [] if IS_CPYTHON else [True]
-#: What PyPy lets be in use before it collects garbage where the processor's cache is small.
+#: PyPy collects garbage when this many times as much is in use as after the last collection, ...
+_GROWTH = 1.82
+#: ... but not before it is this much where the processor's cache is small.
 _LEAST_USED = 32 * 1024 * 1024
 #: How many bytes were allocated since the last collection, and how many may be.
 _since_collection = 0
-_until_collection = 0
+_until_collection = _LEAST_USED
 _resize: Callable[[bytearray, int], object] | None = None
 
 
@@ -172,7 +174,7 @@ def _shelf_for(size: int) -> Shelf:
         most = _pool_limit // _SIZES // max(size, 1)
         if most == 0 or not RECYCLES:
             return NOWHERE
-        for oldest in list(_shelves)[: 1 - _SIZES]:
+        for oldest in list(_shelves)[: 1 - _SIZES]:  # which leaves room for one more
             _take_down(oldest)
         found = _shelves.setdefault(size, Shelf(most))
         spares[size] = found.items
@@ -241,7 +243,7 @@ def _renew_slack() -> None:
     _add_memory_pressure(-_pool_limit)
     now: Any = gc.get_stats()
     used = now._s.total_arena_memory + now._s.total_rawmalloced_memory
-    _since_collection, _until_collection = 0, max(int(1.82 * used), _LEAST_USED) + _pool_limit
+    _since_collection, _until_collection = 0, max(int(_GROWTH * used), _LEAST_USED) + _pool_limit
     _Collected()
 
 
