@@ -6,6 +6,7 @@ from __future__ import annotations
 import builtins
 import code
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -124,14 +125,15 @@ def _line_editing(scope: dict[str, object]) -> Iterator[None]:
     readline.parse_and_bind("bind ^I rl_complete" if editline else "tab: complete")
     readline.set_history_length(_HISTORY_LENGTH)
     path = _history_path()
-    with suppress(OSError):
-        readline.read_history_file(path)
+    if os.path.isfile(path):  # to read from another kind of file can take for ever
+        with suppress(OSError):
+            readline.read_history_file(path)
     try:
         yield
     finally:
         # A session is not worth an error because its history cannot be kept.
-        with suppress(OSError):
-            _create_private(path)
+        with suppress(OSError), _private_files():
+            _make_private(path)
             readline.write_history_file(path)
 
 
@@ -145,7 +147,33 @@ def _history_path() -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def _create_private(path: str) -> None:
-    """Make a file for the user alone: commands can contain passwords."""
+@contextmanager
+def _private_files() -> Iterator[None]:
+    """Make new files for the user alone, whatever the umask says: commands can contain passwords.
+
+    That of readline is new: it writes one beside the old one, to take its place.
+    """
+    mask = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(mask)
+
+
+def _make_private(path: str) -> None:
+    """Make a file unless there is one, and in both cases keep all but the user out.
+
+    Raises:
+        OSError: That cannot be, or what is there is a pipe, a device or the like.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f"{path} is not a regular file")
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+    # What is there now may not be what was there a moment ago: nothing is waited for.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY, 0o600)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path} is not a regular file")
+        os.fchmod(descriptor, 0o600)
+    finally:
+        os.close(descriptor)
