@@ -3,6 +3,26 @@
 
 from __future__ import annotations
 
-from nbd.shell import main
+import os
+import sys
+
+
+def _leave_this_folder() -> None:
+    """Take the current folder off the path: python -m has put it there, for commands alone.
+
+    They get it back in nbd.shell, whose own imports are not to come from there.
+    """
+    if not getattr(sys.flags, "safe_path", sys.flags.isolated):
+        try:
+            here = os.getcwd()
+        except OSError:  # it was removed
+            return
+        if sys.path[:1] == [here]:
+            del sys.path[0]
+
+
+_leave_this_folder()
+
+from nbd.shell import main  # noqa: E402
 
 main()

@@ -4,6 +4,10 @@
 Test suites call nbdsh hundreds of times, so the way from the options to the last command imports
 little.  The interactive session is in nbd.console; what only an error or --version needs is
 imported where it is used.
+
+Commands import from the current folder, as those of `python -c` do.  What the shell and the package
+import, however late, does not come from there: a file that happens to be called code.py is no part
+of them.
 """
 
 from __future__ import annotations
@@ -11,11 +15,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from _frozen_importlib_external import PathFinder
 
 import nbd
 
 TYPE_CHECKING = False  # typing's own constant would cost the import of typing
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import FrameType, ModuleType
     from typing import NoReturn
 
 _SHORT_OPTIONS = ("-V", "-c", "-n", "-u", "-v")
@@ -34,6 +42,8 @@ _sources: dict[str, str] = {}
 
 def main() -> None:
     """Run nbdsh on sys.argv; every exit status but 0 is raised as SystemExit."""
+    scope: dict[str, object] = {}
+    sys.meta_path.insert(0, _OwnImports(scope))
     options = _parser().parse_args()
     steps: list[tuple[str, str]] = options.steps or []
     if options.n and any(kind != "command" for kind, _ in steps):
@@ -45,7 +55,7 @@ def main() -> None:
         os.environ["LIBNBD_DEBUG"] = "1"
 
     handle = None if options.n else _named_handle()
-    scope = _scope(handle)
+    _fill(scope, handle)
     _import_from_here()
     _run(steps, handle, scope)
     if not any(kind == "command" for kind, _ in steps):
@@ -121,21 +131,63 @@ def _named_handle() -> nbd.NBD:
     return handle
 
 
-def _scope(handle: nbd.NBD | None) -> dict[str, object]:
-    """Make the namespace of all commands, with the names that libnbd's nbdsh is known to have."""
+def _fill(scope: dict[str, object], handle: nbd.NBD | None) -> None:
+    """Give the namespace of all commands the names that libnbd's nbdsh is known to have."""
     # Classes made in it look for their module, and its name, in sys.modules.
     import nbdsh
 
-    scope: dict[str, object] = {"__name__": nbdsh.__name__, "nbd": nbd, "os": os, "sys": sys}
+    scope.update({"__name__": nbdsh.__name__, "nbd": nbd, "os": os, "sys": sys})
     if handle is not None:
         scope["h"] = handle
-    return scope
 
 
 def _import_from_here() -> None:
     # As `python -c` does, and libnbd's nbdsh, which is `python -m nbd`.
     if "" not in sys.path and not getattr(sys.flags, "safe_path", sys.flags.isolated):
         sys.path.insert(0, "")
+
+
+class _OwnImports:
+    """Finds what the package imports as if the current folder were not on the path.
+
+    An import is the package's own if, on the way outwards from it, a frame of the package comes
+    before one of the user's.  Frames of other installed modules decide nothing: they import for
+    the one who called them.
+    """
+
+    def __init__(self, scope: dict[str, object]) -> None:
+        """Take the path as it is now, but for the current folder.
+
+        Args:
+            scope: The namespace of the commands: what runs in it is the user's.
+        """
+        self._scope = scope
+        self._path = [entry for entry in sys.path if entry]
+        # What is compiled from no file is the interpreter's, or was made for the frames around it.
+        self._installed = ("<", *self._path)
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Find a top-level module that the package imports; leave all others to the next finder."""
+        if path is not None or not self._is_own(sys._getframe(1)):
+            return None
+        for finder in sys.meta_path:
+            if finder is not self:
+                where = self._path if finder is PathFinder else None
+                spec = finder.find_spec(name, where, target)
+                if spec is not None:
+                    return spec
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    def _is_own(self, frame: FrameType | None) -> bool:
+        while frame is not None and frame.f_globals is not self._scope:
+            if str(frame.f_globals.get("__name__")).partition(".")[0] == nbd.__name__:
+                return True
+            if not frame.f_code.co_filename.startswith(self._installed):
+                return False
+            frame = frame.f_back
+        return False
 
 
 def _run(steps: list[tuple[str, str]], handle: nbd.NBD | None, scope: dict[str, object]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+import shadows
 
 import nbd
 
@@ -28,7 +29,11 @@ def nbdsh(tmp_path: Path) -> Run:
     """Return a function that runs nbdsh in an empty folder and waits for its end."""
 
     def run(
-        *args: str, stdin: str = "", program: list[str] = SCRIPT, **variables: str
+        *args: str,
+        stdin: str = "",
+        program: list[str] = SCRIPT,
+        cwd: Path = tmp_path,
+        **variables: str,
     ) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "COLUMNS": "80", "HOME": str(tmp_path), **variables}
         if "LIBNBD_DEBUG" not in variables:
@@ -40,7 +45,7 @@ def nbdsh(tmp_path: Path) -> Run:
             check=False,
             text=True,
             timeout=60,
-            cwd=tmp_path,
+            cwd=cwd,
             env=environment,
         )
 
@@ -399,3 +404,137 @@ def test_an_empty_command_is_a_command(nbdsh: Run) -> None:
 def test_a_command_imports_nothing_that_only_a_session_needs(nbdsh: Run) -> None:
     slow = "{'code', 'readline', 'rlcompleter', 'importlib.metadata', 'nbd.console', 'nbd.frames'}"
     assert printed(nbdsh("-c", f"print(sorted({slow} & sys.modules.keys()))")) == "[]\n"
+
+
+# ---- a current folder with files that are called like modules
+
+
+ZERO = "ZeroDivisionError: division by zero"
+SHELL_ALONE: dict[str, tuple[list[str], str, int, str]] = {
+    "success": (["-c", "pass"], "", 0, ""),
+    "a traceback": (["-c", "x = 1\nx / 0"], "", 1, ZERO),
+    "a syntax error": (["-c", "x = = 1"], "", 1, "SyntaxError: invalid syntax"),
+    "an interrupt": (["-c", "raise KeyboardInterrupt"], "", -2, "KeyboardInterrupt"),
+    "an exit": (["-c", "exit('bye')"], "", 1, "bye"),
+    "nbd.Error": (["-c", "raise nbd.Error('broken', 5)"], "", 1, f"{FAILED}broken"),
+    "nbd.Error in full": (
+        ["-c", "h.set_debug(False); raise nbd.Error('broken', 5)", "-v"],
+        *("", 1, "nbd.Error: broken (EIO)"),
+    ),
+    "-u": (["-u", "nbd+unix:///?socket=/none"], "", 1, f"{FAILED}nbd_connect_uri: connect: "),
+    "--version": (["--version"], "", 0, ""),
+    "--help": (["--help"], "", 0, ""),
+    "a wrong option": (["--nope"], "", 2, "nbdsh: error: unrecognized arguments: --nope"),
+    "an address": (
+        ["-c", "h.aio_connect(('bücher.invalid', '10809'))"],
+        *("", 1, "TypeError: addr: the port must be int, not str"),
+    ),
+    "a host": (["-c", "h.aio_connect(('.ü', 1))"], "", 1, ""),
+    "a large buffer": (["-c", "nbd.Buffer(1 << 20).is_zero()"], "", 0, ""),
+    "an unraisable exception": (
+        ["-c", "h.set_debug_callback(lambda *message: 1 / 0)", "-c", "h.set_debug(True)"],
+        *("", 0, ZERO),
+    ),
+    "a thread at the end": (
+        ["-c", "import _thread; _thread.start_new_thread(__import__('time').sleep, (600,))"],
+        *("", 0, ""),
+    ),
+    "statements on a pipe": ([], "h.get_size()\nbytes(100)\n1 / 0\n", 0, ZERO),
+    "half a statement on a pipe": ([], "(", 1, "nbdsh: standard input ends inside a statement"),
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "stdin", "status", "last"), SHELL_ALONE.values(), ids=SHELL_ALONE
+)
+def test_the_shell_imports_nothing_from_the_current_folder(
+    nbdsh: Run, tmp_path: Path, options: list[str], stdin: str, status: int, last: str
+) -> None:
+    folder = shadows.make(tmp_path)
+    done = nbdsh(*options, stdin=stdin, cwd=folder)
+    assert (shadows.taken_from(folder), done.returncode) == ([], status)
+    assert any(line.startswith(last) for line in [*done.stderr.splitlines(), ""]), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "stdin", "status", "last"), SHELL_ALONE.values(), ids=SHELL_ALONE
+)
+def test_the_shell_as_a_module_imports_nothing_from_the_current_folder(
+    nbdsh: Run, tmp_path: Path, options: list[str], stdin: str, status: int, last: str
+) -> None:
+    folder = shadows.make(tmp_path)
+    # python -m and `import nbd` have the folder on the path, and nothing can be done about that.
+    before = "import runpy, sys, nbd; print(*{name.partition('.')[0] for name in sys.modules})"
+    for name in printed(nbdsh(before, program=[sys.executable, "-c"])).split():
+        (folder / f"{name}.py").unlink(missing_ok=True)
+    done = nbdsh(*options, stdin=stdin, cwd=folder, program=MODULE)
+    assert (shadows.taken_from(folder), done.returncode) == ([], status)
+    assert any(line.startswith(last) for line in [*done.stderr.splitlines(), ""]), done.stderr
+
+
+@pytest.mark.parametrize("program", [SCRIPT, MODULE], ids=["script", "-m"])
+def test_a_command_imports_from_the_current_folder_first(
+    nbdsh: Run, tmp_path: Path, program: list[str]
+) -> None:
+    for name in ("code", "wave"):
+        (tmp_path / f"{name}.py").write_text("value = 'mine'\n")
+    command = "import code, wave; print(code.value, wave.value, sys.path[0] == '')"
+    assert printed(nbdsh("-c", command, program=program)) == "mine mine True\n"
+
+
+def test_a_module_of_a_command_imports_from_the_current_folder_first(
+    nbdsh: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "first.py").write_text("def second():\n    import wave\n    return wave.value\n")
+    (tmp_path / "wave.py").write_text("value = 'mine'\n")
+    assert printed(nbdsh("-c", "import first; print(first.second())")) == "mine\n"
+
+
+def test_a_callback_imports_from_the_current_folder_first(nbdsh: Run, tmp_path: Path) -> None:
+    (tmp_path / "first.py").write_text("def debug(*message):\n    import wave, beside\n")
+    for name in ("beside", "wave"):
+        (tmp_path / f"{name}.py").write_text("print(__name__, __file__[-3:])\n")
+    commands = ["-c", "import first; h.set_debug_callback(first.debug)", "-c", "h.set_debug(True)"]
+    assert printed(nbdsh(*commands, "-c", "h.get_size")) == "wave .py\nbeside .py\n"
+
+
+def test_a_thread_of_a_command_imports_from_the_current_folder_first(
+    nbdsh: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "wave.py").write_text("print('mine')\n")
+    command = "import threading; t = threading.Thread(target=__import__, args=('wave',)); t.start()"
+    assert printed(nbdsh("-c", command, "-c", "t.join()")) == "mine\n"
+
+
+@pytest.mark.parametrize("option", ["-P", "-I"])
+def test_no_command_imports_from_the_current_folder_if_python_is_told_so(
+    nbdsh: Run, tmp_path: Path, option: str
+) -> None:
+    if option == "-P" and sys.version_info < (3, 11):
+        pytest.skip("Python has the option -P since 3.11")
+    (tmp_path / "beside.py").touch()
+    done = nbdsh("-c", "import beside", program=[sys.executable, option, "-m", "nbd"])
+    assert failure(done).endswith("\nModuleNotFoundError: No module named 'beside'\n")
+
+
+def test_a_module_that_is_nowhere_is_told_as_python_does(nbdsh: Run) -> None:
+    message = failure(nbdsh("-c", "import nowhere_at_all"))
+    assert message.endswith("\nModuleNotFoundError: No module named 'nowhere_at_all'\n")
+    assert message.count("File ") == 1
+
+
+def test_it_runs_in_a_folder_that_was_removed(nbdsh: Run, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    in_it = ["sh", "-c", 'rmdir "$0" && exec "$@"', str(gone), *SCRIPT]
+    assert printed(nbdsh("-c", "print(h.get_debug())", program=in_it, cwd=gone)) == "False\n"
+
+
+@pytest.mark.skipif(
+    sys.implementation.name == "pypy", reason="pypy -m needs a current folder, whatever it runs"
+)
+def test_it_runs_as_a_module_in_a_folder_that_was_removed(nbdsh: Run, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    in_it = ["sh", "-c", 'rmdir "$0" && exec "$@"', str(gone), *MODULE]
+    assert printed(nbdsh("-c", "print(h.get_debug())", program=in_it, cwd=gone)) == "False\n"

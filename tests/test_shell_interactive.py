@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+import shadows
 
 import nbd
 
@@ -91,11 +92,11 @@ def session(tmp_path: Path) -> Iterator[Open]:
     require_terminals()
     sessions: list[Session] = []
 
-    def start(*args: str, **variables: str) -> Session:
+    def start(*args: str, cwd: Path = tmp_path, **variables: str) -> Session:
         environment = {**os.environ, "TERM": "xterm", "HOME": str(tmp_path), "NO_COLOR": "1"}
         for name in ("LIBNBD_DEBUG", "XDG_STATE_HOME", "NBDSH_HISTORY"):
             environment.pop(name, None)
-        sessions.append(Session(args, {**environment, **variables}, tmp_path))
+        sessions.append(Session(args, {**environment, **variables}, cwd))
         return sessions[-1]
 
     yield start
@@ -314,9 +315,18 @@ def test_history_is_kept_when_the_session_ends_by_control_d(session: Open, tmp_p
     assert "'a line'" in (tmp_path / ".nbdsh_history").read_text()
 
 
-def test_only_the_user_can_read_the_history(session: Open, tmp_path: Path) -> None:
-    history_after(session, "'a line'")
-    assert stat.S_IMODE((tmp_path / ".nbdsh_history").stat().st_mode) == 0o600
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o277, 0o777], ids=oct)
+@pytest.mark.parametrize("mode", [None, 0o666, 0o644, 0o400], ids=["new", "666", "644", "400"])
+def test_only_the_user_can_read_and_write_the_history(
+    session: Open, tmp_path: Path, mask: int, mode: int | None
+) -> None:
+    path = tmp_path / ".nbdsh_history"
+    if mode is not None:
+        path.touch()
+        path.chmod(mode)
+    history_after(session, f"_ = os.umask({mask})")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert path.read_text().splitlines() == [f"_ = os.umask({mask})", "exit()"]
 
 
 @pytest.mark.parametrize(
@@ -338,3 +348,78 @@ def test_the_history_file_is_where_the_environment_says(
 
 def test_a_history_that_cannot_be_written_is_no_error(session: Open) -> None:
     history_after(session, "'a line'", NBDSH_HISTORY="/dev/null/none")
+
+
+def test_the_umask_of_the_session_stays(session: Open) -> None:
+    shell = session()
+    shell.prompt()
+    shell.ask("import atexit")
+    shell.ask("_ = os.umask(0o123); atexit.register(lambda: print(oct(os.umask(0)), 'at exit'))")
+    shell.child.sendeof()
+    shell.child.expect_exact("0o123 at exit")
+    assert shell.end() == 0
+
+
+def test_the_history_may_be_a_link_to_a_file(session: Open, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("target")
+    (tmp_path / "target").write_text("6 * 1111\n")
+    (tmp_path / "target").chmod(0o644)
+    shell = session(NBDSH_HISTORY=str(tmp_path / "link"))
+    shell.prompt()
+    assert "6666" in shell.ask(UP)
+    shell.child.sendeof()
+    shell.end()
+    assert (tmp_path / "link").is_symlink()
+    assert stat.S_IMODE((tmp_path / "target").stat().st_mode) == 0o600
+
+
+def test_a_named_pipe_is_neither_read_nor_written_as_the_history(
+    session: Open, tmp_path: Path
+) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    mode = path.stat().st_mode
+    history_after(session, "'a line'", NBDSH_HISTORY=str(path))
+    assert (os.read(reader, 100), path.stat().st_mode) == (b"", mode)
+    os.close(reader)
+
+
+def test_a_link_to_a_device_is_not_followed_as_the_history(session: Open, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/dev/zero")
+    mode = os.stat("/dev/zero").st_mode
+    history_after(session, "'a line'", NBDSH_HISTORY=str(tmp_path / "link"))
+    assert os.stat("/dev/zero").st_mode == mode
+    assert os.readlink(tmp_path / "link") == "/dev/zero"
+
+
+def test_a_folder_as_the_history_is_no_error(session: Open, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir(mode=0o755)
+    history_after(session, "'a line'", NBDSH_HISTORY=str(tmp_path / "folder"))
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o755
+
+
+# ---- a current folder with files that are called like modules
+
+
+def test_a_session_imports_nothing_from_the_current_folder(session: Open, tmp_path: Path) -> None:
+    folder = shadows.make(tmp_path)
+    for _ in range(2):  # the second has a history
+        shell = session(cwd=folder)
+        shell.prompt()
+        assert "ZeroDivisionError" in shell.ask("1 / 0")
+        assert "SyntaxError" in shell.ask("x = = 2")
+        assert "nbd.Error: nbd_get_size: " in shell.ask("h.get_size()")
+        assert "00000000  00 00" in shell.ask("nbd.Buffer(1 << 20)")
+        assert "'base:allocation'" in shell.ask("nbd.CONTEXT_B\t")
+        assert "TypeError: addr: the port must" in shell.ask("h.aio_connect(('localhost', '1'))")
+        shell.child.sendeof()
+        assert shell.end() == 0
+    assert shadows.taken_from(folder) == []
+
+
+def test_a_statement_imports_from_the_current_folder_first(session: Open, tmp_path: Path) -> None:
+    (tmp_path / "wave.py").write_text("print('mi' + 'ne')\n")
+    shell = session()
+    shell.prompt()
+    assert "mine" in shell.ask("import wave")

@@ -1,0 +1,24 @@
+"""A folder of files that are called like the modules which are installed, and tell of an import."""
+
+from __future__ import annotations
+
+import pkgutil
+import sys
+from pathlib import Path
+
+
+def make(parent: Path) -> Path:
+    """Make the folder: it has a file for every module on the path."""
+    folder = parent / "shadows"
+    folder.mkdir()
+    told = parent / "told"
+    told.touch()
+    for module in pkgutil.iter_modules(sys.path):
+        file = folder / f"{module.name}.py"
+        file.write_text(f"open({str(told)!r}, 'a').write(f'{{__name__}}\\n')\n")
+    return folder
+
+
+def taken_from(folder: Path) -> list[str]:
+    """Return the names of the modules that were imported from the folder."""
+    return (folder.parent / "told").read_text().split()
