@@ -16,6 +16,7 @@ from servers import Server
 
 import nbd
 
+METHODS = ["size", "is_zero", "to_buffer", "to_bytearray"]
 SIZES = [0, 1, 511, 4096, 64 * 1024, 5 << 20]
 
 
@@ -413,3 +414,100 @@ def test_a_buffer_copies_between_two_handles(disk: nbd.NBD, nbdkit: Callable[...
         finish(disk, disk.aio_pread(buf, 0))
         finish(target, target.aio_pwrite(buf, 0))
         assert target.pread(5, 0) == b"moved"
+
+
+# ---- what a caller may do to an object by hand
+
+
+def in_flight(disk: nbd.NBD, size: int) -> tuple[nbd.Buffer, int]:
+    """Return a Buffer into which a command is reading x'es, and its cookie."""
+    disk.pwrite(b"x" * size, 0)
+    buf = nbd.Buffer(size)
+    return buf, disk.aio_pread(buf, 0)
+
+
+def others_of(size: int) -> list[nbd.Buffer]:
+    """Return Buffers that take whatever memory is free, full of y's."""
+    others = [nbd.Buffer(size) for _ in range(8)]
+    for other in others:
+        other[:] = b"y" * size
+    return others
+
+
+@pytest.mark.parametrize("size", [512, 300_000])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_finalizer_called_by_hand_gives_no_memory_away(
+    disk: nbd.NBD, size: int, times: int
+) -> None:
+    buf, cookie = in_flight(disk, size)
+    for _ in range(times):
+        getattr(buf, "__del__", lambda: None)()
+    others = others_of(size)
+    finish(disk, cookie)
+    assert all(bytes(other) == b"y" * size for other in others)
+
+
+@pytest.mark.parametrize("size", [512, 300_000])
+@pytest.mark.parametrize("again", [300_000, 512, 0])
+def test_a_second_init_while_a_command_is_in_flight_gives_no_memory_away(
+    disk: nbd.NBD, size: int, again: int
+) -> None:
+    buf, cookie = in_flight(disk, size)
+    buf.__init__(again)  # type: ignore[misc]
+    others = others_of(size)
+    finish(disk, cookie)
+    assert all(bytes(other) == b"y" * size for other in others)
+    assert bytes(buf) == bytes(again)
+
+
+@pytest.mark.parametrize("wrong", [-1, "512", 1 << 62])
+def test_a_second_init_that_fails_leaves_the_buffer(disk: nbd.NBD, wrong: Any) -> None:
+    buf, cookie = in_flight(disk, 512)
+    with pytest.raises((ValueError, TypeError, MemoryError)):
+        buf.__init__(wrong)  # type: ignore[misc]
+    finish(disk, cookie)
+    assert bytes(buf) == b"x" * 512
+
+
+class Uninitialised(nbd.Buffer):
+    """A Buffer without memory."""
+
+    def __init__(self) -> None:
+        """Do not call super().__init__()."""
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        len,
+        bytes,
+        list,
+        copy.copy,
+        pickle.dumps,
+        lambda buf: buf[0],
+        lambda buf: buf[:],
+        lambda buf: buf.size(),
+        lambda buf: buf.is_zero(),
+        lambda buf: buf.to_buffer(),
+        lambda buf: buf.to_bytearray(),
+    ],
+    ids=["len", "bytes", "list", "copy", "pickle", "index", "slice", *METHODS],
+)
+@pytest.mark.parametrize("make", [Uninitialised, lambda: nbd.Buffer.__new__(nbd.Buffer)])
+def test_a_buffer_whose_init_was_not_called_says_so(
+    make: Callable[[], nbd.Buffer], use: Callable[[nbd.Buffer], object]
+) -> None:
+    with pytest.raises(AttributeError, match="__init__"):
+        use(make())
+
+
+@pytest.mark.parametrize("call", ["pwrite", "aio_pread", "aio_pwrite"])
+def test_a_call_with_a_buffer_whose_init_was_not_called_says_so(disk: nbd.NBD, call: str) -> None:
+    with pytest.raises(AttributeError, match="__init__"):
+        getattr(disk, call)(Uninitialised(), 0)
+    assert disk.aio_in_flight() == 0
+    assert disk.pread(1, 0) == b"\0"
+
+
+def test_a_buffer_whose_init_was_not_called_can_be_shown() -> None:
+    assert "Buffer" in repr(nbd.Buffer.__new__(nbd.Buffer))

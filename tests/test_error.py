@@ -6,7 +6,7 @@ import copy
 import errno
 import pickle
 import threading
-from typing import Callable
+from typing import Any, Callable
 
 import pytest
 from servers import Server
@@ -67,6 +67,38 @@ def test_error_survives_pickling(protocol: int) -> None:
 
 def test_error_survives_copying() -> None:
     assert copy.deepcopy(REFUSED).args == REFUSED.args
+
+
+class Refused(nbd.Error):
+    """An error of a program's own."""
+
+
+@pytest.mark.parametrize(
+    "twin",
+    [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))],
+    ids=["copy", "deepcopy", "pickle"],
+)
+def test_a_copy_of_an_error_of_a_subclass_has_its_attributes(
+    twin: Callable[[Refused], Refused],
+) -> None:
+    error: Any = Refused("refused", errno.EACCES)
+    error.place = "door"
+    again: Any = twin(error)
+    assert (type(again), again.args) == (Refused, ("refused", errno.EACCES))
+    assert (again.place, again.errno) == ("door", "EACCES")
+
+
+@pytest.mark.parametrize(
+    "twin", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))]
+)
+def test_a_copy_of_a_closed_handles_error_is_one(
+    h: nbd.NBD, twin: Callable[[nbd.ClosedHandle], nbd.ClosedHandle]
+) -> None:
+    h.close()
+    with pytest.raises(nbd.ClosedHandle) as caught:
+        h.get_debug()
+    again = twin(caught.value)
+    assert (type(again), str(again)) == (nbd.ClosedHandle, str(caught.value))
 
 
 def test_error_names_its_module_as_nbd() -> None:

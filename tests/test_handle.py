@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import inspect
@@ -10,6 +11,7 @@ import weakref
 from typing import Any, Callable
 
 import pytest
+import usage
 from handles import closed, poll
 from programs import run_program
 from servers import Server
@@ -95,6 +97,43 @@ def test_a_subclass_that_makes_no_handle_has_none() -> None:
     for call in (disk.get_size, disk.close):
         with pytest.raises(AttributeError):
             call()
+
+
+class Unmade(nbd.NBD):
+    """A handle that forgets to be one."""
+
+    def __init__(self) -> None:
+        """Do not call super().__init__()."""
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_of_a_handle_whose_init_was_not_called_says_so(name: str) -> None:
+    for handle in (Unmade(), nbd.NBD.__new__(nbd.NBD)):
+        with pytest.raises(AttributeError, match="__init__"):
+            call_with_anything(handle, name)
+
+
+def test_a_handle_whose_init_was_not_called_goes_in_silence(unraisable: list[Any]) -> None:
+    for unmade in (Unmade, nbd.NBD):
+        handle = unmade.__new__(unmade)
+        assert unmade.__name__ in repr(handle)
+        assert not hasattr(handle, "no_such_attribute")
+        del handle
+    usage.collect_garbage()
+    assert unraisable == []
+
+
+def test_a_second_init_leaves_no_connection_behind(nbdkit: Callable[..., Server]) -> None:
+    h = nbd.NBD()
+    h.connect_unix(nbdkit("memory", "1M").socket)
+    before = usage.descriptors()
+    h.aio_pread(bytearray(512), 0)
+    # It may refuse.
+    with contextlib.suppress(Exception):
+        h.__init__()  # type: ignore[misc]
+    h.close()
+    usage.collect_garbage()
+    assert (usage.descriptors(), usage.registered()) == (before - 1, 0)
 
 
 @pytest.mark.parametrize("name", METHODS)
