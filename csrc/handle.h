@@ -5,6 +5,7 @@
 
 #include "nbdshim.h"
 
+#include <pthread.h>
 #include <stdatomic.h>
 
 #include <libnbd.h>
@@ -18,9 +19,12 @@
 struct nbdshim {
     struct nbd_handle *h;
     atomic_uint users;
-    atomic_int socket;      /* the connection's, or -1: what wakes a call that waits */
+    atomic_int waker;       /* a duplicate of the connection's socket, or -1: wakes who waits */
+    atomic_int socket;      /* the number of the connection's socket, for a child of a fork */
     atomic_int owner;       /* the process that connected it */
     atomic_bool leaves_old; /* libnbd may not clear what it reads into */
+    pthread_mutex_t lock;   /* of `held`; nothing is called under it */
+    struct nbdshim_closure *held; /* what libnbd has */
 };
 
 /* Before libnbd is told not to clear what it reads into; it is not asked, for it would log that. */
@@ -42,51 +46,83 @@ static inline bool nbdshim_leaves_old(struct nbdshim *s)
 int64_t nbdshim_number(int64_t number, const char *call);
 
 /*
- * Remember the socket of a connection, and whose it is, before a call that waits; sets libnbd's
- * error if there is none.
+ * Duplicate the socket of a connection, and remember whose it is, before a call that waits; sets
+ * libnbd's error if there is none.
  */
 void nbdshim_note_socket(struct nbdshim *s);
+
+/*
+ * In a child that was forked in a callback: have nothing in place of the connection's socket, which
+ * libnbd, in the middle of a call, has open.
+ */
+void nbdshim_cut(struct nbdshim *s);
+
+/* Let go of the socket's duplicate if the connection has ended: the server is to see that. */
+void nbdshim_note_end(struct nbdshim *s);
 
 /* A token given to libnbd as user_data. */
 struct nbdshim_closure {
     struct nbdshim *s;
     uintptr_t token;
     const char *buffer; /* of the command; callbacks tell of parts of it by their offsets in it */
+    struct nbdshim_closure *next, *previous; /* in the handle's lists */
     bool completed; /* the completion callback was called: libnbd 1.22's nbd_close does it again */
     bool released;  /* by a completion callback that returned 1 */
 };
 
-/* Leave after nbdshim_enter returned 0; the last to leave a closing handle ends it. */
+/*
+ * Leave after nbdshim_enter returned 0; the last to leave a closing handle ends it.  Tokens that
+ * were freed are handed over.  The caller keeps s in place.
+ */
 void nbdshim_leave(struct nbdshim *s);
 
 /*
- * Remember token for libnbd, in *closure, and the command's buffer, if it has one, for callbacks;
- * nothing to do if token is 0.  Returns 0, or NBDSHIM_NO_MEMORY: then the token is released.
+ * Hold token for libnbd, in *closure, and the command's buffer, if it has one, for callbacks;
+ * nothing to do if token is 0.  Returns 0, or NBDSHIM_NO_MEMORY: then the token was not taken.
  */
 int nbdshim_closure_new(struct nbdshim *s, uintptr_t token, const void *buffer,
                         struct nbdshim_closure **closure);
 
-/* libnbd's `free` of every callback: releases the token, unless that was done, and the memory. */
+/* libnbd's `free` of every callback: the token is to be handed over, unless that was done. */
 void nbdshim_closure_free(void *closure);
 
-/* The same for a closure that libnbd has never seen; NULL is ignored. */
+/* Undo nbdshim_closure_new for a closure that libnbd has never seen; NULL is ignored. */
 void nbdshim_closure_drop(struct nbdshim_closure *closure);
 
-/* Release a token that libnbd has never seen; 0 is ignored. */
-void nbdshim_release(uintptr_t token);
+/* Claim a buffer for overwriting: whether it was stale.  Then it is busy until it is said clean. */
+static inline bool nbdshim_claim_stale(int *state)
+{
+    int stale = NBDSHIM_STALE;
+
+    return __atomic_compare_exchange_n(state, &stale, NBDSHIM_BUSY, false, __ATOMIC_ACQ_REL,
+                                       __ATOMIC_RELAXED);
+}
+
+static inline void nbdshim_set_clean(int *state)
+{
+    __atomic_store_n(state, NBDSHIM_CLEAN, __ATOMIC_RELEASE);
+}
 
 /*
- * What calls up.  While a callback or `release` runs, libnbd may hold its lock: the thread keeps a
- * note of it, on its stack, for calls from there to be refused.  A thread's own list, because debug
- * callbacks run in calls that take no lock too, in several threads at once.
+ * What calls up.  While a callback runs, libnbd may hold its lock: the thread keeps a note of it,
+ * on its stack, for calls from there to be refused.  A thread's own list, because debug callbacks
+ * run in calls that take no lock too, in several threads at once.
  */
 struct nbdshim_upcall {
     struct nbdshim *s;
     bool is_debug;
+    unsigned forks;
     struct nbdshim_upcall *outer;
 };
 
 extern _Thread_local struct nbdshim_upcall *nbdshim_innermost NBDSHIM_TLS;
+
+/* What libnbd has freed in calls of this thread, to be handed over when the outermost of them ends.
+ */
+extern _Thread_local struct nbdshim_closure *nbdshim_released NBDSHIM_TLS;
+
+/* How often this process was forked from another. */
+extern atomic_uint nbdshim_forks;
 
 /* Whether the process ends, and whether this is the thread in which it does. */
 extern atomic_bool nbdshim_is_ending;
@@ -100,13 +136,17 @@ static inline bool nbdshim_is_silent(void)
 
 static inline void nbdshim_call_up(struct nbdshim_upcall *upcall, struct nbdshim *s, bool is_debug)
 {
-    *upcall = (struct nbdshim_upcall){s, is_debug, nbdshim_innermost};
+    unsigned forks = atomic_load_explicit(&nbdshim_forks, memory_order_relaxed);
+
+    *upcall = (struct nbdshim_upcall){s, is_debug, forks, nbdshim_innermost};
     nbdshim_innermost = upcall;
 }
 
 static inline void nbdshim_came_back(struct nbdshim_upcall *upcall)
 {
     nbdshim_innermost = upcall->outer;
+    if (atomic_load_explicit(&nbdshim_forks, memory_order_relaxed) != upcall->forks)
+        nbdshim_cut(upcall->s);
 }
 
 /* Whether this thread is inside an upcall of s, where libnbd's lock is held. */
@@ -129,10 +169,14 @@ static inline bool nbdshim_is_debugging(const struct nbdshim *s)
     return upcall != NULL;
 }
 
-/* Take part in s, unless it is closing.  Returns 0 or NBDSHIM_CLOSED. */
+/* Take part in s, unless it is closing or NULL.  Returns 0 or NBDSHIM_CLOSED. */
 static inline int nbdshim_join(struct nbdshim *s)
 {
-    unsigned users = atomic_load_explicit(&s->users, memory_order_relaxed);
+    unsigned users;
+
+    if (s == NULL)
+        return NBDSHIM_CLOSED;
+    users = atomic_load_explicit(&s->users, memory_order_relaxed);
     do {
         if (users & NBDSHIM_CLOSING)
             return NBDSHIM_CLOSED;

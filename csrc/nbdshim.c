@@ -5,28 +5,77 @@
 #include "handle.h"
 #include "nbdglue.h"
 
+#include <fcntl.h>
 #include <netinet/in.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
+#include <time.h>
 #include <unistd.h>
 
+/* How many tokens go up at once, and how often `release` is asked to take them. */
+#define BATCH 64
+#define TRIES 3
+/* How often the thread that asks for a token lets others run until it has the lock. */
+#define HOLDS_TRIES 100000
+
 struct nbdshim_upcalls nbdshim_up;
+static _Atomic(void *) owner_of_upcalls;
 _Thread_local struct nbdshim_upcall *nbdshim_innermost;
+_Thread_local struct nbdshim_closure *nbdshim_released;
 atomic_bool nbdshim_is_ending;
+atomic_uint nbdshim_forks;
 _Thread_local bool nbdshim_ends_here;
+
+static void count_fork(void)
+{
+    atomic_fetch_add_explicit(&nbdshim_forks, 1, memory_order_relaxed);
+}
 
 void nbdshim_register(const struct nbdshim_upcalls *upcalls)
 {
+    if (nbdshim_up.release == NULL)
+        (void)pthread_atfork(NULL, NULL, count_fork);
     nbdshim_up = *upcalls;
+}
+
+void *nbdshim_adopt(void *owner)
+{
+    void *first = NULL;
+
+    return atomic_compare_exchange_strong(&owner_of_upcalls, &first, owner) ? owner : first;
 }
 
 void nbdshim_end_other_threads(void)
 {
     nbdshim_ends_here = true;
     atomic_store(&nbdshim_is_ending, true);
+}
+
+void nbdshim_end_upcalls(void)
+{
+    atomic_store(&nbdshim_is_ending, true);
+    nbdshim_ends_here = false;
+}
+
+void nbdshim_cut(struct nbdshim *s)
+{
+    int socket = atomic_load(&s->socket), waker = atomic_load(&s->waker), nothing;
+    struct stat ours, its;
+
+    /* The number is libnbd's as long as it names the socket of which the waker is a duplicate. */
+    if (waker < 0 || fstat(waker, &ours) == -1 || fstat(socket, &its) == -1 ||
+        ours.st_dev != its.st_dev || ours.st_ino != its.st_ino)
+        return;
+    nothing = open("/dev/null", O_RDWR | O_CLOEXEC);
+    if (nothing >= 0) {
+        (void)dup2(nothing, socket);
+        close(nothing);
+    }
 }
 
 struct nbdshim *nbdshim_create(void)
@@ -36,13 +85,16 @@ struct nbdshim *nbdshim_create(void)
     if (s == NULL)
         return NULL;
     s->h = nbd_create();
-    if (s->h == NULL) {
+    if (s->h == NULL || pthread_mutex_init(&s->lock, NULL) != 0) {
+        nbd_close(s->h);
         free(s);
         return NULL;
     }
     atomic_init(&s->users, 1);
+    atomic_init(&s->waker, -1);
     atomic_init(&s->socket, -1);
     atomic_init(&s->owner, 0);
+    s->held = NULL;
 #ifdef LIBNBD_HAVE_NBD_SET_PREAD_INITIALIZE
     atomic_init(&s->leaves_old, false);
 #else
@@ -51,41 +103,161 @@ struct nbdshim *nbdshim_create(void)
     return s;
 }
 
-void nbdshim_leave(struct nbdshim *s)
+/* Have c among what libnbd holds, or no more. */
+static void link_held(struct nbdshim_closure *c)
 {
-    struct nbd_handle *h = s->h;
+    struct nbdshim *s = c->s;
 
-    /* Once the count is down another thread may free s, so s is not touched after that. */
-    if (atomic_fetch_sub_explicit(&s->users, 1, memory_order_acq_rel) == (NBDSHIM_CLOSING | 1))
-        nbd_close(h);
+    pthread_mutex_lock(&s->lock);
+    c->next = s->held;
+    if (c->next != NULL)
+        c->next->previous = c;
+    s->held = c;
+    pthread_mutex_unlock(&s->lock);
 }
 
-void nbdshim_note_socket(struct nbdshim *s)
+static void unlink_held(struct nbdshim_closure *c)
 {
-    atomic_store_explicit(&s->owner, getpid(), memory_order_relaxed);
-    atomic_store_explicit(&s->socket, nbd_aio_get_fd(s->h), memory_order_relaxed);
+    struct nbdshim *s = c->s;
+
+    pthread_mutex_lock(&s->lock);
+    if (c->next != NULL)
+        c->next->previous = c->previous;
+    if (c->previous != NULL)
+        c->previous->next = c->next;
+    else
+        s->held = c->next;
+    pthread_mutex_unlock(&s->lock);
+}
+
+/* To be handed over when a call of this thread ends. */
+static void push_released(struct nbdshim_closure *c)
+{
+    c->next = nbdshim_released;
+    nbdshim_released = c;
+}
+
+/* Take those of s out of what libnbd has freed in calls of this thread. */
+static struct nbdshim_closure *take_released(const struct nbdshim *s)
+{
+    struct nbdshim_closure *taken = NULL, **link = &nbdshim_released;
+
+    while (*link != NULL) {
+        struct nbdshim_closure *c = *link;
+
+        if (c->s == s) {
+            *link = c->next;
+            c->next = taken;
+            taken = c;
+        } else {
+            link = &c->next;
+        }
+    }
+    return taken;
+}
+
+/* Hand over tokens until `release` takes them: an exception of a signal handler is raised once. */
+static bool are_taken(const uintptr_t *tokens, size_t count)
+{
+    for (int i = 0; i < TRIES; i++) {
+        if (nbdshim_up.release(tokens, count) == 0)
+            return true;
+    }
+    return false;
+}
+
+/* Hand over the tokens of s that libnbd has freed in this thread. */
+static void hand_over(struct nbdshim *s)
+{
+    struct nbdshim_closure *list = take_released(s), *next;
+
+    while (list != NULL) {
+        uintptr_t tokens[BATCH];
+        size_t count = 0;
+        struct nbdshim_closure *c;
+        bool taken;
+
+        for (c = list; c != NULL && count < BATCH; c = c->next)
+            tokens[count++] = c->token;
+        taken = are_taken(tokens, count);
+        for (size_t i = 0; i < count; i++, list = next) {
+            next = list->next;
+            if (taken)
+                free(list);
+            else
+                push_released(list);
+        }
+    }
+}
+
+/* Have another descriptor in place of the waker, or none (-1), and close the one that was it. */
+static void replace_waker(struct nbdshim *s, int fd)
+{
+    int old = atomic_exchange(&s->waker, fd);
+
+    if (old >= 0)
+        close(old);
+}
+
+void nbdshim_leave(struct nbdshim *s)
+{
+    if (atomic_fetch_sub_explicit(&s->users, 1, memory_order_acq_rel) == (NBDSHIM_CLOSING | 1)) {
+        replace_waker(s, -1); /* nbd_close may wait for a server that waits for its end */
+        nbd_close(s->h);
+    }
+    if (nbdshim_released != NULL && !nbdshim_is_reentry(s))
+        hand_over(s);
 }
 
 /* Let the calls that wait in other threads see the end of the connection. */
 static void wake(struct nbdshim *s)
 {
-    int socket = atomic_load_explicit(&s->socket, memory_order_relaxed);
+    int fd;
 
     /* After a fork the threads are the parent's, and so is the connection. */
     if (getpid() != atomic_load_explicit(&s->owner, memory_order_relaxed))
         return;
-    /* A dead or closed handle has given its socket back, and waits for nothing. */
-    if (socket >= 0 && !nbd_aio_is_dead(s->h) && !nbd_aio_is_closed(s->h))
-        (void)shutdown(socket, SHUT_RDWR);
+    fd = atomic_exchange(&s->waker, -1);
+    if (fd >= 0) {
+        (void)shutdown(fd, SHUT_RDWR);
+        close(fd);
+    }
+}
+
+void nbdshim_note_socket(struct nbdshim *s)
+{
+    int fd = nbd_aio_get_fd(s->h);
+    int waker = fd >= 0 ? fcntl(fd, F_DUPFD_CLOEXEC, 0) : -1;
+
+    /* If another thread ended the connection meanwhile, the number may have been a stranger's. */
+    if (waker >= 0 && nbd_aio_get_fd(s->h) != fd) {
+        close(waker);
+        waker = -1;
+    }
+    atomic_store_explicit(&s->socket, fd, memory_order_relaxed);
+    atomic_store_explicit(&s->owner, getpid(), memory_order_relaxed);
+    replace_waker(s, waker);
+    /* nbdshim_close marks the handle before it looks for the waker: one of the two sees it. */
+    if (atomic_load(&s->users) & NBDSHIM_CLOSING)
+        wake(s);
+}
+
+void nbdshim_note_end(struct nbdshim *s)
+{
+    if (atomic_load_explicit(&s->waker, memory_order_relaxed) >= 0 &&
+        (nbd_aio_is_dead(s->h) == 1 || nbd_aio_is_closed(s->h) == 1))
+        replace_waker(s, -1);
 }
 
 int nbdshim_close(struct nbdshim *s)
 {
     unsigned users;
 
+    if (s == NULL)
+        return NBDSHIM_CLOSED;
     if (nbdshim_is_reentry(s))
         return NBDSHIM_REENTERED;
-    users = atomic_fetch_or_explicit(&s->users, NBDSHIM_CLOSING, memory_order_acq_rel);
+    users = atomic_fetch_or(&s->users, NBDSHIM_CLOSING);
     if (users & NBDSHIM_CLOSING)
         return NBDSHIM_CLOSED;
     if (users > 1)
@@ -98,13 +270,41 @@ void nbdshim_destroy(struct nbdshim *s)
 {
     if (s == NULL)
         return;
-    nbdshim_close(s);
+    if (atomic_load(&nbdshim_is_ending))
+        nbdshim_end_upcalls(); /* what frees a handle now is the end of Python itself */
+    (void)nbdshim_close(s);
+    if (atomic_load(&s->users) != NBDSHIM_CLOSING)
+        return;
+    for (struct nbdshim_closure *c = take_released(s), *next; c != NULL; c = next) {
+        next = c->next;
+        free(c);
+    }
+    pthread_mutex_destroy(&s->lock);
     free(s);
+}
+
+bool nbdshim_holds(struct nbdshim *s, uintptr_t token)
+{
+    const struct nbdshim_closure *c;
+
+    if (s == NULL)
+        return false;
+    /* After a fork the lock may be that of a thread of the parent's, for ever. */
+    for (int tries = 0; pthread_mutex_trylock(&s->lock) != 0; tries++) {
+        if (tries == HOLDS_TRIES)
+            return true;
+        sched_yield();
+    }
+    c = s->held;
+    while (c != NULL && c->token != token)
+        c = c->next;
+    pthread_mutex_unlock(&s->lock);
+    return c != NULL;
 }
 
 static int check_closed(struct nbdshim *s)
 {
-    return (atomic_load(&s->users) & NBDSHIM_CLOSING) != 0 ? NBDSHIM_CLOSED : 0;
+    return s == NULL || (atomic_load(&s->users) & NBDSHIM_CLOSING) ? NBDSHIM_CLOSED : 0;
 }
 
 int nbdshim_check(struct nbdshim *s)
@@ -152,40 +352,32 @@ int nbdshim_closure_new(struct nbdshim *s, uintptr_t token, const void *buffer,
     if (token == 0)
         return 0;
     *closure = malloc(sizeof **closure);
-    if (*closure == NULL) {
-        nbdshim_release(token);
+    if (*closure == NULL)
         return NBDSHIM_NO_MEMORY;
-    }
     **closure = (struct nbdshim_closure){.s = s, .token = token, .buffer = buffer};
+    link_held(*closure);
     return 0;
 }
 
 void nbdshim_closure_free(void *closure)
 {
     struct nbdshim_closure *c = closure;
-    struct nbdshim_upcall upcall;
 
     if (c == NULL)
         return;
-    nbdshim_call_up(&upcall, c->s, false);
-    if (!c->released)
-        nbdshim_release(c->token);
-    nbdshim_came_back(&upcall);
-    free(c);
+    unlink_held(c);
+    if (c->released || nbdshim_is_silent())
+        free(c);
+    else
+        push_released(c);
 }
 
 void nbdshim_closure_drop(struct nbdshim_closure *closure)
 {
     if (closure == NULL)
         return;
-    nbdshim_release(closure->token);
+    unlink_held(closure);
     free(closure);
-}
-
-void nbdshim_release(uintptr_t token)
-{
-    if (token != 0 && !nbdshim_is_silent())
-        nbdshim_up.release(token);
 }
 
 uint32_t nbdshim_address_unix(void *addr, uint32_t room, const char *path, size_t length)
@@ -235,9 +427,20 @@ bool nbdshim_is_zero(const void *p, size_t size)
     return size == 0 || (bytes[0] == 0 && memcmp(bytes, bytes + 1, size - 1) == 0);
 }
 
-void nbdshim_clear(void *p, size_t size)
+int nbdshim_clear_stale(int *state, void *p, size_t size)
 {
-    memset(p, 0, size);
+    const struct timespec a_millisecond = {.tv_nsec = 1000000};
+
+    for (int waited = 0; waited < 1000; waited++) {
+        if (nbdshim_claim_stale(state)) {
+            memset(p, 0, size);
+            nbdshim_set_clean(state);
+        }
+        if (__atomic_load_n(state, __ATOMIC_ACQUIRE) == NBDSHIM_CLEAN)
+            return 0;
+        nanosleep(&a_millisecond, NULL);
+    }
+    return -1;
 }
 
 void nbdshim_advise_huge(void *p, size_t size)

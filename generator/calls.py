@@ -71,6 +71,18 @@ LOCK_FREE = frozenset(
 )
 
 
+#: How calls begin that only set or tell something: they leave the connection as it is.
+STILL = ("set_", "get_", "is_", "can_", "add_", "clear_", "supports_", "aio_get_", "aio_is_")
+
+
+def moves_connection(function: Function) -> bool:
+    """Whether a call may send, receive or end the connection.
+
+    A call that is taken for one that does costs a little time where it fails, and nothing else.
+    """
+    return function.name not in LOCK_FREE and not function.name.startswith(STILL)
+
+
 def returned(function: Function, header: Header) -> Returns:
     """What the value that a call returns means."""
     if function.returns == "char *":

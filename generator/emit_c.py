@@ -6,7 +6,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from generator.calls import LOCK_FREE
+from generator.calls import LOCK_FREE, moves_connection
 from generator.model import (
     CallbackArgument,
     CallbackKind,
@@ -50,7 +50,8 @@ def glue_source(header: Header) -> str:
 
 def upcalls_struct(header: Header) -> str:
     """The functions that the shim calls upwards, one for each callback type and `release`."""
-    lines = ["struct nbdshim_upcalls {", "    void (*release)(uintptr_t token);"]
+    release = "    int (*release)(const uintptr_t *tokens, size_t count);"
+    lines = ["struct nbdshim_upcalls {", release]
     for closure in header.closures:
         arguments = ", ".join(["uintptr_t token", *upcall_parameters(closure)])
         lines.append(wrapped(f"    int (*{closure.name})({arguments});"))
@@ -156,7 +157,7 @@ def flat_parameters(function: Function) -> Iterator[str]:
             if parameter.length:
                 yield f"size_t {parameter.length}"
             if parameter is function.filled_later:
-                yield f"bool {parameter.name}_is_stale"
+                yield f"int *{parameter.name}_state"
 
 
 def prototype(function: Function) -> str:
@@ -190,17 +191,31 @@ def glue_function(function: Function) -> str:
     for parameter in function.closures:
         lines += closure_struct(parameter)
     arguments = ["s->h", *(a for p in function.parameters for a in passed_on(p))]
-    if function.name.startswith("poll"):
+    if function.name.startswith(("poll", "aio_notify")):
         lines += ["    if (nbd_aio_is_connecting(s->h))", "        nbdshim_note_socket(s);"]
     result = declare(returned_type(function), "ret")
     lines.append(wrapped(f"    {result} = nbd_{function.name}({', '.join(arguments)});"))
-    if function.name.startswith(("connect_", "aio_connect")):
-        lines += ["", "    if (ret != -1)", "        nbdshim_note_socket(s);"]
+    lines += afterwards(function)
     checked = f'nbdshim_number(ret, "nbd_{function.name}")' if is_wide(function) else "ret"
     if checked != "ret":
         lines.append(f"    ret = {checked};")
     lines += ["", "    nbdshim_leave(s);", "    return ret;", "}", ""]
     return "\n".join(lines)
+
+
+def afterwards(function: Function) -> list[str]:
+    """What the shim notes when libnbd's call has returned."""
+    lines = []
+    if function.filled_later:
+        lines += ["", "    if (was_stale)"]
+        lines += [f"        nbdshim_set_clean({function.filled_later.name}_state);"]
+    if function.name.startswith(("connect_", "aio_connect")):
+        lines += ["", "    if (ret != -1)", "        nbdshim_note_socket(s);"]
+    elif function.name == "shutdown":
+        lines += ["", "    nbdshim_note_end(s);"]
+    elif moves_connection(function) and refused_value(function) == "refused":
+        lines += ["", "    if (ret == -1)", "        nbdshim_note_end(s);"]
+    return lines
 
 
 def is_wide(function: Function) -> bool:
@@ -216,6 +231,8 @@ def ownership(function: Function) -> str:
     )
     if function.buffer and function.is_asynchronous:
         told.append(f"{function.buffer.name} stays in place until the last token is released.")
+    if function.filled_later:
+        told.append(f"*{function.filled_later.name}_state is an enum nbdshim_state.")
     if function.returns == "char *":
         told.append("The caller frees what it returns.")
     return "".join(f" {sentence}" for sentence in told)
@@ -230,28 +247,41 @@ def comment(text: str) -> str:
 
 
 def refusal(function: Function) -> list[str]:
-    """Make the closures and enter; undo and return if either is refused."""
-    names = [p.name for p in function.closures]
+    """Enter, and hold the tokens; return if either is refused."""
     enter = "nbdshim_enter_unlocked(s)" if function.name in LOCK_FREE else "nbdshim_enter(s)"
-    value = "refused"
+    undo = []
+    if function.buffer and function.buffer.kind is Kind.ROOM and not function.filled_later:
+        undo.append(f"        memset({function.buffer.name}, 0, {function.buffer.length});")
+    lines = [f"    struct nbdshim_closure *{p.name}_closure;" for p in function.closures]
+    lines += [f"    int refused = {enter};", ""]
+    lines += ["    if (refused) {", *undo] if undo else ["    if (refused)"]
+    lines.append(f"        return {refused_value(function)};")
+    return [*lines, *(["    }"] if undo else []), *holding(function, undo)]
+
+
+def holding(function: Function, undo: Sequence[str]) -> list[str]:
+    """Hold the tokens of a call that has entered; undo that and leave if there is no memory."""
+    names = [p.name for p in function.closures]
+    if not names:
+        return []
+    buffer = function.buffer.name if function.buffer else "NULL"
+    made = [f"nbdshim_closure_new(s, {name}, {buffer}, &{name}_closure)" for name in names]
+    return [
+        "    refused = " + " |\n              ".join(made) + ";",
+        "    if (refused) {",
+        *(f"        nbdshim_closure_drop({name}_closure);" for name in names),
+        *undo,
+        "        nbdshim_leave(s);",
+        f"        return {refused_value(function)};",
+        "    }",
+    ]
+
+
+def refused_value(function: Function) -> str:
+    """What a refused call returns: the reason, where its type has room for that."""
     if returned_type(function).endswith("*"):
-        value = "NULL"
-    elif function.returns in UNSIGNED_64:
-        value = "0"
-    undo = [f"        nbdshim_closure_drop({name}_closure);" for name in names]
-    if function.buffer and function.buffer.kind is Kind.ROOM:
-        undo.insert(0, f"        memset({function.buffer.name}, 0, {function.buffer.length});")
-    lines = [f"    struct nbdshim_closure *{name}_closure;" for name in names]
-    if names:
-        buffer = function.buffer.name if function.buffer else "NULL"
-        made = [f"nbdshim_closure_new(s, {name}, {buffer}, &{name}_closure)" for name in names]
-        lines.append("    int refused = " + " |\n                  ".join(made) + ";")
-        lines += ["", "    if (!refused)", f"        refused = {enter};"]
-    else:
-        lines += [f"    int refused = {enter};", ""]
-    if undo:
-        return [*lines, "    if (refused) {", *undo, f"        return {value};", "    }"]
-    return [*lines, "    if (refused)", f"        return {value};"]
+        return "NULL"
+    return "0" if function.returns in UNSIGNED_64 else "refused"
 
 
 def clearing(function: Function) -> list[str]:
@@ -262,10 +292,13 @@ def clearing(function: Function) -> list[str]:
     filled = function.buffer
     if filled is None or filled.kind is not Kind.ROOM:
         return []
-    test = f"{filled.name}_is_stale && " if filled is function.filled_later else ""
+    clear = f"        memset({filled.name}, 0, {filled.length});"
+    if filled is not function.filled_later:
+        return ["    if (nbdshim_leaves_old(s))", clear]
     return [
-        f"    if ({test}nbdshim_leaves_old(s))",
-        f"        memset({filled.name}, 0, {filled.length});",
+        f"    bool was_stale = nbdshim_claim_stale({filled.name}_state);",
+        "    if (was_stale && nbdshim_leaves_old(s))",
+        clear,
     ]
 
 

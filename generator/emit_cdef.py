@@ -14,7 +14,7 @@ def cdef(declarations: str) -> str:
 
 def extern_python(header: Header) -> str:
     """What API mode adds: the Python functions that the shim calls upwards."""
-    lines = ["void nbdup_release(uintptr_t token);"]
+    lines = ["int nbdup_release(const uintptr_t *tokens, size_t count);"]
     lines += [upcall(closure) for closure in header.closures]
     return 'extern "Python" {\n' + "".join(f"    {line}\n" for line in lines) + "}\n"
 

@@ -83,7 +83,8 @@ def closures_module(header: Header) -> str:
     """closures.py: what the shim calls, one function for each callback type."""
     functions = [closure_function(closure) for closure in header.closures]
     used = "".join(functions)
-    converters = [name for name in ("as_text", "pairs", "string", "unpack") if f"{name}(" in used]
+    converters = [name for name in ("as_text", "pairs", "string") if f"{name}(" in used]
+    converters.append("unpack")
     head = f'''\
 {BANNER}"""What libnbd's callbacks call: each finds its callable and converts the arguments."""
 
@@ -100,9 +101,11 @@ if TYPE_CHECKING:
 
 
 @upcall("release")
-def release(token: int) -> None:
-    """libnbd, or the shim, will not use token again."""
-    forget(token, None)
+def release(tokens: Any, count: int) -> int:
+    """libnbd will not use these tokens again; some may be known no more."""
+    for token in unpack(tokens, count):
+        forget(token, None)
+    return 0
 '''
     return "\n\n".join([head, *functions, "install()\n"])
 
@@ -136,7 +139,7 @@ def upcall_parameters(argument: CallbackArgument) -> Iterator[str]:
 
 def callback_lines(closure: Closure) -> list[str]:
     """The body for every callback but completions."""
-    entry = "callback, _, buffer, room" if closure.has_buffer else "callback"
+    entry = "callback, _, target, pin" if closure.has_buffer else "callback"
     return [
         f"    {entry} = registry[token]" + ("" if closure.has_buffer else "[0]"),
         *text_lines([a.name for a in closure.arguments if a.kind is CallbackKind.STRING]),
@@ -186,9 +189,9 @@ NONE_LINES = ["    if result is None:", "        return 0"]
 def completion_lines(closure: Closure) -> list[str]:
     """The body for completions: the common path, which also retires the command."""
     return [
-        "    callback, _, buffer, room = registry[token]",
-        "    if BOUNCES and buffer is not None:",
-        "        copy_back(buffer, room)",
+        "    callback, _, target, pin = registry[token]",
+        "    if BOUNCES and target is not None:",
+        "        copy_back(target, pin)",
         "    if callback is None:",
         "        return 0",
         *called(closure),
@@ -207,7 +210,7 @@ def callback_argument(name: str, kind: CallbackKind, length: str) -> str:
         CallbackKind.INT: name,
         CallbackKind.STRING: name,
         CallbackKind.ERROR: f"{name}_cell",
-        CallbackKind.VIEW: f"part(buffer, room, {name}_at, {length})",
+        CallbackKind.VIEW: f"part(target, pin, {name}_at, {length})",
         CallbackKind.INTS: f"unpack({name}, {length})",
         CallbackKind.PAIRS: f"pairs({name}, {length})",
     }[kind]
@@ -231,35 +234,27 @@ def methods_module(header: Header, documentation: Mapping[str, Documentation]) -
 
 from __future__ import annotations
 
-from _operator import index as as_number
-
 import nbd.closures  # noqa: F401 - tells the shim whom to call
-from nbd._arguments import address_of, as_path, as_string, as_strings, bad_numbers
-from nbd._callbacks import (
-    abandon,
-    next_token,
-    not_callable,
-    register,
-    register_optional,
-    registry,
-    settle,
-)
-from nbd._ffi import lib, pending
+from nbd._arguments import address_of, as_number, as_path, as_string, as_strings
+from nbd._callbacks import abandon, explain, next_token, not_callable, pending, registry, settle
+from nbd._ffi import lib
 from nbd._handle import Handle
 from nbd._pins import (
     BOUNCES,
     SCRATCH,
-    disclaim,
     from_buffer,
-    held_room,
     new_result,
     new_scratch,
+    new_shown_result,
     put_back,
     readable,
+    shown_result,
     take_scratch,
     unpin,
+    writable,
 )
 from nbd._values import as_text, owned_text
+from nbd.memory import NEVER_STALE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -365,37 +360,50 @@ def docstring(function: Function, entry: Documentation | None) -> str:
 
 
 def statements(function: Function, kind: Returns) -> Iterator[str]:
-    """The method's body."""
-    yield from conversions(function)
-    yield from registrations(function)
-    numbers = [p for p in function.parameters if p.kind is Kind.INT]
-    arguments = ["self._h", *(a for p in function.parameters for a in c_arguments(function, p))]
-    is_text = kind in (Returns.TEXT, Returns.OWNED_TEXT)
-    declared = "result" if is_text else "result: int"
-    call = wrap(
-        f"{declared} = nbdcall_{function.name}({', '.join(arguments)})", 12 if numbers else 8
-    )
-    if numbers:
-        named = [f'{p.name}=({p.name}, "{p.ctype}")' for p in numbers]
-        yield "try:"
-        yield textwrap.indent(call, "    ")
-        yield "except (TypeError, OverflowError) as raised:"
-        if function.closures:
-            yield f"    abandon({', '.join(f'{c.name}_token' for c in function.closures)})"
-        if function.filled_later:
-            yield f"    disclaim({function.filled_later.name}, is_stale)"
-        refused = wrap(f"raise bad_numbers(raised, {', '.join(named)}) from None", 12)
-        yield textwrap.indent(refused, "    ")
+    """The method's body.
+
+    All arguments are converted before anything is registered.  Whatever exception leaves the method,
+    at whatever bytecode: what was registered is forgotten, unless the shim has taken it.
+    """
+    tokens = [f"{closure.name}_token" for closure in function.closures]
+    body = [*conversions(function), *registrations(function), *call(function, kind)]
+    if tokens:
+        body += ["if result < 0 or pending:", "    settle(self._h, result)"]
+        yield f"{' = '.join(tokens)} = 0"
+    if not function.parameters:
+        yield from body
     else:
-        yield call
+        yield "try:"
+        yield textwrap.indent("\n".join(body), "    ")
+        yield f"except {'BaseException' if tokens else 'Exception'} as raised:"
+        if tokens:
+            yield f"    abandon(self._h, {', '.join(tokens)})"
+        numbers = [p for p in function.parameters if p.kind is Kind.INT]
+        named = [f'{p.name}=({p.name}, "{p.ctype}")' for p in numbers]
+        explained = wrap(f"explain({', '.join(['self._h', 'raised', *named])})", 12)
+        yield textwrap.indent(explained, "    ")
+        yield "    raise"
     yield from outcome(function, kind)
 
 
+def call(function: Function, kind: Returns) -> Iterator[str]:
+    """The call of the flat function."""
+    arguments = ["self._h", *(a for p in function.parameters for a in c_arguments(function, p))]
+    is_text = kind in (Returns.TEXT, Returns.OWNED_TEXT)
+    declared = "result" if is_text else "result: int"
+    yield wrap(f"{declared} = nbdcall_{function.name}({', '.join(arguments)})", 12)
+
+
 def conversions(function: Function) -> Iterator[str]:
-    """Make C's arguments of Python's, where that takes more than a cast."""
+    """Make C's arguments of Python's."""
     for parameter in function.parameters:
         name = parameter.name
-        if parameter.kind is Kind.STRING:
+        if parameter.kind is Kind.INT:
+            yield f"if type({name}) is not int:"
+            yield f'    {name} = as_number("{name}", {name})'
+        elif parameter.kind is Kind.BOOL:
+            yield f"{name} = bool({name})"
+        elif parameter.kind is Kind.STRING:
             yield f'{name}_utf8 = as_string("{name}", {name})'
         elif parameter.kind is Kind.PATH:
             yield f'{name}_bytes = as_path("{name}", {name})'
@@ -405,15 +413,12 @@ def conversions(function: Function) -> Iterator[str]:
             yield f"{name}_room, {name}_size = address_of({name})"
     for closure in function.closures:
         name = closure.name
-        unless = (
-            f"({name} is None or callable({name}))" if closure.optional else f"callable({name})"
-        )
+        unless = f"({name} is None or callable({name}))" if closure.optional else f"callable({name})"
         yield f"if not {unless}:"
         yield f'    raise not_callable("{name}", {name})'
     buffer = function.buffer
-    if buffer is None:
-        return
-    yield from memory_of(function, buffer)
+    if buffer is not None:
+        yield from memory_of(function, buffer)
 
 
 def reads_through_scratch(function: Function) -> bool:
@@ -423,49 +428,55 @@ def reads_through_scratch(function: Function) -> bool:
 
 def memory_of(function: Function, buffer: Parameter) -> Iterator[str]:
     """Have the memory of a buffer for C."""
+    name = buffer.name
     if buffer.kind is Kind.DATA:
         pin = "pin" if function.is_asynchronous else "_alive"
-        yield f"if {buffer.name}.__class__ is bytes and not BOUNCES:"
-        yield f"    pointer, size, {pin} = {buffer.name}, len({buffer.name}), {buffer.name}"
+        yield f"if type({name}) is bytes and not BOUNCES:"
+        yield f"    pointer, size, {pin} = {name}, len({name}), {name}"
         yield "else:"
-        yield f'    pointer, size, {pin} = readable("{buffer.name}", {buffer.name})'
-    elif reads_through_scratch(function):
-        yield f"size = as_number({buffer.length})"
-        yield "try:"
-        yield "    pinned = take_scratch() if 0 <= size < SCRATCH else new_result(size)"
-        yield "except IndexError:"
-        yield "    pinned = new_scratch()"
-        yield f"{buffer.name}, pointer = pinned"
-    elif not function.is_asynchronous:
-        yield f"size = as_number({buffer.length})"
-        yield f"{buffer.name}, pointer = new_result(size)"
+        yield f'    pointer, size, {pin} = readable("{name}", {name})'
+    elif function.filled_later:
+        yield f"if type({name}) is bytearray and not BOUNCES:"
+        yield f"    pointer = pin = from_buffer({name})"
+        yield f"    size, state, target = len(pin), NEVER_STALE, {name}"
+        yield "else:"
+        yield f'    pointer, size, pin, state, target = writable("{name}", {name})'
     else:
-        yield f"if {buffer.name}.__class__ is bytearray and not BOUNCES:"
-        yield f"    pointer, size, is_stale = from_buffer({buffer.name}), len({buffer.name}), False"
-        yield "    room = pointer, size, pointer"
-        yield "else:"
-        yield f'    room, is_stale = held_room("{buffer.name}", {buffer.name})'
-        yield "    pointer, size, _ = room"
+        yield f"size = {buffer.length}"
+        yield f"if type({buffer.length}) is not int:"
+        yield f'    size = as_number("{buffer.length}", {buffer.length})'
+        if reads_through_scratch(function):
+            yield "try:"
+            yield "    pinned = take_scratch() if 0 <= size < SCRATCH else new_result(size)"
+            yield "except IndexError:"
+            yield "    pinned = new_scratch()"
+            yield f"{name}, pointer = pinned"
+        else:
+            yield f"{name}, pointer = new_shown_result(size)"
 
 
 def registrations(function: Function) -> Iterator[str]:
-    """Register the callables, and the buffer with them."""
-    buffer = function.buffer
+    """Register the callables, and the memory with them."""
     for closure in function.closures:
         name = closure.name
-        if buffer is None:
-            register = "register_optional" if closure.optional else "register"
-            yield f"{name}_token = {register}({name}, self._h)"
+        entry = f"({name}, self._h, {held(function)})"
+        if closure.optional and function.buffer is None:
+            yield f"if {name} is not None:"
+            yield f"    {name}_token = next_token()"
+            yield f"    registry[{name}_token] = {entry}"
         else:
             yield f"{name}_token = next_token()"
-            yield f"registry[{name}_token] = ({name}, self._h, {held(function, buffer)})"
+            yield f"registry[{name}_token] = {entry}"
 
 
-def held(function: Function, buffer: Parameter) -> str:
-    """What a registry entry holds of a buffer: the object to show or fill, and its memory."""
+def held(function: Function) -> str:
+    """What a registry entry holds of a buffer: what has the caller's bytes, and the pin."""
+    buffer = function.buffer
+    if buffer is None:
+        return "None, None"
     if reads_synchronously(function):
-        return f"{buffer.name}, (pointer, size, None)"
-    return f"{buffer.name}, room" if buffer.kind is Kind.ROOM else f"None, ({buffer.name}, pin)"
+        return f"{buffer.name}, pointer"
+    return "target, pin" if buffer.kind is Kind.ROOM else "None, pin"
 
 
 def c_arguments(function: Function, parameter: Parameter) -> Iterator[str]:
@@ -479,52 +490,50 @@ def c_arguments(function: Function, parameter: Parameter) -> Iterator[str]:
         yield "pointer"
         yield "size"
         if parameter is function.filled_later:
-            yield "is_stale"
+            yield "state"
     elif parameter.kind is Kind.ADDRESS:
         yield f"{name}_room"
         yield f"{name}_size"
     else:
-        yield {
-            Kind.BOOL: f"bool({name})",
-            Kind.INT: f"as_number({name})",
-            Kind.STRING: f"{name}_utf8",
-            Kind.PATH: f"{name}_bytes",
-            Kind.STRINGS: f"{name}_array",
-        }[parameter.kind]
+        suffix = {Kind.STRING: "_utf8", Kind.PATH: "_bytes", Kind.STRINGS: "_array"}
+        yield name + suffix.get(parameter.kind, "")
 
 
 def outcome(function: Function, kind: Returns) -> Iterator[str]:
     """Raise, or return the result as what it means."""
-    if kind is Returns.OWNED_TEXT:
+    if kind in (Returns.TEXT, Returns.OWNED_TEXT):
         yield "if not result or pending:"
         yield "    settle(self._h, result)"
-        yield "return owned_text(result)"
-    elif kind is Returns.TEXT:
-        yield "if not result or pending:"
-        yield "    settle(self._h, result)"
-        yield "return as_text(result)"
-    elif kind is Returns.UNSIGNED:
+        yield f"return {'owned_text' if kind is Returns.OWNED_TEXT else 'as_text'}(result)"
+        return
+    if kind is Returns.UNSIGNED:
         check = "nbdshim_check_unlocked" if function.name in LOCK_FREE else "nbdshim_check"
         yield "if not result or pending:"
         yield f"    settle(self._h, result or lib.{check}(self._h))"
         yield "return result"
-    else:
+        return
+    if not function.closures:
         yield "if result < 0 or pending:"
         yield "    settle(self._h, result)"
-        if reads_synchronously(function) and function.buffer:
-            if reads_through_scratch(function):
-                yield "if size < SCRATCH:"
-                yield f"    {function.buffer.name} = {function.buffer.name}[:size]"
-                yield "    put_back(pinned)"
-                yield "elif BOUNCES:"
-                yield "    unpin(pointer)"
-            else:
-                yield "unpin(pointer)"
-            yield f"return {function.buffer.name}"
-        elif kind is Returns.TRUTH:
-            yield "return result != 0"
-        elif kind is Returns.NUMBER:
-            yield "return result"
+    if reads_synchronously(function) and function.buffer:
+        yield from read_result(function, function.buffer.name)
+    elif kind is Returns.TRUTH:
+        yield "return result != 0"
+    elif kind is Returns.NUMBER:
+        yield "return result"
+
+
+def read_result(function: Function, name: str) -> Iterator[str]:
+    """Return what was read."""
+    if not reads_through_scratch(function):
+        yield f"return shown_result({name}, pointer)"
+        return
+    yield "if size < SCRATCH:"
+    yield f"    {name} = {name}[:size]"
+    yield "    put_back(pinned)"
+    yield "elif BOUNCES:"
+    yield "    unpin(pointer)"
+    yield f"return {name}"
 
 
 def wrap(text: str, indent: int) -> str:

@@ -58,21 +58,22 @@ PATHS = frozenset({"unixsocket", "dir", "filename"})
 
 #: Names that the generated C and Python use for themselves: a parameter of such a name gets a "_".
 RESERVED = frozenset(keyword.kwlist) | {
-    *("s", "ret", "refused", "memset"),
-    *("self", "raised", "result", "room", "pointer", "size", "is_stale", "pin", "pinned", "_alive"),
+    *("s", "ret", "refused", "was_stale", "memset"),
+    *("self", "raised", "result", "room", "pointer", "size", "state", "target", "pin", "pinned"),
+    "_alive",
     *("pending", "registry", "SCRATCH", "new_scratch", "put_back", "take_scratch", "IndexError"),
     *("address_of", "as_number", "as_path", "as_string", "as_strings", "as_text", "owned_text"),
-    *("abandon", "bad_numbers", "next_token", "not_callable", "register", "register_optional"),
-    *("disclaim", "from_buffer", "held_room", "new_result", "readable", "unpin"),
-    *("settle", "lib", "BOUNCES", "bool", "bytearray", "bytes", "callable", "len"),
-    *("OverflowError", "TypeError"),
+    *("abandon", "explain", "next_token", "not_callable", "settle", "lib", "NEVER_STALE"),
+    *("from_buffer", "new_result", "new_shown_result", "readable", "shown_result", "writable"),
+    *("unpin", "BOUNCES", "bool", "bytearray", "bytes", "callable", "len", "type"),
+    *("BaseException", "Exception"),
 }
 
 #: The same for an argument of a callback.
 RESERVED_IN_CALLBACKS = RESERVED | {
-    *("closure", "upcall", "token", "callback", "buffer", "forget", "keep", "part"),
+    *("closure", "upcall", "token", "callback", "forget", "keep", "part"),
     *("unpack", "pairs", "string", "copy_back", "set_errno", "as_int", "ErrorNumber"),
-    *("BaseException", "UnicodeDecodeError"),
+    "UnicodeDecodeError",
 }
 
 #: What a constant may be made with.

@@ -17,11 +17,20 @@ if TYPE_CHECKING:
 _SOCKADDR_ROOM = 128
 
 
+def as_number(name: str, value: object) -> int:
+    """An int itself, and not a subclass, whose methods could tell something else each time."""
+    try:
+        number = index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: int is needed, not {type(value).__name__}") from None
+    return number if type(number) is int else int.__index__(number)
+
+
 def as_string(name: str, value: str) -> bytes:
     """A str as C's UTF-8."""
     if not isinstance(value, str):
         raise TypeError(f"{name}: str is needed, not {type(value).__name__}")
-    return _without_nul(name, value.encode("utf-8", "surrogateescape"))
+    return _without_nul(name, str.encode(value, "utf-8", "surrogateescape"))
 
 
 def as_path(name: str, value: Any) -> bytes:
@@ -33,8 +42,8 @@ def as_path(name: str, value: Any) -> bytes:
             f"{name}: str, bytes or os.PathLike is needed, not {type(value).__name__}"
         ) from None
     if isinstance(value, str):
-        value = value.encode("utf-8", "surrogateescape")
-    return _without_nul(name, value)
+        value = str.encode(value, "utf-8", "surrogateescape")
+    return _without_nul(name, memoryview(value).tobytes())
 
 
 def _without_nul(name: str, value: bytes) -> bytes:
@@ -55,28 +64,6 @@ def as_strings(name: str, values: Iterable[str]) -> tuple[Any, list[Any]]:
     return ffi.new("char *[]", [*items, ffi.NULL]), items
 
 
-def bad_numbers(raised: Exception, **numbers: tuple[object, str]) -> Exception:
-    """The exception that names the argument which C could not take; else the one that was raised.
-
-    Args:
-        raised: What cffi said: it knows the value but not the name.
-        numbers: Each argument's value and C type, by its name.
-    """
-    for name, (value, ctype) in numbers.items():
-        try:
-            number = index(value)  # type: ignore[arg-type]
-        except TypeError:
-            return TypeError(f"{name}: int is needed, not {type(value).__name__}")
-        try:
-            ffi.new(f"{ctype} *", number)
-        except OverflowError:
-            bits = 8 * ffi.sizeof(ctype)
-            signed = int(ffi.cast(ctype, -1)) < 0
-            least, most = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-            return OverflowError(f"{name}: {number} is not between {least} and {most}")
-    return raised
-
-
 def address_of(address: Any) -> tuple[Any, int]:
     """A socket address as the socket module writes it, and its length.
 
@@ -87,7 +74,7 @@ def address_of(address: Any) -> tuple[Any, int]:
     if isinstance(address, tuple) and len(address) in (2, 3, 4):
         size = _internet_address(room, *address)
     elif isinstance(address, (str, bytes)) or hasattr(address, "__fspath__"):
-        name = os.fsencode(address)
+        name = memoryview(os.fsencode(address)).tobytes()
         size = lib.nbdshim_address_unix(room, _SOCKADDR_ROOM, name, len(name))
         if size == 0:
             raise ValueError(f"addr: a Unix socket's path has at most 107 bytes: {address!r}")
@@ -104,10 +91,9 @@ def _internet_address(room: Any, host: str, port: int, flow: int = -1, scope: in
 
     if not isinstance(host, str):
         raise TypeError(f"addr: the host must be str, not {type(host).__name__}")
-    try:
-        number = index(port)
-    except TypeError:
-        raise TypeError(f"addr: the port must be int, not {type(port).__name__}") from None
+    if not hasattr(port, "__index__"):
+        raise TypeError(f"addr: the port must be int, not {type(port).__name__}")
+    number = as_number("addr: the port", port)
     if not 0 <= number <= 65535:
         raise OverflowError(f"addr: the port must be between 0 and 65535, not {number}")
     families = [socket.AF_INET, socket.AF_INET6] if flow < 0 else [socket.AF_INET6]

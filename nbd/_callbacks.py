@@ -3,9 +3,13 @@
 
 A method registers the callable under a token, an int, and gives the token to the shim.  libnbd
 calls the shim, the shim calls the function of nbd.closures for that type of callback, and that one
-finds the callable by the token, converts the arguments and calls it.  When libnbd frees the
-callback the shim says `release`, and the entry goes: so the registry keeps alive just what libnbd
-still needs, the callable, and the buffer of a command in flight.
+finds the callable by the token, converts the arguments and calls it.  When libnbd has freed the
+callback, the shim hands the token over at the end of a call on the handle (`release`), and the entry
+goes: so the registry keeps alive just what libnbd still needs, the callable, and the memory of a
+command in flight.
+
+A method that is left by an exception, at whatever bytecode a signal handler raises it, asks the shim
+which of its tokens it holds, and forgets the others (`abandon`).
 
 A callable that raises cannot raise through C.  libnbd is told -1, and the exception waits in
 `pending` until the call that ran the callback comes back to its method in that thread.  There
@@ -18,7 +22,7 @@ from __future__ import annotations
 import sys
 from _thread import get_ident
 
-from nbd._ffi import ffi, lib, pending
+from nbd._ffi import ffi, lib, process
 from nbd._values import as_text
 from nbd.error import ClosedHandle, Error
 
@@ -27,13 +31,12 @@ if TYPE_CHECKING:
     from typing import Any
 
     # The callable (None if only the end of the command matters), the handle, and for a command with
-    # a buffer the caller's object and the memory that libnbd uses.
+    # a buffer the object that has the caller's bytes and the memory that libnbd uses.
     Entry = tuple[Any, Any, Any, Any]
 
-registry: dict[int, Entry] = {}
-
-# What itertools.count would give, which takes a while to import.
-next_token = iter(range(1, sys.maxsize)).__next__
+registry: dict[int, Entry] = process.registry
+next_token = process.next_token
+pending = process.pending
 forget = registry.pop
 
 # The thread in which the process ends, from when its handles are closed.
@@ -63,18 +66,6 @@ def not_callable(name: str, value: object) -> TypeError:
     return TypeError(f"{name}: a callable is needed, not {type(value).__name__}")
 
 
-def register(callback: Any, handle: Any) -> int:
-    """A token for a callable that goes with no buffer."""
-    token = next_token()
-    registry[token] = (callback, handle, None, None)
-    return token
-
-
-def register_optional(callback: Any, handle: Any) -> int:
-    """A token for a callable; 0, which is no token, for None."""
-    return register(callback, handle) if callback is not None else 0
-
-
 def set_errno(address: int, value: int) -> None:
     """Change the errno of a command, which a callback was given."""
     ffi.cast("int *", address)[0] = value
@@ -85,10 +76,11 @@ def as_int(result: object) -> int:
     return result if isinstance(result, int) else 0
 
 
-def abandon(*tokens: int) -> None:
-    """Forget the tokens of a call that C was never given."""
+def abandon(handle: Any, *tokens: int) -> None:
+    """Forget those tokens of a call that the shim does not hold: it was not called, or it failed."""
     for token in tokens:
-        forget(token, None)
+        if token and not lib.nbdshim_holds(handle, token):
+            forget(token, None)
 
 
 def keep(raised: BaseException, token: int) -> int:
@@ -114,6 +106,40 @@ def settle(handle: Any, result: Any) -> None:
     _raise(handle, _or_end(_failure(handle, result, sys._getframe(1).f_code.co_name)))
 
 
+def explain(handle: Any, raised: BaseException, **numbers: tuple[object, str]) -> None:
+    """Raise what says more than an exception that came of an argument, if anything does.
+
+    Args:
+        handle: If it is closed, ClosedHandle says so, whatever the arguments are.
+        raised: The exception.  cffi's OverflowError knows the value but not the name.
+        numbers: The value and the C type of each argument that is a number, by its name.
+    """
+    if not isinstance(raised, (TypeError, ValueError, OverflowError, BufferError)):
+        return
+    if lib.nbdshim_check(handle) == lib.NBDSHIM_CLOSED:
+        raise no_handle(handle) from None
+    if not isinstance(raised, OverflowError):
+        return
+    for name, (value, ctype) in numbers.items():
+        try:
+            ffi.new(f"{ctype} *", value)
+        except OverflowError:
+            bits = 8 * ffi.sizeof(ctype)
+            signed = int(ffi.cast(ctype, -1)) < 0
+            least, most = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+            text = f"{name}: {value} is not between {least} and {most}"
+            raise OverflowError(text) from None
+        except TypeError:  # its own __index__ has raised
+            continue
+
+
+def no_handle(handle: Any) -> Exception:
+    """The exception for a call on a handle that is closed, or was never made."""
+    if not handle:
+        return AttributeError("no handle was made: __init__ must call nbd.NBD.__init__")
+    return ClosedHandle("the handle is closed; make a new one with nbd.NBD()")
+
+
 def _or_end(failure: Exception | None) -> BaseException | None:
     """The failure of a call, or in its place what ends this thread."""
     if failure is None or _ending in (None, get_ident()):
@@ -124,34 +150,56 @@ def _or_end(failure: Exception | None) -> BaseException | None:
 def _raise(handle: Any, failure: BaseException | None) -> None:
     """Raise a failure, or what a callback raised that must not be held up; report the rest.
 
+    What waits in `pending` is taken out when the exception is on its way: a signal handler may raise
+    at any bytecode before, and then it still waits for the next call.
+
     An exception refers to the frames it has passed, so no frame may refer to it in turn: the
     caller's buffer would stay pinned until the next garbage collection.
     """
-    raised = _take(handle)
-    urgent = [one for one in raised if not isinstance(one, Exception)]
+    waiting = _waiting(handle)
+    urgent = [one for one in waiting if not isinstance(one[2], Exception)]
     try:
         if urgent:
-            raised.remove(urgent[0])
-            raise urgent[0]
+            waiting.remove(urgent[0])
+            _raise_waiting(urgent[0])
         if failure is not None:
-            raise failure from (raised.pop(0) if raised else None)
+            if waiting:
+                _raise_with_cause(failure, waiting.pop(0))
+            raise failure
     finally:
-        _report(raised)
-        del failure, urgent, raised
+        _report(waiting)
+        del failure, urgent, waiting
+
+
+def _raise_waiting(one: tuple[int, Any, BaseException]) -> None:
+    try:
+        raise one[2]
+    except BaseException:
+        pending.remove(one)
+        raise
+    finally:
+        del one
+
+
+def _raise_with_cause(failure: BaseException, one: tuple[int, Any, BaseException]) -> None:
+    try:
+        raise failure from one[2]
+    except BaseException:
+        pending.remove(one)
+        raise
+    finally:
+        del failure, one
 
 
 def report_pending(handle: Any) -> None:
     """Give what callbacks raised to sys.unraisablehook: nobody waits for it."""
-    _report(_take(handle))
+    _report(_waiting(handle))
 
 
-def _take(handle: Any) -> list[BaseException]:
-    """The exceptions that callbacks of this handle raised in this thread."""
+def _waiting(handle: Any) -> list[tuple[int, Any, BaseException]]:
+    """What callbacks of this handle raised in this thread."""
     # A copy: where another thread takes its own out meanwhile, a loop passes over one.
-    mine = [one for one in list(pending) if one[0] == get_ident() and one[1] in (handle, None)]
-    for one in mine:
-        pending.remove(one)
-    return [exception for _, _, exception in mine]
+    return [one for one in list(pending) if one[0] == get_ident() and one[1] in (handle, None)]
 
 
 def _failure(handle: Any, result: Any, method: str) -> Exception | None:
@@ -167,7 +215,7 @@ def _failure(handle: Any, result: Any, method: str) -> Exception | None:
     if code == -1:
         return last_error()
     if code == lib.NBDSHIM_CLOSED:
-        return ClosedHandle("the handle is closed; make a new one with nbd.NBD()")
+        return no_handle(handle)
     if code == lib.NBDSHIM_NO_MEMORY:
         return MemoryError(f"nbd_{method}: no memory for a callback")
     import errno
@@ -197,14 +245,16 @@ class _callback_of_libnbd:
         raise self.exception
 
 
-def _report(exceptions: list[BaseException]) -> None:
+def _report(waiting: list[tuple[int, Any, BaseException]]) -> None:
     """Hand exceptions to sys.unraisablehook, as the interpreter does for a destructor's.
 
     CPython's own hook takes no arguments but those that the interpreter has made, and PyPy runs
     destructors late.
     """
-    while exceptions:
-        exception = exceptions.pop(0)
+    while waiting:
+        one = waiting.pop(0)
+        pending.remove(one)
+        exception = one[2]
         if sys.implementation.name == "cpython":
             _callback_of_libnbd(exception)
         else:

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import atexit
+from sys import is_finalizing
 
-from nbd._callbacks import end_other_threads, report_pending, settle
-from nbd._ffi import keep_upcalls, lib, pending
+from nbd._callbacks import end_other_threads, pending, report_pending, settle
+from nbd._ffi import IS_CPYTHON, ffi, lib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,18 +20,23 @@ if TYPE_CHECKING:
 nbdshim_create = lib.nbdshim_create
 nbdshim_close = lib.nbdshim_close
 nbdshim_destroy = lib.nbdshim_destroy
+_gc = ffi.gc
 
 # The open handles of the shim: PyPy runs no destructors at exit.
 _open: set[Any] = set()
-
-# From then on a handle that a daemon thread drops may be one that is being closed: it is not freed.
 _is_exiting = False
+
+#: PyPy finds out late what was dropped.  With so many handles more than were open after the last
+#: collection, it is asked to look: each has some KiB of memory and, connected, two descriptors.
+_DROPPED = 128
+_collect_at = _DROPPED
 
 
 class Handle:
     """What nbd.NBD is besides libnbd's calls: its beginning and its end."""
 
-    _h: Any
+    #: The shim's handle.  It takes a null pointer for a closed one: __init__ failed, or was not called.
+    _h: Any = ffi.NULL
 
     def __init__(self) -> None:
         """Make a handle that is not connected to a server yet.
@@ -40,10 +46,14 @@ class Handle:
 
         C: nbd_create, since libnbd 1.0.
         """
+        _close_quietly(self._h)  # of an earlier call
+        if not IS_CPYTHON and len(_open) >= _collect_at:
+            _collect_dropped()
         made = nbdshim_create()
         if not made:
             raise MemoryError("no memory for a handle")
-        self._h = made
+        # The memory of the shim's handle goes with the last name for it, and not when it is closed.
+        self._h = made = _gc(made, nbdshim_destroy)
         _open.add(made)
 
     def close(self) -> None:
@@ -86,14 +96,9 @@ class Handle:
         _close_quietly(self._h)
 
     def __del__(self) -> None:
-        try:
-            h = self._h
-        except AttributeError:  # __init__ failed, or was not called
-            return
-        _open.discard(h)
-        (nbdshim_close if _is_exiting else nbdshim_destroy)(h)
-        if pending:
-            report_pending(h)
+        if _is_exiting and is_finalizing():  # there is no Python any more for callbacks to run in
+            lib.nbdshim_end_upcalls()
+        _close_quietly(self._h)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
@@ -110,11 +115,19 @@ def _close_quietly(h: Any) -> None:
         report_pending(h)
 
 
+def _collect_dropped() -> None:
+    """Collect garbage, so that the handles are closed that nobody has any more."""
+    global _collect_at
+    import gc
+
+    gc.collect()
+    _collect_at = len(_open) + _DROPPED
+
+
 @atexit.register
 def _close_all() -> None:
     global _is_exiting
     _is_exiting = True
-    keep_upcalls()
     end_other_threads()
     for h in list(_open):
         _close_quietly(h)

@@ -2,13 +2,16 @@
 """The caller's memory in C: which is pinned, and which is copied.
 
 A buffer is pinned by the cdata that ffi.from_buffer makes: as long as that lives, CPython does not
-resize the object.  For a call that waits, the method's own frame holds it; for a command in flight,
-the registry of nbd._callbacks does.
+resize the object.  Its address and its size are taken together, so that both are of the same moment.
+For a call that waits, the method's own frame holds the pin; for a command in flight, the registry
+of nbd._callbacks does.
 
 On PyPy that cdata lives until the next garbage collection; until PyPy 8 the object is resized all
 the same, and the memory that libnbd was given is gone; from then on it cannot be resized for too
-long.  So there libnbd works on a copy, which the completion brings back (BOUNCES), unless the
-buffer is bytes or an nbd.Buffer with memory of its own, which are never resized.
+long.  So there libnbd works on a bounce buffer (BOUNCES), whose bytes are brought back when they
+have come, unless the buffer is bytes or an nbd.Buffer with memory of its own, which are never
+resized.  To look at an object, and to copy from or to it, is one operation of a memoryview: no other
+thread can resize it in between.
 
 To pin takes a while, too: on CPython a small read that waits goes to scratch memory, which is
 pinned for good, and what it read is copied out.
@@ -22,12 +25,13 @@ from nbd._ffi import ffi
 from nbd.buffer import Buffer
 from nbd.error import Error
 from nbd.memory import (
+    NEVER_STALE,
     Shared,
     allocate,
-    contiguous_size,
+    as_bytes,
     free,
+    from_buffer,
     new_bytearray,
-    room_of,
 )
 
 TYPE_CHECKING = False
@@ -35,9 +39,7 @@ if TYPE_CHECKING:
     from collections import deque
     from typing import Any
 
-    from nbd.memory import Room
-
-    # A bytearray and the address of its memory, which lasts as long as that lives.
+    # A bytearray and its pin.
     Pinned = tuple[bytearray, Any]
 else:
     from _collections import deque  # which takes a fraction of the time of collections
@@ -48,9 +50,8 @@ BOUNCES = sys.implementation.name == "pypy"
 _TOO_LARGE = 2**27
 _LINE = 64
 _SIZE_MAX = 2 ** (8 * ffi.sizeof("size_t")) - 1
+_CHARS = ffi.typeof("char[]")
 
-#: The memory of a bytes-like object, pinned.
-from_buffer = ffi.from_buffer
 #: Let a bytearray be resized again whose memory from_buffer gave: on PyPy, too.
 unpin = ffi.release
 
@@ -76,13 +77,32 @@ def new_scratch() -> Pinned:
 
 
 def new_result(size: int) -> Pinned:
-    """A new bytearray for what is read, and its memory.
+    """A new bytearray for what is read, and its pin.
 
     Where the memory may outlive the call, on PyPy or in a callback's hands, end it with unpin.
     """
     _check_count(size)
     result, _ = new_bytearray(size)
     return result, from_buffer(result)
+
+
+def new_shown_result(size: int) -> Pinned:
+    """The same for a read whose callback sees the bytes: on PyPy it could resize the bytearray."""
+    if not BOUNCES:
+        return new_result(size)
+    _check_count(size)
+    return bytearray(size), allocate(size, clear=True)
+
+
+def shown_result(result: bytearray, pin: Any) -> bytearray:
+    """What was read with new_shown_result, in the bytearray that the callback saw."""
+    if not BOUNCES:
+        unpin(pin)
+        return result
+    if len(result) != len(pin):  # the callback has resized it
+        result = bytearray(len(pin))
+    copy_back(result, pin)
+    return result
 
 
 def _check_count(size: int) -> None:
@@ -99,55 +119,78 @@ def _check_count(size: int) -> None:
         )
 
 
-def readable(name: str, buffer: Any) -> Room:
-    """The memory of a bytes-like object or nbd.Buffer that libnbd reads.
+def readable(name: str, buffer: Any) -> tuple[Any, int, Any]:
+    """The memory of a bytes-like object or nbd.Buffer that libnbd reads: address, size and pin.
 
     Bytes on CPython, whose address cffi passes on by itself, need not come here.
     """
-    if isinstance(buffer, Buffer):
-        buffer._fill()
-        memory = buffer._memory
-        if memory.__class__ is not Shared:
-            return memory.room
+    if issubclass(type(buffer), Buffer):
+        memory = buffer._clean()
+        if type(memory) is not Shared:
+            return memory.pin, memory.size, memory.pin
         buffer = memory.storage
     try:
-        if BOUNCES and not isinstance(buffer, bytes):
-            size = contiguous_size(buffer)
-            copy = allocate(size)
-            ffi.memmove(copy, buffer, size)
-            return copy, size, copy
-        return room_of(buffer)
+        if BOUNCES and type(buffer) is not bytes:
+            buffer = _copy(buffer)
+        return _pinned(buffer, False)
     except (TypeError, ValueError, BufferError) as reason:
         raise _unusable(name, buffer, reason) from None
 
 
-def held_room(name: str, buffer: Any) -> tuple[Room, bool]:
+def writable(name: str, buffer: Any) -> tuple[Any, int, Any, Any, Any]:
     """The memory of a writable object or nbd.Buffer that a command in flight writes.
 
-    The second value says that it holds bytes which must not be seen: the shim overwrites them.  A
-    bytearray on CPython, which takes no more than from_buffer, need not come here.
+    A bytearray on CPython, which takes no more than from_buffer, need not come here.
+
+    Returns:
+        Its address, size, pin and state (enum nbdshim_state), and what has the bytes for the caller.
+        On PyPy the last is None where that is the pin itself.
     """
-    if isinstance(buffer, Buffer):
+    state = NEVER_STALE
+    if issubclass(type(buffer), Buffer):
         memory = buffer._memory
-        if memory.__class__ is not Shared:
-            is_stale = not buffer._is_written
-            buffer._is_written = True
-            return memory.room, is_stale
+        if type(memory) is not Shared:
+            pin = memory.pin
+            return pin, len(pin), pin, memory.state, None if BOUNCES else memory.storage
         buffer = memory.storage
     try:
         if BOUNCES:
-            size = contiguous_size(buffer, writable=True)
-            copy = allocate(size, clear=True)
-            return (copy, size, copy), False
-        return room_of(buffer, True), False
+            size = _writable_size(buffer)
+            pin = allocate(size, clear=True)
+            return pin, size, pin, state, buffer
+        return *_pinned(buffer, True), state, buffer
     except (TypeError, ValueError, BufferError) as reason:
         raise _unusable(name, buffer, reason) from None
 
 
-def disclaim(buffer: Any, is_stale: bool) -> None:
-    """Undo held_room: the shim was not called."""
-    if is_stale:
-        buffer._is_written = False
+def _pinned(buffer: Any, is_written: bool) -> tuple[Any, int, Any]:
+    """The address, the size and the pin of an object; what cffi raises if it cannot be had.
+
+    Of a memoryview the object behind it is pinned: until CPython 3.12.7 the garbage collector may
+    clear a memoryview that is pinned, and crash (gh-77894).
+    """
+    view = from_buffer(_CHARS, buffer, is_written)
+    if BOUNCES or not isinstance(buffer, memoryview):
+        return view, len(view), view
+    try:
+        pin = from_buffer(buffer.obj)
+    except (TypeError, ValueError, BufferError):
+        pin = view
+    return ffi.cast("char *", view), len(view), pin
+
+
+def _copy(buffer: Any) -> bytes:
+    with memoryview(buffer) as view:
+        if not view.c_contiguous:
+            raise BufferError
+        return view.tobytes()
+
+
+def _writable_size(buffer: Any) -> int:
+    with memoryview(buffer) as view:
+        if view.readonly or not view.c_contiguous:
+            raise BufferError
+        return view.nbytes
 
 
 def _unusable(name: str, buffer: Any, reason: Exception) -> Exception:
@@ -165,41 +208,32 @@ def _unusable(name: str, buffer: Any, reason: Exception) -> Exception:
     return BufferError(f"{name}: {reason}")
 
 
-def _has_own(buffer: Any) -> bool:
-    """Whether libnbd works on the buffer's own memory even on PyPy, and not on a copy."""
-    return isinstance(buffer, Buffer) and buffer._memory.__class__ is not Shared
+def copy_back(target: Any, pin: Any) -> None:
+    """Bring what a command read into a bounce buffer to the caller's object, and free the former."""
+    with as_bytes(target) as whole:
+        try:
+            whole[:] = ffi.buffer(pin)[:]
+        except ValueError:
+            raise BufferError(
+                "the buffer was resized while a command was reading into it: what it read is lost"
+            ) from None
+    free(pin, len(pin))
 
 
-def copy_back(buffer: Any, room: Room) -> None:
-    """Bring what a command read into a copy to the caller's object, and free the copy."""
-    if _has_own(buffer):
-        return
-    if isinstance(buffer, Buffer):
-        buffer = buffer._memory.storage
-    pointer, size, _ = room
-    if contiguous_size(buffer, writable=True) != size:
-        raise BufferError(
-            "the buffer was resized while a command was reading into it: what it read is lost"
-        )
-    ffi.memmove(buffer, pointer, size)
-    free(pointer, size)
-
-
-def part(buffer: Any, room: Room, start: int, count: int) -> memoryview:
-    """A read-only view of the count bytes at start of a command's buffer.
-
-    A room without a pin is the bytearray's own, of a call that waits.
-    """
-    pointer, size, pin = room
-    if BOUNCES and pin is not None:
-        if not _has_own(buffer):  # the copy is freed, and the callback may keep the view
-            return memoryview(ffi.buffer(pointer + start, count)[:])
-        buffer = ffi.buffer(pointer, size)
-    elif isinstance(buffer, Buffer):
-        buffer = buffer._exposed()
-    view = memoryview(buffer)
-    if buffer.__class__ is not bytearray:
-        view = view.cast("B")
-    if count != size:
+def part(target: Any, pin: Any, start: int, count: int) -> memoryview:
+    """A read-only view of the count bytes at start of a command's buffer, as the caller has them."""
+    if target is None:
+        return memoryview(ffi.buffer(pin))[start : start + count].toreadonly()
+    try:
+        view = as_bytes(target)
+    except ValueError:  # numpy has types that memoryview does not take; the pin holds the bytes
+        view = memoryview(ffi.buffer(pin))
+    if count != len(view):
         view = view[start : start + count]
+    if BOUNCES:
+        arrived = ffi.buffer(pin + start, count)[:]
+        try:
+            view[:] = arrived
+        except ValueError:  # resized meanwhile: copy_back says so
+            return memoryview(arrived)
     return view.toreadonly()

@@ -3,18 +3,9 @@
 
 from __future__ import annotations
 
-from _operator import index
-
-from nbd._ffi import lib
-from nbd.memory import (
-    IS_CPYTHON,
-    NOWHERE,
-    RECYCLES,
-    Shared,
-    contiguous_size,
-    new_memory,
-    spares,
-)
+from nbd._arguments import as_number
+from nbd._ffi import IS_CPYTHON, ffi, lib, one_for_all_imports
+from nbd.memory import Block, Shared, as_bytes, from_buffer, give_away, new_block
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,9 +14,12 @@ if TYPE_CHECKING:
 
     from _typeshed import ReadableBuffer
 
-    from nbd.memory import Memory
+
+_CHARS = ffi.typeof("char[]")
+_clear_stale = lib.nbdshim_clear_stale
 
 
+@one_for_all_imports
 class Buffer:
     """Memory for the asynchronous calls: aio_pread, aio_pread_structured and aio_pwrite.
 
@@ -47,33 +41,15 @@ class Buffer:
     """
 
     __module__ = "nbd"
-    __slots__ = ("__dict__", "__weakref__", "_is_written", "_memory")
+    __slots__ = ("__dict__", "__weakref__", "_memory")
 
-    # _is_written: the bytes mean something, or will before the command that fills them is done.
-
-    _memory: Memory | Shared
+    _memory: Block | Shared
 
     def __init__(self, len: int) -> None:
-        size = index(len)
-        try:
-            self._memory = spares[size].pop()
-            self._is_written = False
-        except (KeyError, IndexError):
-            if size < 0:
-                raise ValueError(f"len: a buffer cannot have {size} bytes") from None
-            self._memory, self._is_written = new_memory(size)
-
-    if RECYCLES:
-
-        def __del__(self) -> None:
-            try:
-                memory: Any = self._memory  # where it is Shared, its shelf takes nothing
-            except AttributeError:
-                return  # __init__ failed
-            shelf = memory.shelf
-            if len(shelf.items) < shelf.most:
-                del self._memory  # another finalizer of a cycle may still see this object
-                shelf.items.append(memory)
+        size = len if type(len) is int else as_number("len", len)
+        if size < 0:
+            raise ValueError(f"len: a buffer cannot have {size} bytes")
+        self._memory = new_block(size)
 
     @classmethod
     def from_buffer(cls, buf: ReadableBuffer) -> Buffer:
@@ -89,10 +65,11 @@ class Buffer:
             >>> nbd.Buffer.from_buffer(data)[0] == data[0]
             True
         """
-        contiguous_size(buf)  # or raise
+        with memoryview(buf) as view:
+            if not view.c_contiguous:
+                raise BufferError("the buffer is not contiguous; pass a copy, bytes(...)")
         self = cls.__new__(cls)
         self._memory = Shared(buf)
-        self._is_written = True
         return self
 
     @classmethod
@@ -113,15 +90,14 @@ class Buffer:
 
         What later commands read into the Buffer is seen through it.
         """
-        storage = self._exposed()
-        if IS_CPYTHON:
-            self._memory = Shared(storage)
-        return storage
+        memory = self._clean()
+        if IS_CPYTHON and type(memory) is Block:
+            self._memory = Shared(give_away(memory))
+        return memory.storage
 
     def to_bytearray(self) -> bytearray:
         """A copy of the bytes, in a new bytearray."""
-        self._fill()
-        return bytearray(self._memory.storage)
+        return bytearray(self._clean().storage)
 
     def size(self) -> int:
         """The size in bytes."""
@@ -131,28 +107,27 @@ class Buffer:
         return self._memory.size
 
     def __bytes__(self) -> bytes:
-        self._fill()
-        return bytes(self._memory.storage)
+        return bytes(self._clean().storage)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(memoryview(self._exposed()).cast("B"))
+        return iter(as_bytes(self._clean().storage))
 
     def __getitem__(self, key: Any) -> Any:
-        self._fill()
-        found = self._memory.storage[key]
-        return bytearray(found) if isinstance(key, slice) else found
+        with as_bytes(self._clean().storage) as whole:
+            found = whole[key]
+            return bytearray(found) if isinstance(found, memoryview) else found
 
     def __setitem__(self, key: Any, newvalue: Any) -> None:
-        self._fill()
-        storage = self._memory.storage
+        storage = self._clean().storage
         if isinstance(key, slice):
-            # Of a memoryview, as that does not change the size.
-            with memoryview(storage) as view, view.cast("B") as whole:
-                whole[key] = _bytes_of(newvalue)
-        elif 0 <= newvalue <= 255:
-            storage[key] = newvalue
+            value: Any = _bytes_of(newvalue)
         else:
-            raise ValueError(f"a byte must be between 0 and 255, not {newvalue}")
+            value = as_number("a byte", newvalue)
+            if not 0 <= value <= 255:
+                raise ValueError(f"a byte must be between 0 and 255, not {value}")
+        # Of a memoryview, as that does not change the size.
+        with as_bytes(storage) as whole:
+            whole[key] = value
 
     def is_zero(self, offset: int = 0, size: int = -1) -> bool:
         """Whether bytes of the buffer are all zero.
@@ -172,9 +147,11 @@ class Buffer:
             >>> nbd.Buffer(4096).is_zero(1024, 512)
             True
         """
+        offset, size = as_number("offset", offset), as_number("size", size)
         if size == 0:
             return True
-        whole = len(self)
+        seen = self._seen()
+        whole = len(seen)
         if not 0 <= offset <= whole:
             raise IndexError(f"offset {offset} is outside the buffer of {whole} bytes")
         if size == -1:
@@ -185,11 +162,9 @@ class Buffer:
             raise IndexError(
                 f"offset {offset} + size {size} is outside the buffer of {whole} bytes"
             )
-        self._fill()
-        if isinstance(self._memory, Shared) and not IS_CPYTHON:
-            return self._memory.bytes_at(offset, size) == bytes(size)
-        room = self._memory.room
-        return bool(lib.nbdshim_is_zero(room[0] + offset, size))
+        if type(seen) is bytes:
+            return seen.count(0, offset, offset + size) == size
+        return bool(lib.nbdshim_is_zero(seen + offset, size))
 
     def __copy__(self) -> Buffer:
         twin = self.from_buffer(self.to_buffer())
@@ -200,24 +175,39 @@ class Buffer:
         return type(self).from_bytearray, (self.to_bytearray(),), vars(self) or None
 
     def __repr__(self) -> str:
+        if not hasattr(self, "_memory"):
+            return "<nbd.Buffer without memory>"
         return f"<nbd.Buffer of {len(self)} bytes>"
 
-    def _fill(self) -> None:
-        """Make zeroes of what was never written, before anybody sees it."""
-        if not self._is_written:
-            self._is_written = True
-            lib.nbdshim_clear(*self._memory.room[:2])
+    if not TYPE_CHECKING:
 
-    def _exposed(self) -> Any:
-        """The object that holds the memory, for somebody who may keep it: nobody else gets it."""
-        self._fill()
-        self._memory.shelf = NOWHERE
-        return self._memory.storage
+        def __getattr__(self, name):
+            if name == "_memory":
+                name = "no memory was allocated: __init__ must call nbd.Buffer.__init__"
+                raise AttributeError(name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _clean(self) -> Block | Shared:
+        """The memory, without bytes that nobody may see."""
+        memory = self._memory
+        if memory.state[0] and _clear_stale(memory.state, memory.pin, memory.size):
+            raise BufferError("another thread is beginning to read into this nbd.Buffer: wait")
+        return memory
+
+    def _seen(self) -> Any:
+        """The bytes as they are now, for is_zero: a pin, or a copy where that does not hold them."""
+        memory = self._clean()
+        if type(memory) is Block:
+            return memory.pin
+        if IS_CPYTHON:
+            return from_buffer(_CHARS, memory.storage)
+        with memoryview(memory.storage) as view:
+            return view.tobytes()
 
 
 def _bytes_of(value: Any) -> memoryview | bytes:
     """The bytes of what a slice of a bytearray can be set to: a buffer, or some numbers."""
     try:
-        return memoryview(value).cast("B")
+        return as_bytes(value)
     except TypeError:
         return bytes(iter(value))

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+from nbd._ffi import one_for_all_imports
 
+
+@one_for_all_imports
 class Error(Exception):
     """A libnbd call failed.
 
@@ -47,6 +50,7 @@ class Error(Exception):
         return f"{self.string} ({self.errno})" if self.errno else f"{self.string}"
 
 
+@one_for_all_imports
 class ClosedHandle(ValueError):
     """A method was called on a handle that is closed.
 

@@ -1,33 +1,35 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Memory for what is read: fresh, or recycled from an nbd.Buffer that nobody has any more.
+"""Memory for what is read: fresh, or from the pool of what dropped nbd.Buffers had.
 
 Fresh memory is dear: the kernel hands it out in pages that it has to clear, one fault for each.  So
-the memory of a dropped nbd.Buffer is kept for the next one of the same size, up to a bound
-(set_pool_limit), unless anybody could still look at it.  What is recycled holds old bytes: the
-Buffer makes sure that they never show.
+on CPython the pool keeps the blocks of the nbd.Buffers of a few sizes, up to a bound
+(set_pool_limit), and gives one to a new nbd.Buffer when only the pool refers to it: then there is
+no Buffer that has it, no command in flight that uses it, and nobody who sees its bytes.  No
+finalizer is needed for that: a signal handler that raises in one would be printed and lost.
+
+A block that is given out again holds old bytes: it is stale.  The shim overwrites them before a
+read, and a Buffer before anybody looks at them.
 """
 
 from __future__ import annotations
 
 import sys
 
-from nbd._ffi import ffi, lib
+from nbd._arguments import as_number
+from nbd._ffi import IS_CPYTHON, ffi, lib, one_for_all_imports
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections import deque
     from collections.abc import Callable
     from typing import Any
-
-    # Memory for C: its address, its size in bytes, and what keeps it in place.
-    Room = tuple[Any, int, Any]
+else:
+    from _collections import deque  # which takes a fraction of the time of collections
 
 #: From this size on, not filling memory with zeroes first is worth the way to CPython's C API.
 LARGE = 128 * 1024
 #: From this size on, memory may be in huge pages: a page fault for 2 MiB instead of for 4 KiB.
 HUGE = 4 * 1024 * 1024
-
-#: Only where an object is finalised as soon as it is dropped is there something to recycle in time.
-RECYCLES = IS_CPYTHON = sys.implementation.name == "cpython"
 
 if not IS_CPYTHON:
     import gc
@@ -40,16 +42,24 @@ if not IS_CPYTHON:
 #: long as to anywhere else.  So many bytes on, a cache line begins.
 _TO_LINE = 48
 
-#: How many sizes are kept at once; each has an equal share of the bound.
+#: How many sizes the pool has at once.
 _SIZES = 4
+#: How many blocks are looked at for one that is not in use.
+_LOOKS = range(4)
 
 #: The largest that glibc's malloc lets itself be taught to keep.
 _MALLOC_KEEPS = 31 * 1024 * 1024
 
 _CHARS = ffi.typeof("char[]")
-_from_buffer = ffi.from_buffer
+_INT = ffi.typeof("int *")
+CLEAN, STALE = lib.NBDSHIM_CLEAN, lib.NBDSHIM_STALE
+#: The memory of a bytes-like object, pinned: it stays where it is as long as the result lives.
+from_buffer = ffi.from_buffer
+_new = ffi.new
 _new_uncleared = ffi.new_allocator(should_clear_after_alloc=False)
-_pool_limit = (64 if RECYCLES else 32) * 1024 * 1024
+#: The state of memory that was never stale.
+NEVER_STALE = _new(_INT, CLEAN)
+_pool_limit = (64 if IS_CPYTHON else 32) * 1024 * 1024
 #: PyPy copies zeroes in a fifth of the time that it takes to make them.
 _zeroes = bytearray(0 if IS_CPYTHON else 64 * 1024)
 # A list, since it can be emptied by one thread alone.
@@ -64,81 +74,63 @@ _until_collection = _LEAST_USED
 _resize: Callable[[bytearray, int], object] | None = None
 
 
-class Shelf:
-    """Where memory of one size is kept until somebody wants it.
+@one_for_all_imports
+class Block:
+    """Memory that is ours: it stays where it is as long as its pin lives.
 
     Attributes:
-        items: What is there.
-        most: How many there may be.
+        storage: The object that has the bytes: a bytearray (PyPy: a memoryview).
+        pin: Its address for C, as a cdata of its size.  A command in flight refers to it.
+        state: Points to the enum nbdshim_state of the bytes.
     """
 
-    __slots__ = ("items", "most")
+    __slots__ = ("pin", "state", "storage")
 
-    def __init__(self, most: int) -> None:
-        self.items: list[Memory] = []
-        self.most = most
-
-
-NOWHERE = Shelf(0)
-
-
-class Memory:
-    """A bytes-like object whose memory C may use as long as this lives.
-
-    Attributes:
-        storage: The object.
-        room: Its memory.
-        shelf: Where it may be kept.
-    """
-
-    __slots__ = ("room", "shelf", "storage")
-
-    def __init__(self, storage: Any, room: Room, shelf: Shelf) -> None:
+    def __init__(self, storage: Any, pin: Any, state: int) -> None:
         self.storage = storage
-        self.room = room
-        self.shelf = shelf
+        self.pin = pin
+        self.state = _new(_INT, state)
 
     @property
     def size(self) -> int:
         """Its size in bytes."""
-        size: int = self.room[1]
-        return size
+        return len(self.pin)
 
 
+def as_bytes(buffer: Any) -> memoryview:
+    """A view of the bytes of a contiguous object, whatever its items are."""
+    view = memoryview(buffer)
+    if view.format == "B" and view.ndim == 1:
+        return view
+    return view.cast("B") if view.nbytes else memoryview(b"")
+
+
+@one_for_all_imports
 class Shared:
     """A bytes-like object of somebody else, who may resize it between two uses.
 
     Attributes:
         storage: The object.
-        shelf: Nowhere: it is not ours to be used again.
+        state: It is never stale.
     """
 
-    __slots__ = ("shelf", "storage")
+    __slots__ = ("storage",)
+
+    state = NEVER_STALE
 
     def __init__(self, storage: Any) -> None:
         self.storage = storage
-        self.shelf = NOWHERE
-
-    @property
-    def room(self) -> Room:
-        """Its memory as it is now, and what keeps that in place."""
-        return room_of(self.storage)
 
     @property
     def size(self) -> int:
         """Its size in bytes as it is now."""
-        return contiguous_size(self.storage)
-
-    def bytes_at(self, start: int, size: int) -> bytes:
-        """A copy of some bytes; a view, or an address, would keep PyPy 8 from resizing it."""
-        end = start + size
-        with memoryview(self.storage) as view, view.cast("B") as whole, whole[start:end] as part:
-            return part.tobytes()
+        with memoryview(self.storage) as view:
+            return view.nbytes
 
 
-#: The shelves' items, by size in bytes.
-spares: dict[int, list[Memory]] = {}
-_shelves: dict[int, Shelf] = {}
+# The blocks of each size, in use or not; what was given out last is at the end.  Each is in a tuple,
+# so that no variable counts among what refers to it.
+_pool: dict[int, deque[tuple[Block]]] = {}
 
 
 def set_pool_limit(size: int) -> None:
@@ -153,42 +145,67 @@ def set_pool_limit(size: int) -> None:
             Buffer larger than a quarter of it is never kept.
     """
     global _pool_limit
+    size = as_number("size", size)
     if size < 0:
         raise ValueError(f"size: {size} is negative; 0 keeps no memory")
     _pool_limit = size
-    for kind in list(_shelves):
-        _take_down(kind)
+    _pool.clear()
 
 
-def _take_down(size: int) -> None:
-    shelf = _shelves.pop(size, NOWHERE)  # where another thread is as far as this
-    spares.pop(size, None)
-    shelf.most = 0
-    shelf.items.clear()
+def new_block(size: int) -> Block:
+    """A block that nobody else has or sees; it may be stale."""
+    kept = _pool.get(size)
+    if kept:
+        for _ in _LOOKS:
+            try:
+                first = kept.popleft()  # the one that was given out first
+            except IndexError:  # other threads have the rest
+                break
+            if getrefcount(first[0]) != ALONE[0] or getrefcount(first[0].pin) != ALONE[1]:
+                kept.append(first)
+            elif getrefcount(first[0].storage) == ALONE[2]:
+                block = first[0]  # no other thread finds it unused from here on
+                block.state[0] = STALE
+                kept.append(first)
+                return block
+    block = _fresh_block(size)
+    if IS_CPYTHON and 0 < size <= _pool_limit // _SIZES:
+        _keep(block, size)
+    return block
 
 
-def _shelf_for(size: int) -> Shelf:
-    """The shelf for memory of a size, put up in the place of the oldest if there are too many."""
-    found = _shelves.get(size)
-    if found is None:
-        most = _pool_limit // _SIZES // max(size, 1)
-        if most == 0 or not RECYCLES:
-            return NOWHERE
-        for oldest in list(_shelves)[: 1 - _SIZES]:  # which leaves room for one more
-            _take_down(oldest)
-        found = _shelves.setdefault(size, Shelf(most))
-        spares[size] = found.items
-    return found
+def _keep(block: Block, size: int) -> None:
+    """Let the pool have a block; blocks of the size that it has had longest make room."""
+    kept = _pool.setdefault(size, deque())
+    kept.append((block,))
+    for oldest in list(_pool):
+        if oldest == size or (len(_pool) <= _SIZES and _pooled() <= _pool_limit):
+            break
+        _pool.pop(oldest, None)
+    if _pooled() > _pool_limit:
+        kept.popleft()
 
 
-def new_memory(size: int) -> tuple[Memory, bool]:
-    """Fresh memory of size bytes, and whether they are zeroes; else they are anything."""
-    shelf = _shelf_for(size)
+def _pooled() -> int:
+    """How many bytes the pool has."""
+    return sum(size * len(kept) for size, kept in list(_pool.items()))
+
+
+def give_away(block: Block) -> Any:
+    """The storage of a block, for somebody who may keep it and change its size."""
+    try:
+        _pool[block.size].remove((block,))
+    except (KeyError, ValueError):  # another thread is looking at it, and finds it seen
+        pass
+    return block.storage
+
+
+def _fresh_block(size: int) -> Block:
     if IS_CPYTHON:
         storage, is_zero = new_bytearray(size)
-        return Memory(storage, room_of(storage), shelf), is_zero
-    pointer = allocate(size)
-    return Memory(memoryview(ffi.buffer(pointer)), (pointer, size, pointer), shelf), False
+        return Block(storage, from_buffer(_CHARS, storage, True), CLEAN if is_zero else STALE)
+    pin = allocate(size)
+    return Block(memoryview(ffi.buffer(pin)), pin, STALE)
 
 
 def allocate(size: int, clear: bool = False) -> Any:
@@ -254,35 +271,6 @@ class _Collected:
         _renew_slack()
 
 
-def contiguous_size(buffer: Any, writable: bool = False) -> int:
-    """The bytes of a bytes-like object; BufferError if not contiguous, or not writable."""
-    with memoryview(buffer) as view:
-        if not view.c_contiguous:
-            raise BufferError("the buffer is not contiguous; pass a copy, bytes(...)")
-        if writable and view.readonly:
-            raise BufferError("the buffer is read-only; pass a bytearray or nbd.Buffer")
-        return view.nbytes
-
-
-def room_of(buffer: Any, writable: bool = False) -> Room:
-    """The memory of a bytes-like object; what cffi raises if it cannot be had.
-
-    Of a memoryview the object behind it is pinned: until CPython 3.12.7 the garbage collector may
-    clear a memoryview that is pinned, and crash (gh-77894).
-    """
-    is_view = isinstance(buffer, memoryview)
-    if is_view and not buffer.c_contiguous:  # PyPy's cffi does not look
-        raise BufferError("the memoryview is not contiguous")
-    view = _from_buffer(_CHARS, buffer, writable)
-    if not (is_view and IS_CPYTHON):
-        return view, len(view), view
-    try:
-        pin = _from_buffer(buffer.obj)
-    except (TypeError, ValueError, BufferError):
-        pin = view
-    return ffi.cast("char *", view), len(view), pin
-
-
 def new_bytearray(size: int) -> tuple[bytearray, bool]:
     """A bytearray of size bytes, and whether they are zeroes; else they are anything."""
     if not IS_CPYTHON:
@@ -323,3 +311,11 @@ def _uninitialised(size: int) -> bytearray:
     _resize(fresh, size + _TO_LINE)
     del fresh[:_TO_LINE]
     return fresh
+
+
+if IS_CPYTHON:
+    from sys import getrefcount
+
+    _first = (_fresh_block(1),)
+    #: How often a block, its pin and its storage are referred to when only the pool has it.
+    ALONE = getrefcount(_first[0]), getrefcount(_first[0].pin), getrefcount(_first[0].storage)

@@ -15,15 +15,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from _frozen_importlib_external import PathFinder
+from contextlib import suppress
 
 import nbd
 
 TYPE_CHECKING = False  # typing's own constant would cost the import of typing
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from importlib.machinery import ModuleSpec
-    from types import FrameType, ModuleType
     from typing import NoReturn
 
 _SHORT_OPTIONS = ("-V", "-c", "-n", "-u", "-v")
@@ -36,14 +33,16 @@ _LONG_OPTIONS = (
     "--version",
 )
 
+#: What the shell and the package, and what these use, import where it is needed.
+_LATER = ("nbd.frames", "ast", "ctypes", "encodings.idna", "socket", "tokenize", "types")
+_LATER_IN_A_SESSION = ("nbd.console", "readline", "rlcompleter")
+
 # The text of every command that was run, by the file name that its frames carry.
 _sources: dict[str, str] = {}
 
 
 def main() -> None:
     """Run nbdsh on sys.argv; every exit status but 0 is raised as SystemExit."""
-    scope: dict[str, object] = {}
-    sys.meta_path.insert(0, _OwnImports(scope))
     options = _parser().parse_args()
     steps: list[tuple[str, str]] = options.steps or []
     if options.n and any(kind != "command" for kind, _ in steps):
@@ -55,10 +54,11 @@ def main() -> None:
         os.environ["LIBNBD_DEBUG"] = "1"
 
     handle = None if options.n else _named_handle()
-    _fill(scope, handle)
-    _import_from_here()
+    scope = _scope(handle)
+    is_interactive = not any(kind == "command" for kind, _ in steps)
+    _import_from_here(is_interactive)
     _run(steps, handle, scope)
-    if not any(kind == "command" for kind, _ in steps):
+    if is_interactive:
         from nbd import console
 
         console.run(scope, handle)
@@ -131,63 +131,42 @@ def _named_handle() -> nbd.NBD:
     return handle
 
 
-def _fill(scope: dict[str, object], handle: nbd.NBD | None) -> None:
-    """Give the namespace of all commands the names that libnbd's nbdsh is known to have."""
+def _scope(handle: nbd.NBD | None) -> dict[str, object]:
+    """Make the namespace of all commands, with the names that libnbd's nbdsh is known to have."""
     # Classes made in it look for their module, and its name, in sys.modules.
     import nbdsh
 
-    scope.update({"__name__": nbdsh.__name__, "nbd": nbd, "os": os, "sys": sys})
+    scope: dict[str, object] = {"__name__": nbdsh.__name__, "nbd": nbd, "os": os, "sys": sys}
     if handle is not None:
         scope["h"] = handle
+    return scope
 
 
-def _import_from_here() -> None:
-    # As `python -c` does, and libnbd's nbdsh, which is `python -m nbd`.
-    if "" not in sys.path and not getattr(sys.flags, "safe_path", sys.flags.isolated):
-        sys.path.insert(0, "")
+def _import_from_here(is_interactive: bool) -> None:
+    """Let commands import from the current folder, as `python -c` does, and libnbd's nbdsh.
 
-
-class _OwnImports:
-    """Finds what the package imports as if the current folder were not on the path.
-
-    An import is the package's own if, on the way outwards from it, a frame of the package comes
-    before one of the user's.  Frames of other installed modules decide nothing: they import for
-    the one who called them.
+    What is imported later for the shell and the package is imported before, where the folder has a
+    file of the name of a standard module.
     """
+    if "" in sys.path or getattr(sys.flags, "safe_path", sys.flags.isolated):
+        return
+    if _hides_a_module(os.curdir):
+        import importlib
 
-    def __init__(self, scope: dict[str, object]) -> None:
-        """Take the path as it is now, but for the current folder.
+        for name in _LATER + (_LATER_IN_A_SESSION if is_interactive else ()):
+            with suppress(ImportError):
+                importlib.import_module(name)
+    sys.path.insert(0, "")
 
-        Args:
-            scope: The namespace of the commands: what runs in it is the user's.
-        """
-        self._scope = scope
-        self._path = [entry for entry in sys.path if entry]
-        # What is compiled from no file is the interpreter's, or was made for the frames around it.
-        self._installed = ("<", *self._path)
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """Find a top-level module that the package imports; leave all others to the next finder."""
-        if path is not None or not self._is_own(sys._getframe(1)):
-            return None
-        for finder in sys.meta_path:
-            if finder is not self:
-                where = self._path if finder is PathFinder else None
-                spec = finder.find_spec(name, where, target)
-                if spec is not None:
-                    return spec
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-    def _is_own(self, frame: FrameType | None) -> bool:
-        while frame is not None and frame.f_globals is not self._scope:
-            if str(frame.f_globals.get("__name__")).partition(".")[0] == nbd.__name__:
-                return True
-            if not frame.f_code.co_filename.startswith(self._installed):
-                return False
-            frame = frame.f_back
+def _hides_a_module(folder: str) -> bool:
+    """Whether a folder has a module or package with the name of one of Python's."""
+    try:
+        names = {name.partition(".")[0] for name in os.listdir(folder)}
+    except OSError:
         return False
+    standard: frozenset[str] | None = getattr(sys, "stdlib_module_names", None)
+    return bool(names if standard is None else names & standard)
 
 
 def _run(steps: list[tuple[str, str]], handle: nbd.NBD | None, scope: dict[str, object]) -> None:

@@ -486,7 +486,7 @@ def program(group: str, place: Place) -> None:
     collect_garbage()
     show(f"leaks, {group}: calls", calls)
     show(f"leaks, {group}: entries in the registry", registered())
-    show(f"leaks, {group}: exceptions that wait", len(nbd._ffi.pending))
+    show(f"leaks, {group}: exceptions that wait", len(nbd._callbacks.pending))
     show(f"leaks, {group}: handles more than before", len(open_handles) - handles)
     show(f"leaks, {group}: descriptors more than before", descriptors() - files)
 

@@ -138,7 +138,7 @@ def test_the_upcalls_are_the_same_in_both_modes() -> None:
     found = header("int nbd_f (H)")
     declared = re.findall(r"int \(\*(\w+)\)\(([^)]*)\);", " ".join(glue_header(found).split()))
     external = re.findall(r"int nbdup_(\w+)\(([^)]*)\);", extern_python(found))
-    assert [name for name, _ in declared] == ["pairs", "completion"]
+    assert [name for name, _ in declared] == ["release", "pairs", "completion"]
     assert declared == external
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import inspect
@@ -128,12 +127,11 @@ def test_a_second_init_leaves_no_connection_behind(nbdkit: Callable[..., Server]
     h.connect_unix(nbdkit("memory", "1M").socket)
     before = usage.descriptors()
     h.aio_pread(bytearray(512), 0)
-    # It may refuse.
-    with contextlib.suppress(Exception):
-        h.__init__()  # type: ignore[misc]
+    h.__init__()  # type: ignore[misc]
     h.close()
     usage.collect_garbage()
-    assert (usage.descriptors(), usage.registered()) == (before - 1, 0)
+    assert usage.descriptors() < before
+    assert usage.registered() == 0
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -123,8 +123,13 @@ def pool_limit() -> Iterator[Callable[[int], None]]:
 
 
 def pooled() -> int:
-    """Return how many bytes wait to be used again."""
-    return sum(size * len(items) for size, items in nbd.memory.spares.items())
+    """Return how many bytes the pool has, in use or not."""
+    return nbd.memory._pooled()
+
+
+def address(buffer: nbd.Buffer) -> int:
+    """Return where a Buffer's memory is."""
+    return int(nbd._ffi.ffi.cast("uintptr_t", buffer._memory.pin))
 
 
 def growth(program: str, *arguments: str, nursery: int = NURSERY) -> int:
@@ -188,12 +193,20 @@ def test_a_large_buffer_gives_its_memory_back(nbdkit: Callable[..., Server]) -> 
 
 @recycles
 def test_memory_of_a_dropped_buffer_is_used_again() -> None:
-    nbd.Buffer(BLOCK)
-    kept = pooled()
-    buffer = nbd.Buffer(BLOCK)
-    assert pooled() == kept - BLOCK
-    del buffer
-    assert pooled() == kept
+    def read_beside(others: list[nbd.Buffer]) -> set[int]:
+        found = set()
+        for _ in range(100):
+            others.append(nbd.Buffer(BLOCK))
+            found.add(address(others.pop(0)))
+        return found
+
+    assert len(read_beside([nbd.Buffer(BLOCK) for _ in range(8)])) < 20
+
+
+@recycles
+def test_memory_in_use_is_not_given_to_another_buffer() -> None:
+    buffers = [nbd.Buffer(BLOCK) for _ in range(200)]
+    assert len({address(buffer) for buffer in buffers}) == 200
 
 
 @recycles
@@ -213,6 +226,14 @@ def test_a_bound_of_zero_keeps_nothing(pool_limit: Callable[[int], None]) -> Non
     del buffer
     nbd.Buffer(BLOCK)
     assert pooled() == 0
+
+
+@recycles
+def test_memory_that_was_given_away_is_not_used_again() -> None:
+    given = [nbd.Buffer(BLOCK).to_buffer() for _ in range(20)]
+    for _ in range(100):
+        nbd.Buffer(BLOCK)[:] = b"x" * BLOCK
+    assert given == [bytearray(BLOCK)] * 20
 
 
 def test_a_negative_bound_is_refused(pool_limit: Callable[[int], None]) -> None:

@@ -12,6 +12,7 @@ struct arguments {
     char *argv[2];
     char data[512], room[512], address[128];
     uint32_t address_size;
+    int state; /* of room */
     struct token tokens[2];
 };
 
@@ -21,6 +22,7 @@ struct call {
     int tokens;          /* how many it takes */
     bool refuses_with_0; /* it returns a pointer or an unsigned number */
     bool reads;          /* into room */
+    bool reads_later;    /* after the call has returned */
     bool is_lock_free;   /* callbacks may make it */
 };
 

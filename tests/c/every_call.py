@@ -36,7 +36,7 @@ def arguments(function: Function) -> list[str]:
     for parameter in function.parameters:
         found += values(function, parameter)
         if parameter is function.filled_later:
-            found.append("false")
+            found.append("&a->state")
     return found
 
 
@@ -71,11 +71,12 @@ def row(function: Function) -> str:
     """Its row of the table."""
     has_zero = function.returns.endswith("*") or function.returns in UNSIGNED_64
     has_room = function.buffer is not None and function.buffer.kind is Kind.ROOM
+    flags = (has_zero, has_room, bool(function.filled_later), function.name in LOCK_FREE)
     fields = [
         f'"{function.name}"',
         f"make_{function.name}",
         str(len(function.closures)),
-        *(str(flag).lower() for flag in (has_zero, has_room, function.name in LOCK_FREE)),
+        *(str(flag).lower() for flag in flags),
     ]
     return f"    {{{', '.join(fields)}}},\n"
 

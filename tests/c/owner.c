@@ -17,13 +17,28 @@ static int called(uintptr_t token, size_t size, int error)
     return t->answer;
 }
 
-static void release(uintptr_t token)
-{
-    struct token *t = (struct token *)token;
+/* How many times more `release` fails, as it does where a signal handler raises. */
+static _Thread_local int failing_releases;
 
-    t->releases++;
-    if (t->released)
-        t->released(t);
+void fail_releases(int times)
+{
+    failing_releases = times;
+}
+
+static int release(const uintptr_t *tokens, size_t count)
+{
+    if (failing_releases > 0) {
+        failing_releases--;
+        return -1;
+    }
+    for (size_t i = 0; i < count; i++) {
+        struct token *t = (struct token *)tokens[i];
+
+        t->releases++;
+        if (t->released)
+            t->released(t);
+    }
+    return 0;
 }
 
 static int chunk(uintptr_t token, size_t subbuf_at, size_t count, uint64_t offset, unsigned status,

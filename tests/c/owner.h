@@ -18,6 +18,9 @@ struct token {
     atomic_size_t size;                /* the bytes or extents that its callbacks were shown */
 };
 
+/* Let the next calls of `release` in this thread fail. */
+void fail_releases(int times);
+
 /* Make the functions that count the shim's upcalls. */
 void own_tokens(void);
 

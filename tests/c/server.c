@@ -78,7 +78,9 @@ int connect_to_silence(struct nbdshim *s, uint64_t size)
 int64_t start_read(struct nbdshim *s, void *buf, size_t count, uint64_t offset, uintptr_t token,
                    bool is_called)
 {
-    return nbdcall_aio_pread(s, buf, count, false, offset, token, is_called, 0);
+    int state = NBDSHIM_CLEAN;
+
+    return nbdcall_aio_pread(s, buf, count, &state, offset, token, is_called, 0);
 }
 
 void drain(struct nbdshim *s)

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
 /* The helpers for memory: zeroes, and advice. */
 #include "check.h"
-#include "nbdshim.h"
+#include "handle.h"
 
+#include <pthread.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #define SIZE ((size_t)8 << 20)
 
@@ -26,12 +28,57 @@ static void any_byte_that_is_not_zero_is_found(void)
 static void clearing_touches_its_own_bytes_only(void)
 {
     char bytes[8];
+    int state = NBDSHIM_STALE;
 
     memset(bytes, 'x', sizeof bytes);
-    nbdshim_clear(bytes + 2, 3);
+    CHECK(nbdshim_clear_stale(&state, bytes + 2, 3) == 0);
     CHECK(memcmp(bytes, "xx\0\0\0xxx", sizeof bytes) == 0);
-    nbdshim_clear(bytes, 0);
+    CHECK(state == NBDSHIM_CLEAN);
+    state = NBDSHIM_STALE;
+    CHECK(nbdshim_clear_stale(&state, bytes, 0) == 0);
     CHECK(bytes[0] == 'x');
+}
+
+static void what_is_clean_is_not_cleared(void)
+{
+    char bytes[8];
+    int state = NBDSHIM_CLEAN;
+
+    memset(bytes, 'x', sizeof bytes);
+    CHECK(nbdshim_clear_stale(&state, bytes, sizeof bytes) == 0);
+    CHECK(memcmp(bytes, "xxxxxxxx", sizeof bytes) == 0);
+}
+
+/* As a read that another thread has begun: it overwrites what is here, and then says so. */
+static void *overwrite(void *argument)
+{
+    int *state = argument;
+
+    usleep(20000);
+    nbdshim_set_clean(state);
+    return NULL;
+}
+
+static void clearing_waits_for_another_thread_that_overwrites(void)
+{
+    char bytes[8] = "read";
+    int state = NBDSHIM_STALE;
+    pthread_t thread;
+
+    CHECK(nbdshim_claim_stale(&state) && !nbdshim_claim_stale(&state));
+    REQUIRE(pthread_create(&thread, NULL, overwrite, &state) == 0);
+    CHECK(nbdshim_clear_stale(&state, bytes, sizeof bytes) == 0);
+    CHECK(strcmp(bytes, "read") == 0);
+    CHECK(pthread_join(thread, NULL) == 0);
+}
+
+static void clearing_does_not_wait_for_ever(void)
+{
+    char bytes[8] = "read";
+    int state = NBDSHIM_BUSY;
+
+    CHECK(nbdshim_clear_stale(&state, bytes, sizeof bytes) == -1);
+    CHECK(strcmp(bytes, "read") == 0 && state == NBDSHIM_BUSY);
 }
 
 static void advice_changes_no_byte(void)
@@ -58,4 +105,7 @@ static void advice_on_less_than_a_page_is_ignored(void)
 }
 
 RUN_TESTS(TEST(any_byte_that_is_not_zero_is_found), TEST(clearing_touches_its_own_bytes_only),
-          TEST(advice_changes_no_byte), TEST(advice_on_less_than_a_page_is_ignored))
+          TEST(what_is_clean_is_not_cleared),
+          TEST(clearing_waits_for_another_thread_that_overwrites),
+          TEST(clearing_does_not_wait_for_ever), TEST(advice_changes_no_byte),
+          TEST(advice_on_less_than_a_page_is_ignored))

@@ -99,8 +99,9 @@ static void a_completion_that_returned_1_releases_no_other_token(void)
 {
     struct nbdshim *s = connected();
     struct token chunk = {0}, completion = {.answer = 1};
+    int state = NBDSHIM_CLEAN;
 
-    CHECK(nbdcall_aio_pread_structured(s, room, sizeof room, false, 0, give(&chunk),
+    CHECK(nbdcall_aio_pread_structured(s, room, sizeof room, &state, 0, give(&chunk),
                                        give(&completion), true, 0) > 0);
     drain(s);
     CHECK(chunk.calls == 1 && chunk.size == sizeof room);
@@ -211,6 +212,68 @@ static void another_debug_callback_releases_the_one_before(void)
     CHECK(first.releases == 1 && second.releases == 1);
 }
 
+static void a_release_that_fails_is_tried_again_at_once(void)
+{
+    struct nbdshim *s = connected();
+    struct token extent = {0};
+
+    fail_releases(2);
+    CHECK(nbdcall_block_status(s, DISK_SIZE, 0, give(&extent), 0) == 0);
+    CHECK(extent.releases == 1);
+    nbdshim_destroy(s);
+}
+
+static void a_release_that_fails_for_long_is_tried_again_by_later_calls(void)
+{
+    struct nbdshim *s = connected();
+    struct token extents[100] = {0};
+
+    fail_releases(1000);
+    for (int i = 0; i < 100; i++)
+        CHECK(nbdcall_block_status(s, DISK_SIZE, 0, give(&extents[i]), 0) == 0);
+    for (int i = 0; i < 100; i++)
+        CHECK(extents[i].releases == 0);
+    fail_releases(0);
+    CHECK(nbdcall_get_size(s) == DISK_SIZE);
+    for (int i = 0; i < 100; i++)
+        CHECK(extents[i].releases == 1);
+    nbdshim_destroy(s);
+}
+
+static void a_release_that_never_succeeds_leaks_nothing(void)
+{
+    struct nbdshim *s = connected();
+    struct token extent = {0};
+
+    fail_releases(1000);
+    CHECK(nbdcall_block_status(s, DISK_SIZE, 0, give(&extent), 0) == 0);
+    nbdshim_destroy(s);
+    fail_releases(0);
+    CHECK(extent.releases == 0);
+}
+
+static void a_token_is_held_from_its_call_until_libnbd_has_freed_it(void)
+{
+    struct nbdshim *s = connected();
+    struct token completion = {0}, refused = {0}, debug = {0};
+    int64_t cookie = start(s, 0, &completion, true);
+
+    CHECK(nbdcall_set_debug_callback(s, give(&debug)) == 0);
+    CHECK(nbdshim_holds(s, give(&completion)) && nbdshim_holds(s, give(&debug)));
+    drain(s);
+    CHECK(nbdshim_holds(s, give(&completion)));
+    CHECK(nbdcall_aio_command_completed(s, (uint64_t)cookie) == 1);
+    CHECK(!nbdshim_holds(s, give(&completion)) && nbdshim_holds(s, give(&debug)));
+    CHECK(start(s, BEYOND, &refused, true) == -1);
+    CHECK(!nbdshim_holds(s, give(&refused)));
+    CHECK(nbdshim_close(s) == 0);
+    CHECK(!nbdshim_holds(s, give(&debug)));
+    CHECK(start(s, 0, &refused, true) == NBDSHIM_CLOSED);
+    CHECK(!nbdshim_holds(s, give(&refused)) && refused.releases == 1);
+    nbdshim_destroy(s);
+    CHECK(!nbdshim_holds(NULL, 1));
+}
+
 static void a_killed_server_completes_and_releases_every_command(void)
 {
     struct nbdshim *s = nbdshim_create();
@@ -248,4 +311,8 @@ RUN_TESTS(TEST(a_call_that_waits_releases_before_it_returns), TEST(a_call_that_f
           TEST(no_token_and_no_callback_is_nothing), TEST(closing_releases_what_is_in_flight),
           TEST(destroying_releases_what_is_in_flight),
           TEST(another_debug_callback_releases_the_one_before),
+          TEST(a_release_that_fails_is_tried_again_at_once),
+          TEST(a_release_that_fails_for_long_is_tried_again_by_later_calls),
+          TEST(a_release_that_never_succeeds_leaks_nothing),
+          TEST(a_token_is_held_from_its_call_until_libnbd_has_freed_it),
           TEST(a_killed_server_completes_and_releases_every_command))
