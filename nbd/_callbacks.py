@@ -22,7 +22,7 @@ from __future__ import annotations
 import sys
 from _thread import get_ident
 
-from nbd._ffi import ffi, lib, process
+from nbd._ffi import IS_CPYTHON, ffi, lib, process
 from nbd._values import as_text
 from nbd.error import ClosedHandle, Error
 
@@ -232,7 +232,12 @@ def _failure(handle: Any, result: Any, method: str) -> Exception | None:
 def last_error() -> Error:
     """This thread's last libnbd error."""
     message = lib.nbdshim_error()
-    return Error(as_text(message) if message else "unknown error", lib.nbdshim_errno())
+    failure = Error(as_text(message) if message else "unknown error", lib.nbdshim_errno())
+    if not IS_CPYTHON and failure.errno == "EMFILE":  # PyPy closes late what was dropped
+        import gc
+
+        gc.collect()
+    return failure
 
 
 class _callback_of_libnbd:

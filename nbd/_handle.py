@@ -26,10 +26,10 @@ _gc = ffi.gc
 _open: set[Any] = set()
 _is_exiting = False
 
-#: PyPy finds out late what was dropped.  With so many handles more than were open after the last
+#: PyPy finds out late what was dropped.  When so many handles more are open than after the last
 #: collection, it is asked to look: each has some KiB of memory and, connected, two descriptors.
-_DROPPED = 128
-_collect_at = _DROPPED
+_MOST_DROPPED = 128
+_collect_at = 8
 
 
 class Handle:
@@ -120,8 +120,12 @@ def _collect_dropped() -> None:
     global _collect_at
     import gc
 
+    import resource
+
     gc.collect()
-    _collect_at = len(_open) + _DROPPED
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = descriptors // 8 if descriptors != resource.RLIM_INFINITY else _MOST_DROPPED
+    _collect_at = len(_open) + max(1, min(_MOST_DROPPED, few))
 
 
 @atexit.register
