@@ -10,6 +10,9 @@
 
 #include <libnbd.h>
 
+/* How often an upcall is tried that a signal handler's exception kept from its work. */
+#define NBDSHIM_TRIES 3
+
 /* The low bits of `users` count the owner and the calls that are running. */
 #define NBDSHIM_CLOSING (1U << 31)
 

@@ -17,9 +17,8 @@
 #include <time.h>
 #include <unistd.h>
 
-/* How many tokens go up at once, and how often `release` is asked to take them. */
+/* How many tokens go up at once. */
 #define BATCH 64
-#define TRIES 3
 /* How often the thread that asks for a token lets others run until it has the lock. */
 #define HOLDS_TRIES 100000
 
@@ -159,7 +158,7 @@ static struct nbdshim_closure *take_released(const struct nbdshim *s)
 /* Hand over tokens until `release` takes them: an exception of a signal handler is raised once. */
 static bool are_taken(const uintptr_t *tokens, size_t count)
 {
-    for (int i = 0; i < TRIES; i++) {
+    for (int i = 0; i < NBDSHIM_TRIES; i++) {
         if (nbdshim_up.release(tokens, count) == 0)
             return true;
     }

@@ -67,6 +67,12 @@ enum nbdshim_refusal {
     NBDSHIM_TOO_LARGE = -5  /* libnbd's 64-bit result, a server's number, was below -1 */
 };
 
+/*
+ * What the upcall `completion` returns where it came to nothing: an exception of a signal handler
+ * was raised, and kept, before anything was done.  It is called again, twice at the most.
+ */
+enum { NBDSHIM_NOT_DONE = -0x7fffffff };
+
 /* What a buffer holds.  It begins as stale, if it does, and ends as clean. */
 enum nbdshim_state {
     NBDSHIM_CLEAN = 0, /* its owner's bytes, or zeroes */

@@ -103,6 +103,11 @@ def upcall_function(closure: Closure) -> str:
     call = wrapped(f"    int ret = nbdshim_up.{name}({', '.join(['closure->token', *passed])});")
     once = spent = ""
     if name == "completion":
+        again = call.replace("int ret", "    ret", 1)
+        call += (
+            "\n\n    for (int i = 1; i < NBDSHIM_TRIES && ret == NBDSHIM_NOT_DONE; i++)\n"
+            f"{again}"
+        )
         once = "    if (closure->completed)\n        return 0;\n    closure->completed = true;\n"
         spent = "    if (ret == 1)\n        closure->released = true;\n"
     return (

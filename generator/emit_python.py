@@ -92,7 +92,7 @@ from __future__ import annotations
 
 from nbd._callbacks import ErrorNumber, as_int, forget, keep, registry, set_errno
 from nbd._ffi import install, upcall
-from nbd._pins import BOUNCES, copy_back, part
+from nbd._pins import BOUNCES, bring_back, part
 from nbd._values import {", ".join(converters)}
 
 TYPE_CHECKING = False
@@ -117,6 +117,8 @@ def closure_function(closure: Closure) -> str:
         parameters += upcall_parameters(argument)
     lines = completion_lines(closure) if closure.name == "completion" else callback_lines(closure)
     lines = ["try:", *lines, "except BaseException as raised:", "    return keep(raised, token)"]
+    if closure.name == "completion":
+        lines = [*ARRIVAL_LINES, *lines]
     signature = wrap(f"def {closure.name}_upcall({', '.join(parameters)}) -> int:", 0)
     doc = f'    """Run the {closure.name} callback that token stands for."""'
     body = textwrap.indent("\n".join(lines), "    ")
@@ -186,12 +188,17 @@ def cell_lines(name: str) -> list[str]:
 NONE_LINES = ["    if result is None:", "        return 0"]
 
 
+#: What may be done again, if a signal handler raises meanwhile.
+ARRIVAL_LINES = [
+    "callback, _, target, pin = registry[token]",
+    "if BOUNCES and target is not None:",
+    "    bring_back(token)",
+]
+
+
 def completion_lines(closure: Closure) -> list[str]:
     """The body for completions: the common path, which also retires the command."""
     return [
-        "    callback, _, target, pin = registry[token]",
-        "    if BOUNCES and target is not None:",
-        "        copy_back(target, pin)",
         "    if callback is None:",
         "        return 0",
         *called(closure),

@@ -72,7 +72,7 @@ RESERVED = frozenset(keyword.kwlist) | {
 #: The same for an argument of a callback.
 RESERVED_IN_CALLBACKS = RESERVED | {
     *("closure", "upcall", "token", "callback", "forget", "keep", "part"),
-    *("unpack", "pairs", "string", "copy_back", "set_errno", "as_int", "ErrorNumber"),
+    *("unpack", "pairs", "string", "bring_back", "set_errno", "as_int", "ErrorNumber"),
     "UnicodeDecodeError",
 }
 

@@ -142,13 +142,14 @@ def upcall(name: str) -> Callable[[Function], Function]:
 
     A function that raises all the same (a signal handler may raise at its first bytecode), or whose
     result cffi cannot convert, returns -1 to the shim, and what it raised is kept: failure never
-    looks like 0, and nothing is lost.
+    looks like 0, and nothing is lost.  A completion happens once, and so it is called again then.
     """
 
     def decorate(function: Function) -> Function:
         if name in process.upcalls:  # of an earlier import, which does for all
             return function
-        options = {"error": -1, "onerror": _keep_unexpected}
+        keep = _keep_of_completion if name == "completion" else _keep_unexpected
+        options = {"error": -1, "onerror": keep}
         if MODE == "API":
             ffi.def_extern(name=f"nbdup_{name}", **options)(function)
             process.upcalls[name] = getattr(lib, f"nbdup_{name}")
@@ -161,6 +162,13 @@ def upcall(name: str) -> Callable[[Function], Function]:
 
 def _keep_unexpected(exc_type: object, exception: BaseException, traceback: object) -> None:
     process.pending.append((get_ident(), None, exception))
+
+
+def _keep_of_completion(exc_type: object, exception: BaseException, traceback: Any) -> int:
+    """The same; tells the shim whether the callable was, or may have been, called."""
+    _keep_unexpected(exc_type, exception, traceback)
+    is_called = traceback is not None and "error_cell" in traceback.tb_frame.f_locals
+    return -1 if is_called else int(lib.NBDSHIM_NOT_DONE)
 
 
 def install() -> None:

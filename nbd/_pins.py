@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import sys
 
+from nbd._callbacks import keep, registry
 from nbd._ffi import ffi
 from nbd.buffer import Buffer
 from nbd.error import Error
@@ -101,7 +102,8 @@ def shown_result(result: bytearray, pin: Any) -> bytearray:
         return result
     if len(result) != len(pin):  # the callback has resized it
         result = bytearray(len(pin))
-    copy_back(result, pin)
+    _copy_back(result, pin)
+    free(pin, len(pin))
     return result
 
 
@@ -208,8 +210,21 @@ def _unusable(name: str, buffer: Any, reason: Exception) -> Exception:
     return BufferError(f"{name}: {reason}")
 
 
-def copy_back(target: Any, pin: Any) -> None:
-    """Bring what a command read into a bounce buffer to the caller's object, and free the former."""
+def bring_back(token: int) -> None:
+    """Bring what a command read into its bounce buffer to the caller's object, and free the former.
+
+    It can be done again where a signal handler's exception ends it.
+    """
+    callback, handle, target, pin = registry[token]
+    try:
+        _copy_back(target, pin)
+    except BufferError as resized:
+        keep(resized, token)
+    registry[token] = (callback, handle, None, None)
+    free(pin, len(pin))
+
+
+def _copy_back(target: Any, pin: Any) -> None:
     with as_bytes(target) as whole:
         try:
             whole[:] = ffi.buffer(pin)[:]
@@ -217,7 +232,6 @@ def copy_back(target: Any, pin: Any) -> None:
             raise BufferError(
                 "the buffer was resized while a command was reading into it: what it read is lost"
             ) from None
-    free(pin, len(pin))
 
 
 def part(target: Any, pin: Any, start: int, count: int) -> memoryview:
@@ -234,6 +248,6 @@ def part(target: Any, pin: Any, start: int, count: int) -> memoryview:
         arrived = ffi.buffer(pin + start, count)[:]
         try:
             view[:] = arrived
-        except ValueError:  # resized meanwhile: copy_back says so
+        except ValueError:  # resized meanwhile: bring_back says so
             return memoryview(arrived)
     return view.toreadonly()
