@@ -190,7 +190,7 @@ NONE_LINES = ["    if result is None:", "        return 0"]
 
 #: What may be done again, if a signal handler raises meanwhile.
 ARRIVAL_LINES = [
-    "callback, _, target, pin = registry[token]",
+    "callback, _, target, _ = registry[token]",
     "if BOUNCES and target is not None:",
     "    bring_back(token)",
 ]
@@ -249,7 +249,6 @@ from nbd._handle import Handle
 from nbd._pins import (
     BOUNCES,
     SCRATCH,
-    from_buffer,
     new_result,
     new_scratch,
     new_shown_result,
@@ -261,7 +260,7 @@ from nbd._pins import (
     writable,
 )
 from nbd._values import as_text, owned_text
-from nbd.memory import NEVER_STALE
+from nbd.memory import NEVER_STALE, from_buffer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -369,8 +368,8 @@ def docstring(function: Function, entry: Documentation | None) -> str:
 def statements(function: Function, kind: Returns) -> Iterator[str]:
     """The method's body.
 
-    All arguments are converted before anything is registered.  Whatever exception leaves the method,
-    at whatever bytecode: what was registered is forgotten, unless the shim has taken it.
+    All arguments are converted before anything is registered.  Whatever exception leaves the
+    method, at whatever bytecode: what was registered is forgotten, unless the shim has taken it.
     """
     tokens = [f"{closure.name}_token" for closure in function.closures]
     body = [*conversions(function), *registrations(function), *call(function, kind)]
@@ -420,7 +419,9 @@ def conversions(function: Function) -> Iterator[str]:
             yield f"{name}_room, {name}_size = address_of({name})"
     for closure in function.closures:
         name = closure.name
-        unless = f"({name} is None or callable({name}))" if closure.optional else f"callable({name})"
+        unless = (
+            f"({name} is None or callable({name}))" if closure.optional else f"callable({name})"
+        )
         yield f"if not {unless}:"
         yield f'    raise not_callable("{name}", {name})'
     buffer = function.buffer

@@ -4,12 +4,12 @@
 A method registers the callable under a token, an int, and gives the token to the shim.  libnbd
 calls the shim, the shim calls the function of nbd.closures for that type of callback, and that one
 finds the callable by the token, converts the arguments and calls it.  When libnbd has freed the
-callback, the shim hands the token over at the end of a call on the handle (`release`), and the entry
-goes: so the registry keeps alive just what libnbd still needs, the callable, and the memory of a
-command in flight.
+callback, the shim hands the token over at the end of a call on the handle (`release`), and the
+entry goes: so the registry keeps alive just what libnbd still needs, the callable, and the memory
+of a command in flight.
 
-A method that is left by an exception, at whatever bytecode a signal handler raises it, asks the shim
-which of its tokens it holds, and forgets the others (`abandon`).
+A method that is left by an exception, at whatever bytecode a signal handler raises it, asks the
+shim which of its tokens it holds, and forgets the others (`abandon`).
 
 A callable that raises cannot raise through C.  libnbd is told -1, and the exception waits in
 `pending` until the call that ran the callback comes back to its method in that thread.  There
@@ -77,7 +77,7 @@ def as_int(result: object) -> int:
 
 
 def abandon(handle: Any, *tokens: int) -> None:
-    """Forget those tokens of a call that the shim does not hold: it was not called, or it failed."""
+    """Forget those tokens of a call that the shim does not hold: it was not called, or failed."""
     for token in tokens:
         if token and not lib.nbdshim_holds(handle, token):
             forget(token, None)
@@ -150,8 +150,8 @@ def _or_end(failure: Exception | None) -> BaseException | None:
 def _raise(handle: Any, failure: BaseException | None) -> None:
     """Raise a failure, or what a callback raised that must not be held up; report the rest.
 
-    What waits in `pending` is taken out when the exception is on its way: a signal handler may raise
-    at any bytecode before, and then it still waits for the next call.
+    What waits in `pending` is taken out when the exception is on its way: a signal handler may
+    raise at any bytecode before, and then it still waits for the next call.
 
     An exception refers to the frames it has passed, so no frame may refer to it in turn: the
     caller's buffer would stay pinned until the next garbage collection.

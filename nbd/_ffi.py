@@ -5,9 +5,9 @@ Everything above these two names is the same in both modes but for one thing, wh
 how the shim is given the Python functions that it calls upwards.
 
 The shim is loaded once for the process.  The package may be imported again, where sys.modules was
-emptied, as test runners do.  What the shim refers to must be the same for all imports: the registry
-of callbacks, the counter of tokens, and the functions that are called upwards.  They are in an object
-that the shim knows (`Process`), and a later import finds it there.
+emptied, as test runners do.  What the shim refers to must be the same for all imports: the
+registry of callbacks, the counter of tokens, and the functions that are called upwards.  They are
+in an object that the shim knows (`Process`), and a later import finds it there.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def _is_subinterpreter() -> bool:
 
 if _is_subinterpreter():
     raise ImportError(
-        "nbd does not work in subinterpreters: libnbd's callbacks would run in another interpreter. "
-        "Import it in the main interpreter, or in another process"
+        "nbd does not work in subinterpreters: libnbd's callbacks would run in another "
+        "interpreter. Import it in the main interpreter, or in another process"
     )
 
 # Lazily, as a C program links: of the thousands of functions of what libnbd stands on, few are ever
@@ -119,7 +119,15 @@ class Process:
         address: What the shim knows this object by; it must live as long as the object is needed.
     """
 
-    __slots__ = ("__weakref__", "address", "classes", "next_token", "pending", "registry", "upcalls")
+    __slots__ = (
+        "__weakref__",
+        "address",
+        "classes",
+        "next_token",
+        "pending",
+        "registry",
+        "upcalls",
+    )
 
     def __init__(self) -> None:
         self.registry: dict[int, Any] = {}

@@ -35,7 +35,7 @@ _collect_at = 8
 class Handle:
     """What nbd.NBD is besides libnbd's calls: its beginning and its end."""
 
-    #: The shim's handle.  It takes a null pointer for a closed one: __init__ failed, or was not called.
+    #: The shim's handle.  A null pointer is like a closed one: __init__ failed, or was not called.
     _h: Any = ffi.NULL
 
     def __init__(self) -> None:
@@ -119,7 +119,6 @@ def _collect_dropped() -> None:
     """Collect garbage, so that the handles are closed that nobody has any more."""
     global _collect_at
     import gc
-
     import resource
 
     gc.collect()

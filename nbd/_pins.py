@@ -2,7 +2,7 @@
 """The caller's memory in C: which is pinned, and which is copied.
 
 A buffer is pinned by the cdata that ffi.from_buffer makes: as long as that lives, CPython does not
-resize the object.  Its address and its size are taken together, so that both are of the same moment.
+resize the object.  Its address and its size are taken together, so both are of the same moment.
 For a call that waits, the method's own frame holds the pin; for a command in flight, the registry
 of nbd._callbacks does.
 
@@ -10,8 +10,8 @@ On PyPy that cdata lives until the next garbage collection; until PyPy 8 the obj
 the same, and the memory that libnbd was given is gone; from then on it cannot be resized for too
 long.  So there libnbd works on a bounce buffer (BOUNCES), whose bytes are brought back when they
 have come, unless the buffer is bytes or an nbd.Buffer with memory of its own, which are never
-resized.  To look at an object, and to copy from or to it, is one operation of a memoryview: no other
-thread can resize it in between.
+resized.  To look at an object, and to copy from or to it, is one operation of a memoryview: no
+other thread can resize it in between.
 
 To pin takes a while, too: on CPython a small read that waits goes to scratch memory, which is
 pinned for good, and what it read is copied out.
@@ -145,7 +145,7 @@ def writable(name: str, buffer: Any) -> tuple[Any, int, Any, Any, Any]:
     A bytearray on CPython, which takes no more than from_buffer, need not come here.
 
     Returns:
-        Its address, size, pin and state (enum nbdshim_state), and what has the bytes for the caller.
+        Its address, size, pin and state (enum nbdshim_state), and what has the caller's bytes.
         On PyPy the last is None where that is the pin itself.
     """
     state = NEVER_STALE
@@ -235,7 +235,7 @@ def _copy_back(target: Any, pin: Any) -> None:
 
 
 def part(target: Any, pin: Any, start: int, count: int) -> memoryview:
-    """A read-only view of the count bytes at start of a command's buffer, as the caller has them."""
+    """A read-only view of the count bytes at start of the caller's buffer."""
     if target is None:
         return memoryview(ffi.buffer(pin))[start : start + count].toreadonly()
     try:

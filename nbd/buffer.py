@@ -190,12 +190,16 @@ class Buffer:
     def _clean(self) -> Block | Shared:
         """The memory, without bytes that nobody may see."""
         memory = self._memory
-        if memory.state[0] and _clear_stale(memory.state, memory.pin, memory.size):
+        if (
+            memory.state[0]
+            and isinstance(memory, Block)
+            and _clear_stale(memory.state, memory.pin, memory.size)
+        ):
             raise BufferError("another thread is beginning to read into this nbd.Buffer: wait")
         return memory
 
     def _seen(self) -> Any:
-        """The bytes as they are now, for is_zero: a pin, or a copy where that does not hold them."""
+        """The bytes as they are now, for is_zero: a pin, or a copy where that holds nothing."""
         memory = self._clean()
         if type(memory) is Block:
             return memory.pin

@@ -128,8 +128,8 @@ class Shared:
             return view.nbytes
 
 
-# The blocks of each size, in use or not; what was given out last is at the end.  Each is in a tuple,
-# so that no variable counts among what refers to it.
+# The blocks of each size, in use or not; what was given out last is at the end.  Each is in a
+# tuple, so that no variable counts among what refers to it.
 _pool: dict[int, deque[tuple[Block]]] = {}
 
 
@@ -193,10 +193,12 @@ def _pooled() -> int:
 
 def give_away(block: Block) -> Any:
     """The storage of a block, for somebody who may keep it and change its size."""
-    try:
-        _pool[block.size].remove((block,))
-    except (KeyError, ValueError):  # another thread is looking at it, and finds it seen
-        pass
+    kept = _pool.get(block.size)
+    if kept and (block,) in kept:
+        try:
+            kept.remove((block,))
+        except ValueError:  # another thread is looking at it, and finds it seen
+            return block.storage
     return block.storage
 
 

@@ -148,7 +148,7 @@ def _import_from_here(is_interactive: bool) -> None:
     What is imported later for the shell and the package is imported before, where the folder has a
     file of the name of a standard module.
     """
-    if "" in sys.path or getattr(sys.flags, "safe_path", sys.flags.isolated):
+    if "" in sys.path or getattr(sys.flags, "safe_path", bool(sys.flags.isolated)):
         return
     if _hides_a_module(os.curdir):
         import importlib

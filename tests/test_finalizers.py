@@ -1,4 +1,4 @@
-"""A handle that is finalized while somebody still has it: it is closed, and nothing else happens."""
+"""A handle that is finalized while somebody still has it: it is closed, nothing else happens."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Callable
+from typing import Callable
 
 import pytest
 from handles import PATIENCE, closed, poll
@@ -254,7 +254,7 @@ def misread(wire: Wire) -> None:
 def die_in_poll(h: nbd.NBD) -> None:
     """Drive a read with poll until the connection dies."""
     h.aio_pread(bytearray(512), 0)
-    with pytest.raises(nbd.Error):
+    with pytest.raises(nbd.Error):  # noqa: PT012 - one of the polls fails
         while True:
             poll(h)
 

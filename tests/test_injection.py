@@ -105,9 +105,7 @@ def connect(server: Server) -> Iterator[Callable[..., nbd.NBD]]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_printed(
-    unraisable: list[Any], capfd: pytest.CaptureFixture[str]
-) -> Iterator[None]:
+def nothing_is_printed(unraisable: list[Any], capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     """Assert that no exception was merely reported."""
     yield
     assert unraisable == []
@@ -203,7 +201,7 @@ def test_poll_and_command_completed_while_callbacks_run(
     use_blocks()
 
     def once(injector: Injector) -> None:
-        buffers = [nbd.Buffer(BLOCK), nbd.Buffer(BLOCK), bytearray(BLOCK)]
+        buffers: list[Any] = [nbd.Buffer(BLOCK), nbd.Buffer(BLOCK), bytearray(BLOCK)]
         answer = 1 if retires else 0
         cookies = [
             h.aio_pread(buffers[0], 0, lambda error: answer),
@@ -237,6 +235,12 @@ def test_closing_with_commands_in_flight(connect: Callable[..., nbd.NBD], figure
     figure("injection: places in close", places(once))
 
 
+def set_and_look(buffer: nbd.Buffer) -> bytearray:
+    """Set a byte, and return those behind it."""
+    buffer[5] = 1
+    return buffer.to_bytearray()[6:]
+
+
 LOOKS: dict[str, Callable[[nbd.Buffer], Any]] = {
     "bytes": bytes,
     "index": lambda buffer: bytes([buffer[7]]),
@@ -245,7 +249,7 @@ LOOKS: dict[str, Callable[[nbd.Buffer], Any]] = {
     "to_bytearray": lambda buffer: buffer.to_bytearray(),
     "iteration": lambda buffer: bytes(buffer),
     "is_zero": lambda buffer: b"" if buffer.is_zero() else b"\xa5",
-    "set": lambda buffer: buffer.__setitem__(5, 1) or buffer.to_bytearray()[6:],
+    "set": lambda buffer: set_and_look(buffer),
 }
 
 

@@ -129,7 +129,7 @@ def pooled() -> int:
 
 def address(buffer: nbd.Buffer) -> int:
     """Return where a Buffer's memory is."""
-    return int(nbd._ffi.ffi.cast("uintptr_t", buffer._memory.pin))
+    return int(nbd._ffi.ffi.cast("uintptr_t", buffer._memory.pin))  # type: ignore[union-attr]
 
 
 def growth(program: str, *arguments: str, nursery: int = NURSERY) -> int:
