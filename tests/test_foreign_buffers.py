@@ -21,7 +21,7 @@ import nbd
 try:
     import numpy
 except ImportError:
-    numpy = None  # type: ignore[assignment]
+    numpy = None
 
 SIZE = 4096
 PATTERN = bytes(range(1, 256)) * 16 + bytes(16)
