@@ -120,8 +120,7 @@ struct nbdshim_upcall {
 
 extern _Thread_local struct nbdshim_upcall *nbdshim_innermost NBDSHIM_TLS;
 
-/* What libnbd has freed in calls of this thread, to be handed over when the outermost of them ends.
- */
+/* What libnbd has freed in calls of this thread: handed over when a call on its handle ends. */
 extern _Thread_local struct nbdshim_closure *nbdshim_released NBDSHIM_TLS;
 
 /* How often this process was forked from another. */

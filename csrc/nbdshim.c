@@ -265,12 +265,18 @@ int nbdshim_close(struct nbdshim *s)
     return 0;
 }
 
+static int check_closed(struct nbdshim *s)
+{
+    return s == NULL || (atomic_load(&s->users) & NBDSHIM_CLOSING) ? NBDSHIM_CLOSED : 0;
+}
+
 void nbdshim_destroy(struct nbdshim *s)
 {
     if (s == NULL)
         return;
-    if (atomic_load(&nbdshim_is_ending))
-        nbdshim_end_upcalls(); /* what frees a handle now is the end of Python itself */
+    /* What frees an open handle when the process ends is the end of Python itself. */
+    if (check_closed(s) == 0 && atomic_load(&nbdshim_is_ending))
+        nbdshim_end_upcalls();
     (void)nbdshim_close(s);
     if (atomic_load(&s->users) != NBDSHIM_CLOSING)
         return;
@@ -299,11 +305,6 @@ bool nbdshim_holds(struct nbdshim *s, uintptr_t token)
         c = c->next;
     pthread_mutex_unlock(&s->lock);
     return c != NULL;
-}
-
-static int check_closed(struct nbdshim *s)
-{
-    return s == NULL || (atomic_load(&s->users) & NBDSHIM_CLOSING) ? NBDSHIM_CLOSED : 0;
 }
 
 int nbdshim_check(struct nbdshim *s)

@@ -11,7 +11,7 @@ from servers import Server
 StartServer = Callable[..., Server]
 
 CONNECTED = """
-import atexit, sys, threading, weakref
+import atexit, sys, threading, time, weakref
 
 def connected():
     h = nbd.NBD()
@@ -60,6 +60,11 @@ PROGRAMS = {
         "h = connected()",
         EVERYTHING,
     ),
+    "new handles one after the other in an exit function that was there before nbd": (
+        "import atexit; atexit.register(lambda: [use_everything(), use_everything()])",
+        "h = connected()",
+        2 * EVERYTHING,
+    ),
     "new handle that an exit function leaves open": (
         "import atexit; atexit.register(lambda: leave())",
         "def leave():\n"
@@ -84,7 +89,7 @@ PROGRAMS = {
         "",
         "h = connected()\n"
         "def work():\n"
-        "    threading.main_thread().join()\n"
+        "    time.sleep(0.5)\n"
         "    for _ in range(20): h.pread_structured(512, 0, lambda *chunk: None)\n"
         "    use_everything()\n"
         "threading.Thread(target=work).start()",
