@@ -46,7 +46,8 @@ class Handle:
 
         C: nbd_create, since libnbd 1.0.
         """
-        _close_quietly(self._h)  # of an earlier call
+        if self._h:  # of an earlier call
+            _close_quietly(self._h)
         if not IS_CPYTHON and len(_open) >= _collect_at:
             _collect_dropped()
         made = nbdshim_create()

@@ -193,12 +193,10 @@ def _pooled() -> int:
 
 def give_away(block: Block) -> Any:
     """The storage of a block, for somebody who may keep it and change its size."""
-    kept = _pool.get(block.size)
-    if kept and (block,) in kept:
-        try:
-            kept.remove((block,))
-        except ValueError:  # another thread is looking at it, and finds it seen
-            return block.storage
+    try:
+        _pool[block.size].remove((block,))
+    except (KeyError, ValueError):  # not pooled, or another thread is looking at it
+        return block.storage
     return block.storage
 
 
