@@ -34,8 +34,11 @@ _LONG_OPTIONS = (
 )
 
 #: What the shell and the package, and what these use, import where it is needed.
-_LATER = ("nbd.frames", "ast", "ctypes", "encodings.idna", "socket", "tokenize", "types")
-_LATER_IN_A_SESSION = ("nbd.console", "readline", "rlcompleter")
+_LATER = (
+    *("nbd.frames", "ast", "codeop", "ctypes", "difflib", "encodings.idna", "socket", "tokenize"),
+    "types",
+)
+_LATER_IN_A_SESSION = ("nbd.console", "readline", "rlcompleter", "subprocess")
 
 # The text of every command that was run, by the file name that its frames carry.
 _sources: dict[str, str] = {}
@@ -148,7 +151,7 @@ def _import_from_here(is_interactive: bool) -> None:
     What is imported later for the shell and the package is imported before, where the folder has a
     file of the name of a standard module.
     """
-    if "" in sys.path or getattr(sys.flags, "safe_path", bool(sys.flags.isolated)):
+    if "" in sys.path or sys.flags.isolated or getattr(sys.flags, "safe_path", False):
         return
     if _hides_a_module(os.curdir):
         import importlib
