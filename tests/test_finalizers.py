@@ -68,8 +68,10 @@ class Disk:
                 self.h.close()
             except nbd.ClosedHandle:
                 pass
+        elif is_closed(self.h):
+            touch(self.h)
         else:
-            self.h.get_handle_name() if not is_closed(self.h) else touch(self.h)
+            self.h.get_handle_name()
 
 def is_closed(h):
     try:

@@ -55,6 +55,7 @@ def arguments(name: str, done: Callable[..., int], buffer: Any) -> dict[str, Any
         "flags": 0,
         "name": "x",
         "queries": ["base:"],
+        "contexts": [nbd.CONTEXT_BASE_ALLOCATION],
     }
     given = {}
     for parameter in takes(name)[1:]:

@@ -162,8 +162,8 @@ def fail_each(scenario: Scenario) -> int:
         check(raised, is_untouched)
         if h is not None:
             finish(h)
-        room.extend(b"can be resized")
         gc.collect()
+        room.extend(b"can be resized")
         assert not _callbacks.registry
     return failing - 1
 
