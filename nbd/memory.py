@@ -62,8 +62,9 @@ NEVER_STALE = _new(_INT, CLEAN)
 _pool_limit = (64 if IS_CPYTHON else 32) * 1024 * 1024
 #: PyPy copies zeroes in a fifth of the time that it takes to make them.
 _zeroes = bytearray(0 if IS_CPYTHON else 64 * 1024)
-# A list, since it can be emptied by one thread alone.
-_lacks_slack = [] if IS_CPYTHON else [True]
+# Gets an item after each of PyPy's collections, from the destructor of a cdata: list.append runs no
+# bytecode, at which the exception of a signal handler would be lost.
+_collected: list[Any] = [] if IS_CPYTHON else [None]
 #: PyPy collects garbage when this many times as much is in use as after the last collection, ...
 _GROWTH = 1.82
 #: ... but not before it is this much where the processor's cache is small.
@@ -229,7 +230,7 @@ def _count(size: int) -> None:
     Where that is a GiB, all of it would be fresh memory from the kernel, page by page.
     """
     global _since_collection
-    if _lacks_slack:
+    if _collected:
         _give_slack()
     _since_collection += size
     if _since_collection > _until_collection and gc.isenabled():
@@ -239,36 +240,24 @@ def _count(size: int) -> None:
 
 
 def _give_slack() -> None:
-    """Keep PyPy, which is about to allocate much, from collecting all the time.
+    """Let more be allocated until PyPy's next collection, which has set its bound anew.
 
-    In a small program it goes through everything that is alive for every 8 MiB allocated: the time
-    of a hundred reads of 64 KiB.
+    In a small program it would go through everything that is alive for every 8 MiB allocated: the
+    time of a hundred reads of 64 KiB.
     """
-    try:
-        _lacks_slack.pop()
-    except IndexError:
-        return
-    _renew_slack()
-    # What a collection frees is wanted again at once.  glibc's malloc gives it to the kernel, to be
-    # cleared page by page, until it has seen something as large freed.
-    ffi.release(_new_uncleared(_CHARS, _MALLOC_KEEPS))
-
-
-def _renew_slack() -> None:
-    """Let more be allocated until the next collection, and again after each."""
     global _since_collection, _until_collection
+    try:
+        _collected.pop()
+    except IndexError:  # another thread was faster
+        return
+    ffi.gc(_new(_INT), _collected.append)  # dropped at once: the next collection frees it
     _add_memory_pressure(-_pool_limit)
     now: Any = gc.get_stats()
     used = now._s.total_arena_memory + now._s.total_rawmalloced_memory
     _since_collection, _until_collection = 0, max(int(_GROWTH * used), _LEAST_USED) + _pool_limit
-    _Collected()
-
-
-class _Collected:
-    """Dropped at once, and so finalised after a collection: that has set the bound anew."""
-
-    def __del__(self) -> None:
-        _renew_slack()
+    # What a collection frees is wanted again at once.  glibc's malloc gives it to the kernel, to be
+    # cleared page by page, until it has seen something as large freed.
+    ffi.release(_new_uncleared(_CHARS, _MALLOC_KEEPS))
 
 
 def new_bytearray(size: int) -> tuple[bytearray, bool]:

@@ -172,12 +172,25 @@ def test_a_bound_of_zero_leaves_pypy_its_own(nbdkit: Callable[..., Server]) -> N
     assert SLACK // 2 < more < SLACK + SLACK // 2
 
 
+@pytest.mark.skipif(sys.implementation.name != "pypy", reason="PyPy alone is given slack")
 def test_a_thread_that_comes_late_gives_pypy_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    nbd.Buffer(1)  # the first one of the process, perhaps
-    given: list[None] = []
-    monkeypatch.setattr(nbd.memory, "_renew_slack", lambda: given.append(None))
+    given: list[int] = []
+    monkeypatch.setattr(nbd.memory, "_add_memory_pressure", given.append)
+    monkeypatch.setattr(nbd.memory, "_collected", [None])
     nbd.memory._give_slack()
-    assert not given
+    nbd.memory._give_slack()
+    assert len(given) == 1
+
+
+@pytest.mark.skipif(sys.implementation.name != "pypy", reason="PyPy alone is given slack")
+def test_pypy_is_given_slack_after_each_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(nbd.memory, "_add_memory_pressure", given.append)
+    for _ in range(3):
+        gc.collect()
+        gc.collect()
+        nbd.Buffer(1)
+    assert len(given) >= 3
 
 
 @frees
