@@ -114,10 +114,10 @@ def explain(handle: Any, raised: BaseException, **numbers: tuple[object, str]) -
         raised: The exception.  cffi's OverflowError knows the value but not the name.
         numbers: The value and the C type of each argument that is a number, by its name.
     """
-    if not isinstance(raised, (TypeError, ValueError, OverflowError, BufferError)):
+    if not isinstance(raised, Exception) or isinstance(raised, ClosedHandle):
         return
     if lib.nbdshim_check(handle) == lib.NBDSHIM_CLOSED:
-        raise no_handle(handle) from None
+        raise no_handle(handle)
     if not isinstance(raised, OverflowError):
         return
     for name, (value, ctype) in numbers.items():
@@ -150,6 +150,8 @@ def _or_end(failure: Exception | None) -> BaseException | None:
 def _raise(handle: Any, failure: BaseException | None) -> None:
     """Raise a failure, or what a callback raised that must not be held up; report the rest.
 
+    Of several that must not be held up, the others wait for the next calls.
+
     What waits in `pending` is taken out when the exception is on its way: a signal handler may
     raise at any bytecode before, and then it still waits for the next call.
 
@@ -158,17 +160,17 @@ def _raise(handle: Any, failure: BaseException | None) -> None:
     """
     waiting = _waiting(handle)
     urgent = [one for one in waiting if not isinstance(one[2], Exception)]
+    others = [one for one in waiting if isinstance(one[2], Exception)]
     try:
         if urgent:
-            waiting.remove(urgent[0])
             _raise_waiting(urgent[0])
         if failure is not None:
-            if waiting:
-                _raise_with_cause(failure, waiting.pop(0))
+            if others:
+                _raise_with_cause(failure, others.pop(0))
             raise failure
     finally:
-        _report(waiting)
-        del failure, urgent, waiting
+        _report(others)
+        del failure, waiting, urgent, others
 
 
 def _raise_waiting(one: tuple[int, Any, BaseException]) -> None:
@@ -240,37 +242,32 @@ def last_error() -> Error:
     return failure
 
 
-class _callback_of_libnbd:
-    """Raises where nobody can catch it."""
-
-    def __init__(self, exception: BaseException) -> None:
-        self.exception = exception
-
-    def __del__(self) -> None:
-        raise self.exception
-
-
 def _report(waiting: list[tuple[int, Any, BaseException]]) -> None:
     """Hand exceptions to sys.unraisablehook, as the interpreter does for a destructor's.
 
-    CPython's own hook takes no arguments but those that the interpreter has made, and PyPy runs
-    destructors late.
+    In no destructor, for there the exception of a signal handler would be lost.
     """
     while waiting:
         one = waiting.pop(0)
         pending.remove(one)
-        exception = one[2]
-        if sys.implementation.name == "cpython":
-            _callback_of_libnbd(exception)
-        else:
-            from types import SimpleNamespace
+        try:
+            sys.unraisablehook(_unraisable(one[2]))
+        except Exception as broken:
+            sys.__unraisablehook__(_unraisable(broken))
 
-            unraisable: Any = SimpleNamespace(
-                exc_type=type(exception),
-                exc_value=exception,
-                exc_traceback=exception.__traceback__,
-                err_msg="Exception ignored in a callback of libnbd",
-                object=None,
-                extra_line="",
-            )
-            sys.unraisablehook(unraisable)
+
+def _unraisable(exception: BaseException) -> Any:
+    """What sys.unraisablehook is called with."""
+    fields = {
+        "exc_type": type(exception),
+        "exc_value": exception,
+        "exc_traceback": exception.__traceback__,
+        "err_msg": "Exception ignored in a callback of libnbd",
+        "object": None,
+    }
+    if IS_CPYTHON:  # its own hook takes no other type than this one, which has no public name
+        made: Any = next(c for c in tuple.__subclasses__() if c.__name__ == "UnraisableHookArgs")
+        return made(fields.values())
+    from types import SimpleNamespace
+
+    return SimpleNamespace(**fields, extra_line="")
