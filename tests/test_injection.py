@@ -10,6 +10,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Callable
 
 import pytest
@@ -81,9 +82,11 @@ def completed(h: nbd.NBD) -> int:
 
 
 @pytest.fixture
-def server(nbdkit: StartServer) -> Server:
-    """Return a server of a disk of 1 MiB."""
-    return nbdkit("memory", "1M")
+def server(qemu_nbd: StartServer, tmp_path: Path) -> Server:
+    """Return a server of a disk of 1 MiB, with extended headers where it has them."""
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(MIB))
+    return qemu_nbd(image, "--format=raw", "--discard=unmap")
 
 
 @pytest.fixture
