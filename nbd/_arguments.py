@@ -20,10 +20,10 @@ _SOCKADDR_ROOM = 128
 def as_number(name: str, value: object) -> int:
     """An int itself, and not a subclass, whose methods could tell something else each time."""
     try:
-        number = index(value)  # type: ignore[arg-type]
+        number: Any = value if issubclass(type(value), int) else index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{name}: int is needed, not {type(value).__name__}") from None
-    return number if type(number) is int else int.__index__(number)
+    return int.__or__(number, 0)  # PyPy's int.__index__ and int() ask the subclass
 
 
 def as_string(name: str, value: str) -> bytes:

@@ -113,21 +113,22 @@ class Buffer:
         return iter(as_bytes(self._clean().storage))
 
     def __getitem__(self, key: Any) -> Any:
+        exact = _exact_key(key)
         with as_bytes(self._clean().storage) as whole:
-            found = whole[key]
+            found = whole[exact]
             return bytearray(found) if isinstance(found, memoryview) else found
 
     def __setitem__(self, key: Any, newvalue: Any) -> None:
-        storage = self._clean().storage
-        if isinstance(key, slice):
+        exact = _exact_key(key)
+        if isinstance(exact, slice):
             value: Any = _bytes_of(newvalue)
         else:
             value = as_number("a byte", newvalue)
             if not 0 <= value <= 255:
                 raise ValueError(f"a byte must be between 0 and 255, not {value}")
         # Of a memoryview, as that does not change the size.
-        with as_bytes(storage) as whole:
-            whole[key] = value
+        with as_bytes(self._clean().storage) as whole:
+            whole[exact] = value
 
     def is_zero(self, offset: int = 0, size: int = -1) -> bool:
         """Whether bytes of the buffer are all zero.
@@ -207,6 +208,14 @@ class Buffer:
             return from_buffer(_CHARS, memory.storage)
         with memoryview(memory.storage) as view:
             return view.tobytes()
+
+
+def _exact_key(key: Any) -> int | slice:
+    """An index or a slice whose numbers are what they say."""
+    if isinstance(key, slice):
+        ends = (key.start, key.stop, key.step)
+        return slice(*(n if n is None else as_number("a slice", n) for n in ends))
+    return as_number("an index", key)
 
 
 def _bytes_of(value: Any) -> memoryview | bytes:
