@@ -305,3 +305,20 @@ def test_threads_leave_nothing(disk: nbd.NBD) -> None:
     in_threads(work)
     gc.collect()
     assert len(nbd._callbacks.registry) == 0
+
+
+def test_a_thread_that_looks_at_a_buffer_sees_no_old_byte_while_another_reads_into_it(
+    disk: nbd.NBD, hurried: None
+) -> None:
+    size, old = 1600, 0xA5  # a size that no other test uses: its blocks are full of old bytes
+    disk.pwrite(b"\1" * size, 0)
+    with ThreadPoolExecutor(1) as other:
+        for _ in range(20 * ROUNDS):
+            for used in [nbd.Buffer(size) for _ in range(4)]:
+                used[:] = bytes([old]) * size
+            buffer = nbd.Buffer(size)
+            seen = other.submit(bytes, buffer)
+            cookie = disk.aio_pread(buffer, 0)
+            assert old not in seen.result()
+            finish(disk, cookie)
+            assert bytes(buffer) == b"\1" * size
