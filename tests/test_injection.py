@@ -133,8 +133,11 @@ def check_out(injector: Injector, error: BaseException | None, h: nbd.NBD) -> No
 def check_unpinned(buffer: Any) -> None:
     """Check that nobody keeps a bytearray from being resized."""
     if isinstance(buffer, bytearray):
-        gc.collect()
-        buffer.append(0)
+        try:
+            buffer.append(0)
+        except BufferError:  # the exception's frames may have it
+            gc.collect()
+            buffer.append(0)
         buffer.pop()
 
 

@@ -132,17 +132,17 @@ def lost():
 
 def note(error):
     global came_out
-    found, waiting, seen = 0, [error], set()
+    is_ours, waiting, seen = False, [error], set()
     while waiting:
         one = waiting.pop()
         if one is not None and id(one) not in seen:
             seen.add(id(one))
-            if one in made:
-                found += 1
+            is_ours |= isinstance(one, Interrupt)
+            if one in made:  # else it came out before, as the context of another
+                came_out += 1
                 made.remove(one)
             waiting += [one.__cause__, one.__context__]
-    came_out += found
-    return found
+    return is_ours
 
 def attempt(call):
     global calls
