@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 nbdshim_create = lib.nbdshim_create
 nbdshim_close = lib.nbdshim_close
 nbdshim_destroy = lib.nbdshim_destroy
-_gc = ffi.gc
 
 # The open handles of the shim: PyPy runs no destructors at exit.
 _open: set[Any] = set()
@@ -54,7 +53,7 @@ class Handle:
         if not made:
             raise MemoryError("no memory for a handle")
         # The memory of the shim's handle goes with the last name for it, and not when it is closed.
-        self._h = made = _gc(made, nbdshim_destroy)
+        self._h = made = _owned(made)
         _open.add(made)
 
     def close(self) -> None:
@@ -114,6 +113,46 @@ def _close_quietly(h: Any) -> None:
         _open.discard(h)
     if pending:
         report_pending(h)
+
+
+if IS_CPYTHON:
+    from _weakref import ref  # which takes a fraction of the time of weakref
+
+    class _Name(ref):  # type: ignore[type-arg]
+        """A weak reference to the cdata by which Python names a handle of the shim."""
+
+        __slots__ = ("address",)
+
+        address: int
+
+    # By address, as long as they are needed; and those whose cdata is gone, for which list.append
+    # runs no bytecode at which the exception of a signal handler would be lost.
+    _names: dict[int, _Name] = {}
+    _gone: list[_Name] = []
+
+    def _owned(made: Any) -> Any:
+        """Have the memory of a handle freed when the cdata is gone that names it.
+
+        Not by ffi.gc: of a garbage cycle CPython may finalize that cdata before others that use it.
+        A cdata without a finalizer is no part of a cycle, and goes when nothing refers to it.
+        """
+        while _gone:
+            try:
+                address = _gone.pop().address
+            except IndexError:  # another thread has it
+                break
+            del _names[address]
+            nbdshim_destroy(ffi.cast("struct nbdshim *", address))
+        name = _Name(made, _gone.append)
+        name.address = int(ffi.cast("uintptr_t", made))
+        _names[name.address] = name
+        return made
+
+else:
+
+    def _owned(made: Any) -> Any:
+        """Have the memory of a handle freed when the cdata is gone that names it."""
+        return ffi.gc(made, nbdshim_destroy)
 
 
 def _collect_dropped() -> None:

@@ -80,8 +80,15 @@ def is_closed(h):
         return True
     return False
 
-run(lambda: [Disk(nbd.NBD()), Disk(nbd.NBD())])
+run(lambda: [Disk(made()), Disk(made())])
 """
+
+MADE = {
+    "open": "def made(): return nbd.NBD()",
+    "closed": "def made(): h = nbd.NBD(); h.close(); return h",
+    "finalized": "def made(): h = nbd.NBD(); h.__del__(); return h",
+    "initialized again": "def made(): h = nbd.NBD(); h.__init__(); h.close(); return h",
+}
 
 REVIVED = """
 revived = []
@@ -102,9 +109,10 @@ run(once)
 """
 
 
+@pytest.mark.parametrize("made", MADE.values(), ids=MADE)
 @pytest.mark.parametrize("closes", ["True", "False"], ids=["closing", "using"])
-def test_another_finalizer_of_a_cycle_finds_it_open_or_closed(closes: str) -> None:
-    done = run_program(PROGRAM + f"closes = {closes}\n" + CYCLE)
+def test_another_finalizer_of_a_cycle_finds_it_open_or_closed(closes: str, made: str) -> None:
+    done = run_program(f"{PROGRAM}\ncloses = {closes}\n{made}\n{CYCLE}")
     assert (done.returncode, done.stderr) == (0, "")
 
 

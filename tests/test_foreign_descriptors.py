@@ -43,6 +43,14 @@ def numbers() -> set[int]:
     return found
 
 
+def connect(h: nbd.NBD, connection: Connection) -> set[int]:
+    """Connect a handle, and return the numbers of its descriptors."""
+    before = numbers()
+    number = connection.fileno()
+    h.connect_socket(number)
+    return (numbers() - before) | {number}
+
+
 class Strangers:
     """Pairs of connected sockets, opened until some numbers are among them."""
 
@@ -150,10 +158,7 @@ def test_closing_a_handle_whose_connection_died_leaves_a_stranger_alone(
     h: nbd.NBD, strangers: Strangers
 ) -> None:
     with Connection(break_protocol) as connection:
-        before = numbers()
-        number = connection.fileno()
-        h.connect_socket(number)
-        its = (numbers() - before) | {number}
+        its = connect(h, connection)
         fail_to_read(h)
         strangers.take(*(its - numbers()))
         assert strangers.pairs
@@ -173,11 +178,8 @@ def test_dropping_a_handle_whose_connection_has_ended_leaves_strangers_alone(
     strangers: Strangers, script: Script, end: Use
 ) -> None:
     with Connection(script) as connection:
-        before = numbers()
-        number = connection.fileno()
         h = nbd.NBD()
-        h.connect_socket(number)
-        its = (numbers() - before) | {number}
+        its = connect(h, connection)
         end(h)
         strangers.take(*(its - numbers()))
         assert strangers.pairs
@@ -188,10 +190,7 @@ def test_dropping_a_handle_whose_connection_has_ended_leaves_strangers_alone(
 
 def test_a_second_close_leaves_strangers_alone(h: nbd.NBD, strangers: Strangers) -> None:
     with Connection(serve_nothing) as connection:
-        before = numbers()
-        number = connection.fileno()
-        h.connect_socket(number)
-        its = (numbers() - before) | {number}
+        its = connect(h, connection)
         h.close()
         strangers.take(*its)
         with pytest.raises(nbd.ClosedHandle):

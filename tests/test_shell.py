@@ -444,9 +444,12 @@ SHELL_ALONE: dict[str, tuple[list[str], str, int, str]] = {
 }
 
 
-@pytest.mark.parametrize(
+shell_alone = pytest.mark.parametrize(
     ("options", "stdin", "status", "last"), SHELL_ALONE.values(), ids=SHELL_ALONE
 )
+
+
+@shell_alone
 def test_the_shell_imports_nothing_from_the_current_folder(
     nbdsh: Run, tmp_path: Path, options: list[str], stdin: str, status: int, last: str
 ) -> None:
@@ -456,9 +459,7 @@ def test_the_shell_imports_nothing_from_the_current_folder(
     assert any(line.startswith(last) for line in [*done.stderr.splitlines(), ""]), done.stderr
 
 
-@pytest.mark.parametrize(
-    ("options", "stdin", "status", "last"), SHELL_ALONE.values(), ids=SHELL_ALONE
-)
+@shell_alone
 def test_the_shell_as_a_module_imports_nothing_from_the_current_folder(
     nbdsh: Run, tmp_path: Path, options: list[str], stdin: str, status: int, last: str
 ) -> None:
