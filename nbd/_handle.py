@@ -118,17 +118,12 @@ def _close_quietly(h: Any) -> None:
 if IS_CPYTHON:
     from _weakref import ref  # which takes a fraction of the time of weakref
 
-    class _Name(ref):  # type: ignore[type-arg]
-        """A weak reference to the cdata by which Python names a handle of the shim."""
-
-        __slots__ = ("address",)
-
-        address: int
-
-    # By address, as long as they are needed; and those whose cdata is gone, for which list.append
-    # runs no bytecode at which the exception of a signal handler would be lost.
-    _names: dict[int, _Name] = {}
-    _gone: list[_Name] = []
+    # The handles of the shim by weak references to the cdata by which Python names them, and the
+    # references whose cdata is gone.  It is list.append that learns of it: that runs no bytecode,
+    # at which the exception of a signal handler would be lost.
+    _named: dict[ref[Any], Any] = {}
+    _gone: list[ref[Any]] = []
+    _pointer = ffi.typeof("struct nbdshim *")
 
     def _owned(made: Any) -> Any:
         """Have the memory of a handle freed when the cdata is gone that names it.
@@ -138,14 +133,10 @@ if IS_CPYTHON:
         """
         while _gone:
             try:
-                address = _gone.pop().address
+                nbdshim_destroy(_named.pop(_gone.pop()))
             except IndexError:  # another thread has it
                 break
-            del _names[address]
-            nbdshim_destroy(ffi.cast("struct nbdshim *", address))
-        name = _Name(made, _gone.append)
-        name.address = int(ffi.cast("uintptr_t", made))
-        _names[name.address] = name
+        _named[ref(made, _gone.append)] = ffi.cast(_pointer, made)
         return made
 
 else:

@@ -48,11 +48,16 @@ class Injector:
         return self.step
 
     def run(self, function: Callable[[], object]) -> BaseException | None:
-        """Run the function; returns what came out of it."""
+        """Run the function; returns what came out of it.
+
+        In a generator, which has a state of its own of what is being handled: a trace function can
+        raise where no signal handler does, in the midst of the end of an except clause.
+        """
         usual = sys.gettrace()
+        isolated = (function() for _ in "1")
         sys.settrace(self.trace)
         try:
-            function()
+            next(isolated)
         except BaseException as error:
             return error
         finally:
