@@ -32,6 +32,7 @@ def resize():
                     shared.extend(bytes(size - len(shared)))
             except BufferError:  # in use
                 pass
+        time.sleep(0)  # PyPy counts bytecodes until another thread may run, and these take long
 
 def notice(unraisable):  # what a command read on PyPy has no place in the resized bytearray
     if not isinstance(unraisable.exc_value, BufferError):
