@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 from sys import is_finalizing
 
 from nbd._callbacks import end_other_threads, pending, report_pending, settle
@@ -150,11 +151,10 @@ def _collect_dropped() -> None:
     """Collect garbage, so that the handles are closed that nobody has any more."""
     global _collect_at
     import gc
-    import resource
 
     gc.collect()
-    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    few = descriptors // 8 if descriptors != resource.RLIM_INFINITY else _MOST_DROPPED
+    descriptors = os.sysconf("SC_OPEN_MAX")  # -1 if there is no bound
+    few = descriptors // 8 if descriptors > 0 else _MOST_DROPPED
     _collect_at = len(_open) + max(1, min(_MOST_DROPPED, few))
 
 

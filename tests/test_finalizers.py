@@ -116,6 +116,14 @@ def test_another_finalizer_of_a_cycle_finds_it_open_or_closed(closes: str, made:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_finalizer_makes_handles_where_garbage_is_collected_all_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PYPY_GC_NURSERY", "128K")
+    done = run_program(f"{PROGRAM}\ncloses = True\n{MADE['open']}\n{CYCLE}")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_handle_that_revives_itself_is_closed() -> None:
     done = run_program(PROGRAM + REVIVED)
     assert (done.returncode, done.stderr) == (0, "")
