@@ -127,7 +127,7 @@ if IS_CPYTHON:
     _pointer = ffi.typeof("struct nbdshim *")
 
     def _owned(made: Any) -> Any:
-        """Have the memory of a handle freed when the cdata is gone that names it.
+        """Free handles whose cdata is gone, and have this one freed so by a later call.
 
         Not by ffi.gc: of a garbage cycle CPython may finalize that cdata before others that use it.
         A cdata without a finalizer is no part of a cycle, and goes when nothing refers to it.
