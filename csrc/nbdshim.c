@@ -274,9 +274,6 @@ void nbdshim_destroy(struct nbdshim *s)
 {
     if (s == NULL)
         return;
-    /* What frees an open handle when the process ends is the end of Python itself. */
-    if (check_closed(s) == 0 && atomic_load(&nbdshim_is_ending))
-        nbdshim_end_upcalls();
     (void)nbdshim_close(s);
     if (atomic_load(&s->users) != NBDSHIM_CLOSING)
         return;
