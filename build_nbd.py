@@ -19,16 +19,17 @@ if str(ROOT) not in sys.path:  # a build backend does not put the project on the
     sys.path.insert(0, str(ROOT))
 
 from generator.calls import load_documentation  # noqa: E402
-from generator.emit_c import glue_header, glue_source  # noqa: E402
+from generator.emit_build import build_module  # noqa: E402
 from generator.emit_cdef import cdef, extern_python  # noqa: E402
-from generator.emit_python import (  # noqa: E402
-    build_module,
-    closures_module,
-    constants_module,
-    methods_module,
-)
-from generator.header import BuildError, Library, find_library, preprocess, read  # noqa: E402
+from generator.emit_constants import constants_module  # noqa: E402
+from generator.emit_glue_header import glue_header  # noqa: E402
+from generator.emit_glue_source import glue_source  # noqa: E402
+from generator.emit_methods import methods_module  # noqa: E402
+from generator.emit_upcalls import closures_module  # noqa: E402
+from generator.library import BuildError, Library, find_library  # noqa: E402
 from generator.model import Header  # noqa: E402
+from generator.preprocess import preprocess  # noqa: E402
+from generator.read import read  # noqa: E402
 
 CSRC = ROOT / "csrc"
 SHIM = CSRC / "nbdshim.c"

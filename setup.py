@@ -15,7 +15,7 @@ from setuptools.command.build_py import build_py
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import build_nbd
-from generator.header import BuildError
+from generator.library import BuildError
 
 try:
     build = build_nbd.prepare(Path("build") / "generated")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from generator.emit_c import upcall_parameters
+from generator.emit_glue_header import upcall_parameters
 from generator.model import Closure, Header
 
 

@@ -33,6 +33,10 @@ class CallbackKind(Enum):
     PAIRS = "array of structs of two integers"
 
 
+class Unbindable(Exception):
+    """A declaration that no rule covers."""
+
+
 class Parameter(NamedTuple):
     """One parameter of a call; a buffer and its length count as one."""
 

@@ -17,8 +17,9 @@ from generator.calls import (
     parse_documentation,
     returned,
 )
-from generator.header import find_library, parse, read
+from generator.library import find_library
 from generator.model import Function, Header
+from generator.read import parse, read
 
 PRELUDE = """\
 typedef struct { int (*callback) (void *user_data, int *error); } nbd_completion_callback;

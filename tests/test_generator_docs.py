@@ -14,7 +14,8 @@ import pytest
 from checkout import CHECKOUT
 
 from generator.calls import Documentation, load_documentation, parse_documentation
-from generator.header import find_library, read
+from generator.library import find_library
+from generator.read import read
 
 DOCS = CHECKOUT / "generator" / "docs"
 ENTRIES = load_documentation(DOCS)

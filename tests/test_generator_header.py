@@ -6,7 +6,7 @@ import pytest
 from checkout import CHECKOUT
 
 import nbd
-from generator.header import BY_HAND, INTEGERS, BuildError, find_library, parse, read
+from generator.library import BuildError, find_library
 from generator.model import (
     CallbackArgument,
     CallbackKind,
@@ -16,6 +16,7 @@ from generator.model import (
     Kind,
     Parameter,
 )
+from generator.read import BY_HAND, INTEGERS, parse, read
 
 COLOUR = "typedef struct { int (*callback) (void *user_data, int rgb); } nbd_colour_callback;"
 PAIR = "typedef struct { uint64_t length; uint64_t flags; } nbd_pair;"

@@ -17,19 +17,17 @@ import checkout  # noqa: F401 - makes generator importable
 import pytest
 
 from generator.calls import Documentation, load_documentation
-from generator.emit_c import glue_header, glue_source, prototype, wrapped
+from generator.emit_build import build_module
 from generator.emit_cdef import extern_python
-from generator.emit_python import (
-    build_module,
-    closures_module,
-    constants_module,
-    method,
-    methods_module,
-    split_arguments,
-    wrap,
-)
-from generator.header import RESERVED, RESERVED_IN_CALLBACKS, find_library, parse, read
+from generator.emit_constants import constants_module
+from generator.emit_glue_header import glue_header, prototype
+from generator.emit_glue_source import glue_source
+from generator.emit_methods import method, methods_module
+from generator.emit_upcalls import closures_module
+from generator.library import find_library
 from generator.model import Function, Header
+from generator.read import RESERVED, RESERVED_IN_CALLBACKS, parse, read
+from generator.text import split_arguments, wrap, wrap_c
 
 COLUMNS = 100
 PRELUDE = """\
@@ -45,6 +43,12 @@ PYTHON = {
     "constants.py": constants_module(INSTALLED),
     "closures.py": closures_module(INSTALLED),
     "methods.py": methods_module(INSTALLED, load_documentation()),
+}
+MADE_BY = {
+    "_build.py": "emit_build.py",
+    "constants.py": "emit_constants.py",
+    "closures.py": "emit_upcalls.py",
+    "methods.py": "emit_methods.py",
 }
 
 
@@ -149,7 +153,7 @@ def test_c_fits_its_columns(text: str) -> None:
 
 def test_a_long_declaration_is_lined_up() -> None:
     arguments = [f"uint64_t parameter_number_{n}" for n in range(8)]
-    lines = wrapped(f"int f({', '.join(arguments)});").splitlines()
+    lines = wrap_c(f"int f({', '.join(arguments)});").splitlines()
     assert len(lines) > 1
     assert all(len(line) <= COLUMNS for line in lines)
     assert all(re.match(r" {6}\w", line) for line in lines[1:])
@@ -226,7 +230,8 @@ def test_constants_are_what_they_are_in_c() -> None:
 def test_a_module_compiles_and_says_what_made_it(name: str) -> None:
     compile(PYTHON[name], name, "exec")
     second = PYTHON[name].splitlines()[1]
-    assert second == "# Made from libnbd.h by generator/emit_python.py: change that, not this."
+    maker = f"generator/{MADE_BY[name]}"
+    assert second == f"# Made from libnbd.h by {maker}: change that, not this."
     assert ast.get_docstring(ast.parse(PYTHON[name]))
 
 

@@ -13,9 +13,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from generator.calls import LOCK_FREE  # noqa: E402
-from generator.emit_c import UNSIGNED_64  # noqa: E402
-from generator.header import find_library, read  # noqa: E402
+from generator.emit_glue_source import UNSIGNED_64  # noqa: E402
+from generator.library import find_library  # noqa: E402
 from generator.model import Function, Kind, Parameter  # noqa: E402
+from generator.read import read  # noqa: E402
 
 #: What each kind of parameter is given; integers are 0 but for these.
 VALUES = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""model -> C: nbdglue.h, the flat declarations, and nbdglue.c, which adapts them to libnbd's."""
+"""model -> nbdglue.c: the flat C functions, each of which calls one function of libnbd."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from generator.calls import LOCK_FREE, moves_connection
+from generator.emit_glue_header import declare, prototype, returned_type
 from generator.model import (
     CallbackArgument,
     CallbackKind,
@@ -16,24 +17,10 @@ from generator.model import (
     Kind,
     Parameter,
 )
+from generator.text import COLUMNS, banner_c, wrap_c
 
-BANNER = """\
-// SPDX-License-Identifier: LGPL-2.0-or-later
-/* Made from libnbd.h by generator/emit_c.py: change that, not this. */
-"""
-COLUMNS = 100
+BANNER = banner_c(__name__)
 UNSIGNED_64 = ("uint64_t", "uintptr_t", "size_t", "unsigned long", "unsigned long long")
-
-
-def glue_header(header: Header) -> str:
-    """nbdglue.h: also the part of the cdef that depends on libnbd.h."""
-    blocks = [
-        f'{BANNER}#ifndef NBDGLUE_H\n#define NBDGLUE_H\n\n#include "nbdshim.h"\n',
-        upcalls_struct(header),
-        *(f"{wrapped(prototype(function) + ';')}\n" for function in header.functions),
-        "#endif\n",
-    ]
-    return "\n".join(blocks)
 
 
 def glue_source(header: Header) -> str:
@@ -46,34 +33,6 @@ def glue_source(header: Header) -> str:
         *(glue_function(function) for function in header.functions),
     ]
     return "\n".join(blocks)
-
-
-def upcalls_struct(header: Header) -> str:
-    """The functions that the shim calls upwards, one for each callback type and `release`."""
-    release = "    int (*release)(const uintptr_t *tokens, size_t count);"
-    lines = ["struct nbdshim_upcalls {", release]
-    for closure in header.closures:
-        arguments = ", ".join(["uintptr_t token", *upcall_parameters(closure)])
-        lines.append(wrapped(f"    int (*{closure.name})({arguments});"))
-    return "\n".join([*lines, "};\n"])
-
-
-def upcall_parameters(closure: Closure) -> Iterator[str]:
-    """The parameters of an upcall behind the token."""
-    for argument in closure.arguments:
-        if argument.kind is CallbackKind.INTS:
-            yield f"const {argument.ctype} *{argument.name}"
-        elif argument.kind is CallbackKind.PAIRS:
-            yield f"const uint64_t *{argument.name}"
-        elif argument.kind is CallbackKind.VIEW:
-            yield f"size_t {argument.name}_at"
-        elif argument.kind is CallbackKind.ERROR:
-            yield f"int {argument.name}"
-            yield f"uintptr_t {argument.name}_at"
-        else:
-            yield declare(argument.ctype, argument.name)
-        if argument.length:
-            yield f"size_t {argument.length}"
 
 
 def libnbd_parameters(closure: Closure) -> Iterator[str]:
@@ -97,10 +56,10 @@ def upcall_function(closure: Closure) -> str:
                 f"_Static_assert(sizeof({argument.ctype}) == 2 * sizeof(uint64_t),\n"
                 f'               "{argument.ctype} is read as two uint64_t");\n\n'
             )
-    head = wrapped(
+    head = wrap_c(
         f"static int call_{name}({', '.join(['void *user_data', *libnbd_parameters(closure)])})"
     )
-    call = wrapped(f"    int ret = nbdshim_up.{name}({', '.join(['closure->token', *passed])});")
+    call = wrap_c(f"    int ret = nbdshim_up.{name}({', '.join(['closure->token', *passed])});")
     once = spent = ""
     if name == "completion":
         again = call.replace("int ret", "    ret", 1)
@@ -134,42 +93,6 @@ def upcall_arguments(argument: CallbackArgument) -> list[str]:
     return [name, argument.length] if argument.length else [name]
 
 
-def declare(ctype: str, name: str) -> str:
-    """`int *` and `p` -> `int *p`."""
-    return f"{ctype}{name}" if ctype.endswith("*") else f"{ctype} {name}"
-
-
-def returned_type(function: Function) -> str:
-    """The flat return type: wide enough to refuse with a negative number, pointers apart."""
-    if function.returns in ("uint32_t", "unsigned", "unsigned int"):
-        return "int64_t"
-    return "int" if function.returns == "bool" else function.returns
-
-
-def flat_parameters(function: Function) -> Iterator[str]:
-    """The parameters of the flat function behind the handle."""
-    for parameter in function.parameters:
-        if parameter.kind is Kind.CLOSURE:
-            yield f"uintptr_t {parameter.name}"
-            if parameter.optional:
-                yield f"bool has_{parameter.name}"
-        elif parameter.kind is Kind.ADDRESS:
-            yield f"const void *{parameter.name}"
-            yield f"uint32_t {parameter.length}"
-        else:
-            yield declare(parameter.ctype, parameter.name)
-            if parameter.length:
-                yield f"size_t {parameter.length}"
-            if parameter is function.filled_later:
-                yield f"int *{parameter.name}_state"
-
-
-def prototype(function: Function) -> str:
-    """The flat function's declaration, without a semicolon."""
-    parameters = ", ".join(["struct nbdshim *s", *flat_parameters(function)])
-    return declare(returned_type(function), f"nbdcall_{function.name}({parameters})")
-
-
 def passed_on(parameter: Parameter) -> Iterator[str]:
     """The arguments for libnbd that a parameter becomes."""
     if parameter.kind is Kind.CLOSURE:
@@ -187,7 +110,7 @@ def glue_function(function: Function) -> str:
     """One flat function: enter the handle, call libnbd, leave."""
     lines = [
         comment(f"nbd_{function.name}.{ownership(function)}"),
-        wrapped(prototype(function)),
+        wrap_c(prototype(function)),
         "{",
     ]
     lines += refusal(function)
@@ -198,7 +121,7 @@ def glue_function(function: Function) -> str:
     if function.name.startswith(("poll", "aio_notify")):
         lines += ["    if (nbd_aio_is_connecting(s->h))", "        nbdshim_note_socket(s);"]
     result = declare(returned_type(function), "ret")
-    lines.append(wrapped(f"    {result} = nbd_{function.name}({', '.join(arguments)});"))
+    lines.append(wrap_c(f"    {result} = nbd_{function.name}({', '.join(arguments)});"))
     lines += afterwards(function)
     checked = f'nbdshim_number(ret, "nbd_{function.name}")' if is_wide(function) else "ret"
     if checked != "ret":
@@ -318,25 +241,3 @@ def closure_struct(parameter: Parameter) -> list[str]:
         "        .free = nbdshim_closure_free,",
         "    };",
     ]
-
-
-def wrapped(text: str) -> str:
-    """A declaration or call broken after commas, each line lined up behind its open parenthesis."""
-    lines: list[str] = []
-    while len(text) > COLUMNS:
-        cut = text.rfind(", ", 0, COLUMNS + 1) + 1
-        lines.append(text[:cut])
-        text = " " * (open_parenthesis(lines) + 1) + text[cut + 1 :]
-    return "\n".join([*lines, text])
-
-
-def open_parenthesis(lines: Sequence[str]) -> int:
-    """The column of the innermost parenthesis that is open behind the last line."""
-    columns: list[int] = []
-    for line in lines:
-        for column, character in enumerate(line):
-            if character == "(":
-                columns.append(column)
-            elif character == ")":
-                columns.pop()
-    return columns[-1]

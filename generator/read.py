@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""libnbd.h -> model: preprocess with the real compiler, then walk the syntax tree."""
+"""Modelling: the text of libnbd.h becomes the model, by one rule for each C type."""
 
 from __future__ import annotations
 
 import keyword
-import operator
-import os
-import shlex
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from pycparser import c_ast, c_generator, c_parser
 
+from generator.constants import evaluate, is_constant
+from generator.library import BuildError
 from generator.model import (
     CallbackArgument,
     CallbackKind,
@@ -23,27 +20,9 @@ from generator.model import (
     Header,
     Kind,
     Parameter,
+    Unbindable,
 )
-
-#: Headers that libnbd.h includes.  Empty stand-ins are enough: only their types' names matter.
-SYSTEM_HEADERS = ("stdbool.h", "stddef.h", "stdint.h", "sys/socket.h", "sys/types.h")
-TYPES = [
-    "bool",
-    "int8_t",
-    "uint8_t",
-    "int16_t",
-    "uint16_t",
-    "int32_t",
-    "uint32_t",
-    "int64_t",
-    "uint64_t",
-    "intptr_t",
-    "uintptr_t",
-    "size_t",
-    "ssize_t",
-    "socklen_t",
-]
-PRELUDE = "".join(f"typedef int {name};\n" for name in TYPES)
+from generator.preprocess import PRELUDE, TYPES, object_macros, preprocess
 
 INTEGERS = frozenset(TYPES) - {"bool"} | {
     "int", "unsigned", "unsigned int", "long", "unsigned long", "short", "char",
@@ -75,93 +54,6 @@ RESERVED_IN_CALLBACKS = RESERVED | {
     *("unpack", "pairs", "string", "bring_back", "set_errno", "as_int", "ErrorNumber"),
     "UnicodeDecodeError",
 }
-
-#: What a constant may be made with.
-OPERATORS: Mapping[str, Callable[[int, int], int]] = {
-    "|": operator.or_,
-    "&": operator.and_,
-    "^": operator.xor,
-    "<<": operator.lshift,
-    ">>": operator.rshift,
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-}
-SIGNS: Mapping[str, Callable[[int], int]] = {
-    "-": operator.neg,
-    "+": operator.pos,
-    "~": operator.inv,
-}
-
-INSTALL = "Debian: apt install {debian}; Fedora: dnf install {fedora}"
-
-
-class BuildError(Exception):
-    """The build cannot go on; the message says what is missing and how to get it."""
-
-
-class Unbindable(Exception):
-    """A declaration that no rule covers."""
-
-
-class Library(NamedTuple):
-    """Where libnbd is, as pkg-config says."""
-
-    header: Path
-    version: str
-    cflags: tuple[str, ...]
-    libs: tuple[str, ...]
-
-
-def run_tool(command: Sequence[str], missing: str) -> str:
-    """The output of a build tool; BuildError with `missing` if it is not there or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise BuildError(f"{command[0]} was not found. {missing}") from None
-    if done.returncode != 0:
-        raise BuildError(f"{shlex.join(command)} failed: {done.stderr.strip()}\n{missing}")
-    return done.stdout
-
-
-def find_library(environ: Mapping[str, str] = os.environ) -> Library:
-    """Ask pkg-config for libnbd.
-
-    Raises:
-        BuildError: pkg-config, libnbd.pc or libnbd.h is missing.
-    """
-    tool = environ.get("PKG_CONFIG", "pkg-config")
-    install_tool = INSTALL.format(debian="pkg-config", fedora="pkgconf-pkg-config")
-    install_libnbd = INSTALL.format(debian="libnbd-dev", fedora="libnbd-devel")
-    run_tool([tool, "--version"], f"It is needed to find libnbd. {install_tool}")
-
-    def ask(*what: str) -> str:
-        return run_tool(
-            [tool, *what, "libnbd"], f"libnbd's header is needed. {install_libnbd}"
-        ).strip()
-
-    header = Path(ask("--variable=includedir") or "/usr/include") / "libnbd.h"
-    if not header.is_file():
-        raise BuildError(f"{header} is missing although libnbd.pc is there. {install_libnbd}")
-    return Library(
-        header,
-        ask("--modversion"),
-        tuple(shlex.split(ask("--cflags"))),
-        tuple(shlex.split(ask("--libs"))),
-    )
-
-
-def preprocess(header: Path, *options: str, compiler: str | None = None) -> str:
-    """What the C preprocessor makes of a header, the system's own headers left out."""
-    command = shlex.split(compiler or os.environ.get("CC") or "cc")
-    missing = "A C compiler is needed. " + INSTALL.format(debian="gcc libc6-dev", fedora="gcc")
-    with tempfile.TemporaryDirectory() as stand_ins:
-        for name in SYSTEM_HEADERS:
-            path = Path(stand_ins, name)
-            path.parent.mkdir(exist_ok=True)
-            path.touch()
-        fixed = ["-E", "-P", "-nostdinc", f"-I{stand_ins}", "-D__attribute__(x)="]
-        return run_tool([*command, *fixed, *options, str(header)], missing)
 
 
 def read(header: Path) -> Header:
@@ -365,62 +257,3 @@ def read_callback_argument(
         length = next_of_type(rest, "size_t", name).name
         return CallbackArgument(name, CallbackKind.PAIRS, item, length)
     raise Unbindable(f"no rule for the callback argument {ctype} {name}")
-
-
-def object_macros(macros: str) -> Iterator[tuple[str, str]]:
-    """Macros without parameters, in the order of definition, with their text."""
-    for line in macros.splitlines():
-        directive, _, definition = line.partition(" ")
-        name, _, text = definition.partition(" ")
-        if directive == "#define" and "(" not in name:
-            yield name, text
-
-
-def is_constant(name: str) -> bool:
-    """Whether a macro is part of the API: not a feature test, not a compiler's matter."""
-    private = ("LIBNBD_HAVE_", "LIBNBD_GCC_", "LIBNBD_ATTRIBUTE_")
-    return name.startswith("LIBNBD_") and not name.startswith(private)
-
-
-def evaluate(name: str, defined: Mapping[str, str]) -> int | str:
-    """The value of a macro, other macros resolved."""
-    text = defined[name]
-    others = {other: value for other, value in defined.items() if other != name}
-    try:
-        tree = c_parser.CParser().parse(f"{PRELUDE}int value = {text};", filename="constant")
-    except Exception as reason:  # pycparser's ParseError has moved between its versions
-        raise Unbindable(f"{text} is not an expression: {reason}") from None
-    return fold(tree.ext[-1].init, others)
-
-
-def fold(node: c_ast.Node, defined: Mapping[str, str]) -> int | str:
-    """The value of a constant expression."""
-    if isinstance(node, c_ast.Constant):
-        return fold_literal(node)
-    if isinstance(node, c_ast.ID) and node.name in defined:
-        return evaluate(node.name, defined)
-    if isinstance(node, c_ast.Cast):
-        return fold(node.expr, defined)
-    if isinstance(node, c_ast.UnaryOp) and node.op in SIGNS:
-        inner = fold(node.expr, defined)
-        if isinstance(inner, int):
-            return SIGNS[node.op](inner)
-    if isinstance(node, c_ast.BinaryOp) and node.op in OPERATORS:
-        left, right = fold(node.left, defined), fold(node.right, defined)
-        if isinstance(left, int) and isinstance(right, int):
-            return OPERATORS[node.op](left, right)
-    raise Unbindable(f"no rule for the value {c_generator.CGenerator().visit(node)}")
-
-
-def fold_literal(node: c_ast.Constant) -> int | str:
-    """The value of a string or an integer."""
-    text: str = node.value
-    if node.type == "string" and "\\" not in text:
-        return text.replace('"', "")
-    digits = text.rstrip("uUlL")
-    if digits.isdigit() and digits.startswith("0"):
-        return int(digits, 8)
-    try:
-        return int(digits, 0)
-    except ValueError:
-        raise Unbindable(f"no rule for the value {text}") from None

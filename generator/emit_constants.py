@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""model -> constants.py: the constants of libnbd.h."""
+
+from __future__ import annotations
+
+from generator.model import Header
+from generator.text import banner
+
+BANNER = banner(__name__)
+
+
+def constants_module(header: Header) -> str:
+    """constants.py."""
+    names = "".join(f'    "{name}",\n' for name, _ in header.constants)
+    lines = [f'{BANNER}"""The constants of libnbd.h, without the prefix LIBNBD_."""\n']
+    lines += ["from __future__ import annotations\n", f"__all__ = [\n{names}]\n"]
+    lines += [f"{name} = {literal(value)}" for name, value in header.constants]
+    return "\n".join(lines) + "\n"
+
+
+def literal(value: int | str) -> str:
+    """A constant as Python spells it."""
+    return str(value) if isinstance(value, int) else f'"{value}"'

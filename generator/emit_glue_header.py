@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""model -> nbdglue.h: the flat C functions that Python calls, and the struct of the upcalls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from generator.model import CallbackKind, Closure, Function, Header, Kind
+from generator.text import banner_c, wrap_c
+
+BANNER = banner_c(__name__)
+
+
+def glue_header(header: Header) -> str:
+    """nbdglue.h: also the part of the cdef that depends on libnbd.h."""
+    blocks = [
+        f'{BANNER}#ifndef NBDGLUE_H\n#define NBDGLUE_H\n\n#include "nbdshim.h"\n',
+        upcalls_struct(header),
+        *(f"{wrap_c(prototype(function) + ';')}\n" for function in header.functions),
+        "#endif\n",
+    ]
+    return "\n".join(blocks)
+
+
+def upcalls_struct(header: Header) -> str:
+    """The functions that the shim calls upwards, one for each callback type and `release`."""
+    release = "    int (*release)(const uintptr_t *tokens, size_t count);"
+    lines = ["struct nbdshim_upcalls {", release]
+    for closure in header.closures:
+        arguments = ", ".join(["uintptr_t token", *upcall_parameters(closure)])
+        lines.append(wrap_c(f"    int (*{closure.name})({arguments});"))
+    return "\n".join([*lines, "};\n"])
+
+
+def upcall_parameters(closure: Closure) -> Iterator[str]:
+    """The parameters of an upcall behind the token."""
+    for argument in closure.arguments:
+        if argument.kind is CallbackKind.INTS:
+            yield f"const {argument.ctype} *{argument.name}"
+        elif argument.kind is CallbackKind.PAIRS:
+            yield f"const uint64_t *{argument.name}"
+        elif argument.kind is CallbackKind.VIEW:
+            yield f"size_t {argument.name}_at"
+        elif argument.kind is CallbackKind.ERROR:
+            yield f"int {argument.name}"
+            yield f"uintptr_t {argument.name}_at"
+        else:
+            yield declare(argument.ctype, argument.name)
+        if argument.length:
+            yield f"size_t {argument.length}"
+
+
+def declare(ctype: str, name: str) -> str:
+    """`int *` and `p` -> `int *p`."""
+    return f"{ctype}{name}" if ctype.endswith("*") else f"{ctype} {name}"
+
+
+def returned_type(function: Function) -> str:
+    """The flat return type: wide enough to refuse with a negative number, pointers apart."""
+    if function.returns in ("uint32_t", "unsigned", "unsigned int"):
+        return "int64_t"
+    return "int" if function.returns == "bool" else function.returns
+
+
+def flat_parameters(function: Function) -> Iterator[str]:
+    """The parameters of the flat function behind the handle."""
+    for parameter in function.parameters:
+        if parameter.kind is Kind.CLOSURE:
+            yield f"uintptr_t {parameter.name}"
+            if parameter.optional:
+                yield f"bool has_{parameter.name}"
+        elif parameter.kind is Kind.ADDRESS:
+            yield f"const void *{parameter.name}"
+            yield f"uint32_t {parameter.length}"
+        else:
+            yield declare(parameter.ctype, parameter.name)
+            if parameter.length:
+                yield f"size_t {parameter.length}"
+            if parameter is function.filled_later:
+                yield f"int *{parameter.name}_state"
+
+
+def prototype(function: Function) -> str:
+    """The flat function's declaration, without a semicolon."""
+    parameters = ", ".join(["struct nbdshim *s", *flat_parameters(function)])
+    return declare(returned_type(function), f"nbdcall_{function.name}({parameters})")

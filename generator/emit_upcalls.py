@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""model -> closures.py: the Python functions that the shim calls for libnbd's callbacks."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from generator.model import CallbackArgument, CallbackKind, Closure, Header
+from generator.text import banner, wrap
+
+BANNER = banner(__name__)
+
+
+def closures_module(header: Header) -> str:
+    """closures.py: what the shim calls, one function for each callback type."""
+    functions = [closure_function(closure) for closure in header.closures]
+    used = "".join(functions)
+    converters = [name for name in ("as_text", "pairs", "string") if f"{name}(" in used]
+    converters.append("unpack")
+    head = f'''\
+{BANNER}"""What libnbd's callbacks call: each finds its callable and converts the arguments."""
+
+from __future__ import annotations
+
+from nbd._callbacks import ErrorNumber, as_int, forget, keep, registry, set_errno
+from nbd._ffi import install, upcall
+from nbd._pins import BOUNCES, bring_back, part
+from nbd._values import {", ".join(converters)}
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
+@upcall("release")
+def release(tokens: Any, count: int) -> int:
+    """libnbd will not use these tokens again; some may be known no more."""
+    for token in unpack(tokens, count):
+        forget(token, None)
+    return 0
+'''
+    return "\n\n".join([head, *functions, "install()\n"])
+
+
+def closure_function(closure: Closure) -> str:
+    """The function for one callback type."""
+    parameters = ["token: int"]
+    for argument in closure.arguments:
+        parameters += upcall_parameters(argument)
+    lines = completion_lines(closure) if closure.name == "completion" else callback_lines(closure)
+    lines = ["try:", *lines, "except BaseException as raised:", "    return keep(raised, token)"]
+    if closure.name == "completion":
+        lines = [*ARRIVAL_LINES, *lines]
+    signature = wrap(f"def {closure.name}_upcall({', '.join(parameters)}) -> int:", 0)
+    doc = f'    """Run the {closure.name} callback that token stands for."""'
+    body = textwrap.indent("\n".join(lines), "    ")
+    return f'@upcall("{closure.name}")\n{signature}\n{doc}\n{body}\n'
+
+
+def upcall_parameters(argument: CallbackArgument) -> Iterator[str]:
+    """What the shim passes for one argument of a callback."""
+    if argument.kind is CallbackKind.VIEW:
+        yield f"{argument.name}_at: int"
+    elif argument.kind in (CallbackKind.INT, CallbackKind.ERROR):
+        yield f"{argument.name}: int"
+    else:
+        yield f"{argument.name}: Any"
+    if argument.kind is CallbackKind.ERROR:
+        yield f"{argument.name}_at: int"
+    if argument.length:
+        yield f"{argument.length}: int"
+
+
+def callback_lines(closure: Closure) -> list[str]:
+    """The body for every callback but completions."""
+    entry = "callback, _, target, pin" if closure.has_buffer else "callback"
+    return [
+        f"    {entry} = registry[token]" + ("" if closure.has_buffer else "[0]"),
+        *text_lines([a.name for a in closure.arguments if a.kind is CallbackKind.STRING]),
+        *called(closure),
+        *NONE_LINES,
+        "    return result if result.__class__ is int else as_int(result)",
+    ]
+
+
+def text_lines(names: Sequence[str]) -> list[str]:
+    """Make str of C's strings: nearly all are UTF-8, which takes no call of ours."""
+    if not names:
+        return []
+    strings = ", ".join(names)
+    return [
+        "    try:",
+        f"        {strings} = " + ", ".join(f"string({name}).decode()" for name in names),
+        "    except UnicodeDecodeError:",
+        f"        {strings} = " + ", ".join(f"as_text({name})" for name in names),
+    ]
+
+
+def called(closure: Closure) -> list[str]:
+    """Call the callable; what it made of the errno counts also when it raises."""
+    passed = ", ".join(callback_argument(a.name, a.kind, a.length) for a in closure.arguments)
+    call = f"result = callback({passed})"
+    errors = [a.name for a in closure.arguments if a.kind is CallbackKind.ERROR]
+    lines = [line for name in errors for line in cell_lines(name)]
+    if not errors:
+        return textwrap.indent(wrap(call, 8), "    ").splitlines()
+    lines += ["    try:", *textwrap.indent(wrap(call, 12), " " * 8).splitlines()]
+    lines.append("    finally:")
+    for name in errors:
+        lines.append(f"        if {name}_cell.value != {name}:")
+        lines.append(f"            set_errno({name}_at, {name}_cell.value)")
+    return lines
+
+
+def cell_lines(name: str) -> list[str]:
+    return [f"    {name}_cell = ErrorNumber()", f"    {name}_cell.value = {name}"]
+
+
+#: What most return; to ask for its class takes longer.
+NONE_LINES = ["    if result is None:", "        return 0"]
+
+#: What may be done again, if a signal handler raises meanwhile.
+ARRIVAL_LINES = [
+    "callback, _, target, _ = registry[token]",
+    "if BOUNCES and target is not None:",
+    "    bring_back(token)",
+]
+
+
+def completion_lines(closure: Closure) -> list[str]:
+    """The body for completions: the common path, which also retires the command."""
+    return [
+        "    if callback is None:",
+        "        return 0",
+        *called(closure),
+        *NONE_LINES,
+        "    if result.__class__ is not int:",
+        "        result = as_int(result)",
+        "    if result == 1:",
+        "        forget(token, None)",
+        "    return result",
+    ]
+
+
+def callback_argument(name: str, kind: CallbackKind, length: str) -> str:
+    """The Python expression for one argument of a callback."""
+    return {
+        CallbackKind.INT: name,
+        CallbackKind.STRING: name,
+        CallbackKind.ERROR: f"{name}_cell",
+        CallbackKind.VIEW: f"part(target, pin, {name}_at, {length})",
+        CallbackKind.INTS: f"unpack({name}, {length})",
+        CallbackKind.PAIRS: f"pairs({name}, {length})",
+    }[kind]
