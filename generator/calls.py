@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""What C cannot say: what a return value means, which calls take no lock, and the documentation.
+"""What C declarations do not say: the meaning of results, the use of the lock, the documentation.
 
-The tables hold what no rule can tell.  A call that they do not know is bound by the rules.
+Rules by name and type decide most of it.  The tables are for the calls that the rules get wrong.
+A call of a newer libnbd, which is in no table, is bound by the rules alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ DOCS = Path(__file__).with_name("docs")
 
 
 class Returns(Enum):
-    """What a call gives back in Python."""
+    """The kind of a result: it decides what a method returns, and how it tells a failure."""
 
     NOTHING = "None"
     TRUTH = "bool"
@@ -28,11 +29,12 @@ class Returns(Enum):
     OWNED_TEXT = "str that the caller frees"
 
 
-#: Options of the handshake that the server grants or refuses, without that being a failure.
+#: Calls that ask the server for an option.  They return whether the server granted it; that the
+#: server refuses is not a failure.
 GRANTED = frozenset({"opt_starttls", "opt_extended_headers", "opt_structured_reply"})
 
-#: Options of the handshake that return how many items their callback was given; those that do not
-#: wait return 0.
+#: Calls that return the number of items that their callback received.  Those that do not wait
+#: return 0, because the items have not arrived yet.
 COUNTED = frozenset(
     {
         "opt_list",
@@ -47,8 +49,9 @@ COUNTED = frozenset(
     }
 )
 
-#: Calls for which libnbd takes no lock: the ones that a callback may make on its own handle, unless
-#: it is the debug callback, which every call calls.
+#: Calls for which libnbd does not lock the handle.  A callback runs while the handle is locked, so
+#: these are the only calls that it may make on its own handle.  The debug callback may make none:
+#: every call runs it, so it would call itself without end.
 LOCK_FREE = frozenset(
     {
         "set_private_data",
@@ -71,20 +74,21 @@ LOCK_FREE = frozenset(
 )
 
 
-#: How calls begin that only set or tell something: they leave the connection as it is.
+#: Names that begin like this belong to calls that only set or return something.  These calls do not
+#: change the state of the connection.
 STILL = ("set_", "get_", "is_", "can_", "add_", "clear_", "supports_", "aio_get_", "aio_is_")
 
 
 def moves_connection(function: Function) -> bool:
     """Whether a call may send, receive or end the connection.
 
-    A call that is taken for one that does costs a little time where it fails, and nothing else.
+    If this is wrongly true for a call, the call only takes a little longer when it fails.
     """
     return function.name not in LOCK_FREE and not function.name.startswith(STILL)
 
 
 def returned(function: Function, header: Header) -> Returns:
-    """What the value that a call returns means."""
+    """The kind of the value that a call returns."""
     if function.returns == "char *":
         return Returns.OWNED_TEXT
     if function.returns == "const char *":
@@ -105,7 +109,7 @@ def returned(function: Function, header: Header) -> Returns:
 
 
 def is_question(function: Function, header: Header) -> bool:
-    """Whether an int is the answer to yes or no."""
+    """Whether the int that a call returns means yes or no."""
     name = function.name
     if name in GRANTED or name == "aio_command_completed":
         return True
@@ -115,7 +119,7 @@ def is_question(function: Function, header: Header) -> bool:
 
 
 def is_switch(getter: str, header: Header) -> bool:
-    """Whether the setter that goes with a getter takes one bool."""
+    """Whether the setter with the same name as a getter takes one bool."""
     setter = "set_" + getter[len("get_") :]
     return any(
         f.name == setter and [p.kind for p in f.parameters] == [Kind.BOOL] for f in header.functions
@@ -123,12 +127,12 @@ def is_switch(getter: str, header: Header) -> bool:
 
 
 def is_measure(name: str) -> bool:
-    """Whether an int is a number rather than the success of an action."""
+    """Whether the int that a call returns is a number, and not just 0 for success."""
     return name in COUNTED or name.startswith(("get_", "aio_get_", "aio_in_", "poll"))
 
 
 def has_default(function: Function, parameter: Parameter) -> bool:
-    """Whether a Python caller may leave a parameter out: optional callbacks, a command's flags."""
+    """Whether a parameter is optional in Python: some callbacks, and the flags of a command."""
     if parameter.kind is Kind.CLOSURE:
         return parameter.optional
     is_flags = (parameter.name, parameter.ctype) == ("flags", "uint32_t")
@@ -138,7 +142,7 @@ def has_default(function: Function, parameter: Parameter) -> bool:
 
 
 class Documentation(NamedTuple):
-    """What docs/*.txt says of a call."""
+    """The entry of a call in docs/*.txt.  `group` is the title of the file."""
 
     group: str
     since: str
@@ -149,7 +153,7 @@ ENTRY = re.compile(r"^== (?P<name>\w+) \((?P<since>[\d.]+)\)$", re.MULTILINE)
 
 
 def parse_documentation(text: str) -> Iterator[tuple[str, Documentation]]:
-    """The entries of one file: a title, then `== name (since)` and the text of each."""
+    """The entries of one file: its first line is the title, each entry begins `== name (since)`."""
     title, _, body = text.partition("\n")
     starts = list(ENTRY.finditer(body))
     ends = [match.start() for match in starts[1:]] + [len(body)]
@@ -159,7 +163,7 @@ def parse_documentation(text: str) -> Iterator[tuple[str, Documentation]]:
 
 
 def load_documentation(folder: Path = DOCS) -> dict[str, Documentation]:
-    """Every entry, in the order in which a program uses the calls."""
+    """The entries of all files, in the order of the files, in which a program uses the calls."""
     found: dict[str, Documentation] = {}
     for path in sorted(folder.glob("*.txt")):
         found.update(parse_documentation(path.read_text(encoding="utf-8")))
@@ -169,7 +173,7 @@ def load_documentation(folder: Path = DOCS) -> dict[str, Documentation]:
 def in_order_of_use(
     header: Header, documentation: Mapping[str, Documentation]
 ) -> list[tuple[str, list[Function]]]:
-    """The calls in the groups of the documentation; those it does not know come last."""
+    """The calls by group, in the order of the documentation; calls without an entry come last."""
     places = {name: place for place, name in enumerate(documentation)}
     unknown = len(places)
     groups: dict[str, list[Function]] = {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""The values of the macros that libnbd.h defines as constants."""
+"""Compute the values of the macros that are constants of libnbd."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pycparser import c_ast, c_generator, c_parser
 from generator.model import Unbindable
 from generator.preprocess import PRELUDE
 
-#: What a constant may be made with.
+#: The operators that the expression of a constant may use: two operands here, one in SIGNS.
 OPERATORS: Mapping[str, Callable[[int, int], int]] = {
     "|": operator.or_,
     "&": operator.and_,
@@ -31,14 +31,19 @@ SIGNS: Mapping[str, Callable[[int], int]] = {
 
 
 def is_constant(name: str) -> bool:
-    """Whether a macro is part of the API: not a feature test, not a compiler's matter."""
+    """Whether a macro is a constant of the API, not a feature test or for the compiler."""
     private = ("LIBNBD_HAVE_", "LIBNBD_GCC_", "LIBNBD_ATTRIBUTE_")
     return name.startswith("LIBNBD_") and not name.startswith(private)
 
 
 def evaluate(name: str, defined: Mapping[str, str]) -> int | str:
-    """The value of a macro, other macros resolved."""
+    """The value of a macro, which may use other macros.
+
+    Raises:
+        Unbindable: It is no constant expression, or it uses something that is not supported.
+    """
     text = defined[name]
+    # Without the macro itself, a macro that refers to itself is an error and not an endless loop.
     others = {other: value for other, value in defined.items() if other != name}
     try:
         tree = c_parser.CParser().parse(f"{PRELUDE}int value = {text};", filename="constant")
@@ -48,7 +53,7 @@ def evaluate(name: str, defined: Mapping[str, str]) -> int | str:
 
 
 def fold(node: c_ast.Node, defined: Mapping[str, str]) -> int | str:
-    """The value of a constant expression."""
+    """The value of a parsed constant expression.  It calls itself for the operands."""
     if isinstance(node, c_ast.Constant):
         return fold_literal(node)
     if isinstance(node, c_ast.ID) and node.name in defined:
@@ -67,7 +72,7 @@ def fold(node: c_ast.Node, defined: Mapping[str, str]) -> int | str:
 
 
 def fold_literal(node: c_ast.Constant) -> int | str:
-    """The value of a string or an integer."""
+    """The value of a string or of an integer, which may be octal or have a suffix such as ULL."""
     text: str = node.value
     if node.type == "string" and "\\" not in text:
         return text.replace('"', "")

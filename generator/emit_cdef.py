@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""model -> the cdef: what cffi is told of the shim, from the headers that the shim compiles."""
+"""Write the cdef: the C declarations from which cffi knows the functions of the shim.
+
+They come from the same headers with which the shim is compiled, so that the two cannot differ.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,18 @@ from generator.model import Closure, Header
 
 
 def cdef(declarations: str) -> str:
-    """The cdef of both modes: nbdshim.h and nbdglue.h after the preprocessor."""
+    """The cdef of both modes.  `declarations` is nbdglue.h after the preprocessor."""
     return declarations.strip() + "\n"
 
 
 def extern_python(header: Header) -> str:
-    """What API mode adds: the Python functions that the shim calls upwards."""
+    """What API mode adds to the cdef: the Python functions that the shim calls."""
     lines = ["int nbdup_release(const uintptr_t *tokens, size_t count);"]
     lines += [upcall(closure) for closure in header.closures]
     return 'extern "Python" {\n' + "".join(f"    {line}\n" for line in lines) + "}\n"
 
 
 def upcall(closure: Closure) -> str:
-    """The declaration of one of them."""
+    """The declaration of the Python function for one callback type."""
     parameters = ", ".join(["uintptr_t token", *upcall_parameters(closure)])
     return f"int nbdup_{closure.name}({parameters});"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""model -> constants.py: the constants of libnbd.h."""
+"""Write constants.py: the constants of libnbd.h."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BANNER = banner(__name__)
 
 
 def constants_module(header: Header) -> str:
-    """constants.py."""
+    """The text of constants.py."""
     names = "".join(f'    "{name}",\n' for name, _ in header.constants)
     lines = [f'{BANNER}"""The constants of libnbd.h, without the prefix LIBNBD_."""\n']
     lines += ["from __future__ import annotations\n", f"__all__ = [\n{names}]\n"]
@@ -19,5 +19,5 @@ def constants_module(header: Header) -> str:
 
 
 def literal(value: int | str) -> str:
-    """A constant as Python spells it."""
+    """The value of a constant as a Python literal."""
     return str(value) if isinstance(value, int) else f'"{value}"'

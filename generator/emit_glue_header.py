@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""model -> nbdglue.h: the flat C functions that Python calls, and the struct of the upcalls."""
+"""Write nbdglue.h: it declares the functions that Python calls, and those that call Python.
+
+The former are called flat functions, because they take and return only integers and pointers, no
+structs.  There is one for each call of libnbd.  The latter are called upcalls.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ BANNER = banner_c(__name__)
 
 
 def glue_header(header: Header) -> str:
-    """nbdglue.h: also the part of the cdef that depends on libnbd.h."""
+    """The text of nbdglue.h.  The cdef is made from it too."""
     blocks = [
         f'{BANNER}#ifndef NBDGLUE_H\n#define NBDGLUE_H\n\n#include "nbdshim.h"\n',
         upcalls_struct(header),
@@ -23,7 +27,7 @@ def glue_header(header: Header) -> str:
 
 
 def upcalls_struct(header: Header) -> str:
-    """The functions that the shim calls upwards, one for each callback type and `release`."""
+    """The struct of upcalls: `release`, and one function pointer for each callback type."""
     release = "    int (*release)(const uintptr_t *tokens, size_t count);"
     lines = ["struct nbdshim_upcalls {", release]
     for closure in header.closures:
@@ -33,7 +37,7 @@ def upcalls_struct(header: Header) -> str:
 
 
 def upcall_parameters(closure: Closure) -> Iterator[str]:
-    """The parameters of an upcall behind the token."""
+    """The parameters of an upcall, without the first one, the token."""
     for argument in closure.arguments:
         if argument.kind is CallbackKind.INTS:
             yield f"const {argument.ctype} *{argument.name}"
@@ -56,14 +60,19 @@ def declare(ctype: str, name: str) -> str:
 
 
 def returned_type(function: Function) -> str:
-    """The flat return type: wide enough to refuse with a negative number, pointers apart."""
+    """The return type of the flat function.
+
+    If it is an integer, the shim returns a negative number when it refuses a call.  So an unsigned
+    32-bit type becomes int64_t, and bool becomes int.  Larger unsigned types stay; see
+    emit_glue_source.refused_value.
+    """
     if function.returns in ("uint32_t", "unsigned", "unsigned int"):
         return "int64_t"
     return "int" if function.returns == "bool" else function.returns
 
 
 def flat_parameters(function: Function) -> Iterator[str]:
-    """The parameters of the flat function behind the handle."""
+    """The parameters of the flat function, without the first one, the handle."""
     for parameter in function.parameters:
         if parameter.kind is Kind.CLOSURE:
             yield f"uintptr_t {parameter.name}"

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""model -> nbdglue.c: the flat C functions, each of which calls one function of libnbd."""
+"""Write nbdglue.c: each flat function enters the handle, calls libnbd, and leaves the handle.
+
+The file also has the callbacks that libnbd calls.  They pass their arguments on to the upcalls.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,12 @@ from generator.model import (
 from generator.text import COLUMNS, banner_c, wrap_c
 
 BANNER = banner_c(__name__)
+#: Return types that have no room for a negative number.
 UNSIGNED_64 = ("uint64_t", "uintptr_t", "size_t", "unsigned long", "unsigned long long")
 
 
 def glue_source(header: Header) -> str:
-    """nbdglue.c."""
+    """The text of nbdglue.c."""
     blocks = [
         f'{BANNER}\n#include "nbdglue.h"\n#include "handle.h"\n\n#include <string.h>\n',
         "/* Where callbacks go: set once, by nbdshim_register. */\n"
@@ -36,7 +40,7 @@ def glue_source(header: Header) -> str:
 
 
 def libnbd_parameters(closure: Closure) -> Iterator[str]:
-    """The parameters of libnbd's callback behind user_data."""
+    """The parameters of a callback as libnbd calls it, without the first one, user_data."""
     for argument in closure.arguments:
         is_array = argument.kind in (CallbackKind.INTS, CallbackKind.PAIRS)
         yield declare(f"{argument.ctype} *" if is_array else argument.ctype, argument.name)
@@ -45,7 +49,17 @@ def libnbd_parameters(closure: Closure) -> Iterator[str]:
 
 
 def upcall_function(closure: Closure) -> str:
-    """What libnbd calls for a callback type: marks the handle and goes up."""
+    """The C function that libnbd calls for a callback type.  It makes the upcall.
+
+    During the upcall the thread is marked as being inside a callback of this handle, so that calls
+    which would deadlock are refused.  At the end of the process there may be no Python to call any
+    more: then the result is -1.  A completion needs more care:
+
+    - libnbd 1.22 may call it a second time when the handle is closed.  Only the first time counts.
+    - It must not be lost if a signal handler raises in Python before the upcall has done anything.
+      Then the upcall is made again.
+    - If it returned 1, Python has already released the token.
+    """
     name = closure.name
     passed = []
     asserts = ""
@@ -82,7 +96,10 @@ def upcall_function(closure: Closure) -> str:
 
 
 def upcall_arguments(argument: CallbackArgument) -> list[str]:
-    """What an argument of libnbd's callback becomes in the upcall."""
+    """The arguments of the upcall for one argument of libnbd's callback.
+
+    A part of the command's buffer is passed as its offset in the buffer: Python has the buffer.
+    """
     name = argument.name
     if argument.kind is CallbackKind.ERROR:
         return [f"*{name}", f"(uintptr_t){name}"]
@@ -94,7 +111,7 @@ def upcall_arguments(argument: CallbackArgument) -> list[str]:
 
 
 def passed_on(parameter: Parameter) -> Iterator[str]:
-    """The arguments for libnbd that a parameter becomes."""
+    """The arguments for libnbd's function that are made from one parameter."""
     if parameter.kind is Kind.CLOSURE:
         yield f"{parameter.name}_callback"
     elif parameter.kind is Kind.ADDRESS:
@@ -107,7 +124,7 @@ def passed_on(parameter: Parameter) -> Iterator[str]:
 
 
 def glue_function(function: Function) -> str:
-    """One flat function: enter the handle, call libnbd, leave."""
+    """One flat function: it enters the handle, calls libnbd and leaves the handle."""
     lines = [
         comment(f"nbd_{function.name}.{ownership(function)}"),
         wrap_c(prototype(function)),
@@ -118,6 +135,8 @@ def glue_function(function: Function) -> str:
     for parameter in function.closures:
         lines += closure_struct(parameter)
     arguments = ["s->h", *(a for p in function.parameters for a in passed_on(p))]
+    # Polling may wait.  The shim needs the socket before that, or nbdshim_close in another thread
+    # could not end the waiting.
     if function.name.startswith(("poll", "aio_notify")):
         lines += ["    if (nbd_aio_is_connecting(s->h))", "        nbdshim_note_socket(s);"]
     result = declare(returned_type(function), "ret")
@@ -131,7 +150,11 @@ def glue_function(function: Function) -> str:
 
 
 def afterwards(function: Function) -> list[str]:
-    """What the shim notes when libnbd's call has returned."""
+    """What the shim records after libnbd's function has returned.
+
+    This is about the state of the buffer, and about the socket of the connection: the shim has a
+    duplicate of it, which it makes after connecting and closes after the connection has ended.
+    """
     lines = []
     if function.filled_later:
         lines += ["", "    if (was_stale)"]
@@ -146,12 +169,15 @@ def afterwards(function: Function) -> list[str]:
 
 
 def is_wide(function: Function) -> bool:
-    """Whether it may return a number that a server chose and libnbd did not check."""
+    """Whether a call may return a number that comes from the server without a check by libnbd.
+
+    Such a number may be negative and look like a failure, so nbdshim_number examines it.
+    """
     return function.returns in ("int64_t", "ssize_t") and not function.closures
 
 
 def ownership(function: Function) -> str:
-    """What the comment of a flat function says besides its name."""
+    """What the comment of a flat function says after its name: who owns what for how long."""
     names = [p.name for p in function.closures]
     told = (
         [f"{' and '.join(names)} {'are tokens' if names[1:] else 'is a token'}."] if names else []
@@ -166,7 +192,7 @@ def ownership(function: Function) -> str:
 
 
 def comment(text: str) -> str:
-    """A comment of one line or more."""
+    """A C comment of one line or more."""
     if len(text) <= COLUMNS - len("/*  */"):
         return f"/* {text} */"
     lines = textwrap.wrap(text, COLUMNS - len(" * "))
@@ -174,7 +200,10 @@ def comment(text: str) -> str:
 
 
 def refusal(function: Function) -> list[str]:
-    """Enter, and hold the tokens; return if either is refused."""
+    """Enter the handle and hold the tokens.  Return if the shim refuses one of these.
+
+    A refused call fills the memory for its result with zeroes, as libnbd does when it fails.
+    """
     enter = "nbdshim_enter_unlocked(s)" if function.name in LOCK_FREE else "nbdshim_enter(s)"
     undo = []
     if function.buffer and function.buffer.kind is Kind.ROOM and not function.filled_later:
@@ -187,7 +216,7 @@ def refusal(function: Function) -> list[str]:
 
 
 def holding(function: Function, undo: Sequence[str]) -> list[str]:
-    """Hold the tokens of a call that has entered; undo that and leave if there is no memory."""
+    """Hold the tokens of a call that has entered.  Without memory for that, undo it and leave."""
     names = [p.name for p in function.closures]
     if not names:
         return []
@@ -205,14 +234,21 @@ def holding(function: Function, undo: Sequence[str]) -> list[str]:
 
 
 def refused_value(function: Function) -> str:
-    """What a refused call returns: the reason, where its type has room for that."""
+    """What a refused call returns: the reason as a negative number, if its type has room for one.
+
+    If it has none, the caller asks nbdshim_check for the reason.
+    """
     if returned_type(function).endswith("*"):
         return "NULL"
     return "0" if function.returns in UNSIGNED_64 else "refused"
 
 
 def clearing(function: Function) -> list[str]:
-    """Overwrite stale bytes, where libnbd is told not to, and take note of when it is."""
+    """Fill the memory that libnbd reads into with zeroes, if libnbd does not do it.
+
+    The memory may hold old bytes that Python code must not see when the read fails.  Libnbd clears
+    it by default, but set_pread_initialize(False) stops that; from then on the shim does it.
+    """
     if function.name == "set_pread_initialize":
         (initialize,) = function.parameters
         return [f"    if (!{initialize.name})", "        nbdshim_note_leaving_old(s);"]
@@ -230,7 +266,7 @@ def clearing(function: Function) -> list[str]:
 
 
 def closure_struct(parameter: Parameter) -> list[str]:
-    """libnbd's struct for one callback."""
+    """The struct that libnbd takes for one callback."""
     name = parameter.name
     call = f"call_{parameter.closure}"
     callback = f"has_{name} ? {call} : NULL" if parameter.optional else call

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""model -> methods.py: the class NBD, with one method for each call.
+"""Write methods.py: the class NBD, with one method for each call of libnbd.
 
-What is written here is what people see in help(), tracebacks and debuggers.
+Users see this text in help(), tracebacks and debuggers, so it is written to be read.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from generator.text import banner, wrap
 
 BANNER = banner(__name__)
 
+#: The annotations of parameters.  For a bool any object will do, because its truth value is taken.
 ANNOTATIONS = {
     Kind.BOOL: "object",
     Kind.INT: "int",
@@ -33,7 +34,8 @@ ANNOTATIONS = {
     Kind.ADDRESS: "Address",
 }
 
-#: Callback types that nbd.types names; a new one of libnbd's is any callable.
+#: The callback types that have a name in nbd.types.  A callback type of a newer libnbd is annotated
+#: as any callable.
 NAMED_CALLBACKS = ("chunk", "completion", "context", "debug", "extent", "extent64", "list")
 
 RETURN_ANNOTATIONS = {
@@ -47,7 +49,7 @@ RETURN_ANNOTATIONS = {
 
 
 def methods_module(header: Header, documentation: Mapping[str, Documentation]) -> str:
-    """methods.py: the class NBD."""
+    """The text of methods.py."""
     groups = in_order_of_use(header, documentation)
     methods = [
         method(function, header, documentation.get(function.name))
@@ -116,7 +118,7 @@ class NBD(Handle):
 
 
 def group_index(groups: Sequence[tuple[str, Sequence[Function]]]) -> str:
-    """The table of contents of the class."""
+    """The list of all methods for the docstring of the class."""
     blocks = [
         textwrap.fill(
             f"{group}: " + ", ".join(f.name for f in functions) + ".",
@@ -130,19 +132,19 @@ def group_index(groups: Sequence[tuple[str, Sequence[Function]]]) -> str:
 
 
 def order_of_use(groups: Sequence[tuple[str, Sequence[Function]]]) -> str:
-    """The names of the methods as string literals: pydoc sorts by a class's _fields."""
+    """The names of the methods for the attribute _fields, by which pydoc sorts the methods."""
     return "\n".join(f'        "{f.name}",' for _, functions in groups for f in functions)
 
 
 def callback_type(closure: str) -> str:
-    """The name in nbd.types of a callback's type."""
+    """The annotation of a parameter that is a callback."""
     return (
         f"{closure.capitalize()}Callback" if closure in NAMED_CALLBACKS else "Callable[..., object]"
     )
 
 
 def method(function: Function, header: Header, entry: Documentation | None) -> str:
-    """One method."""
+    """The text of one method."""
     kind = returned(function, header)
     parts = ["self", *(p for q in function.parameters for p in python_parameter(function, q))]
     returns = RETURN_ANNOTATIONS[kind]
@@ -154,13 +156,13 @@ def method(function: Function, header: Header, entry: Documentation | None) -> s
 
 
 def reads_synchronously(function: Function) -> bool:
-    """Whether the caller gives a count and gets a new bytearray."""
+    """Whether the caller passes the number of bytes and gets them in a new bytearray."""
     buffer = function.buffer
     return not function.is_asynchronous and buffer is not None and buffer.kind is Kind.ROOM
 
 
 def python_parameter(function: Function, parameter: Parameter) -> Iterator[str]:
-    """A parameter as it stands in the method's signature."""
+    """A parameter in the signature of the method."""
     if parameter.kind is Kind.CLOSURE:
         annotation = callback_type(parameter.closure)
         yield f"{parameter.name}: {annotation}" + (" | None = None" if parameter.optional else "")
@@ -172,7 +174,7 @@ def python_parameter(function: Function, parameter: Parameter) -> Iterator[str]:
 
 
 def docstring(function: Function, entry: Documentation | None) -> str:
-    """The method's documentation, with the C call behind it in the last line."""
+    """The docstring of the method.  Its last line names the C function."""
     if entry is None:
         text = (
             f"Call nbd_{function.name} of libnbd.\n\n"
@@ -189,10 +191,11 @@ def docstring(function: Function, entry: Documentation | None) -> str:
 
 
 def statements(function: Function, kind: Returns) -> Iterator[str]:
-    """The method's body.
+    """The body of the method.
 
-    All arguments are converted before anything is registered.  Whatever exception leaves the
-    method, at whatever bytecode: what was registered is forgotten, unless the shim has taken it.
+    All arguments are converted before a callable is registered.  An exception may come at any
+    bytecode, because a signal handler may raise it.  Then the method removes what it registered,
+    except what the shim has already taken.
     """
     tokens = [f"{closure.name}_token" for closure in function.closures]
     body = [*conversions(function), *registrations(function), *call(function, kind)]
@@ -224,7 +227,7 @@ def call(function: Function, kind: Returns) -> Iterator[str]:
 
 
 def conversions(function: Function) -> Iterator[str]:
-    """Make C's arguments of Python's."""
+    """Convert the arguments from Python to C, check the callables and pin the buffer."""
     for parameter in function.parameters:
         name = parameter.name
         if parameter.kind is Kind.INT:
@@ -253,12 +256,19 @@ def conversions(function: Function) -> Iterator[str]:
 
 
 def reads_through_scratch(function: Function) -> bool:
-    """Whether nobody sees the memory while the call runs."""
+    """Whether a small read may use scratch memory, and copy the result from there.
+
+    With a callback it may not: the callback sees the memory while the call runs, and may keep it.
+    """
     return reads_synchronously(function) and not function.closures
 
 
 def memory_of(function: Function, buffer: Parameter) -> Iterator[str]:
-    """Have the memory of a buffer for C."""
+    """Get the address and the size of a buffer, and pin it so that it stays in place.
+
+    bytes and bytearray on CPython are the common cases.  They are handled in the method itself,
+    without the call of a function.
+    """
     name = buffer.name
     if buffer.kind is Kind.DATA:
         pin = "pin" if function.is_asynchronous else "_alive"
@@ -287,7 +297,11 @@ def memory_of(function: Function, buffer: Parameter) -> Iterator[str]:
 
 
 def registrations(function: Function) -> Iterator[str]:
-    """Register the callables, and the memory with them."""
+    """Register the callables, each with the buffer of the call, which must live as long.
+
+    If the call has a buffer, a token is registered even without a callable: its release tells when
+    libnbd no longer uses the buffer.
+    """
     for closure in function.closures:
         name = closure.name
         entry = f"({name}, self._h, {held(function)})"
@@ -301,7 +315,7 @@ def registrations(function: Function) -> Iterator[str]:
 
 
 def held(function: Function) -> str:
-    """What a registry entry holds of a buffer: what has the caller's bytes, and the pin."""
+    """The buffer in a registry entry: the object that has the caller's bytes, and the pin."""
     buffer = function.buffer
     if buffer is None:
         return "None, None"
@@ -311,7 +325,7 @@ def held(function: Function) -> str:
 
 
 def c_arguments(function: Function, parameter: Parameter) -> Iterator[str]:
-    """The arguments of the flat function that a parameter becomes."""
+    """The arguments of the flat function that are made from one parameter."""
     name = parameter.name
     if parameter.kind is Kind.CLOSURE:
         yield f"{name}_token"
@@ -331,7 +345,11 @@ def c_arguments(function: Function, parameter: Parameter) -> Iterator[str]:
 
 
 def outcome(function: Function, kind: Returns) -> Iterator[str]:
-    """Raise, or return the result as what it means."""
+    """Raise an exception if the call failed, else return the result as the right type.
+
+    An unsigned 64-bit result cannot say that the call was refused: it is 0 then, and the shim is
+    asked for the reason.
+    """
     if kind in (Returns.TEXT, Returns.OWNED_TEXT):
         yield "if not result or pending:"
         yield "    settle(self._h, result)"
@@ -355,7 +373,7 @@ def outcome(function: Function, kind: Returns) -> Iterator[str]:
 
 
 def read_result(function: Function, name: str) -> Iterator[str]:
-    """Return what was read."""
+    """Return the bytearray with what was read."""
     if not reads_through_scratch(function):
         yield f"return shown_result({name}, pointer)"
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""model -> closures.py: the Python functions that the shim calls for libnbd's callbacks."""
+"""Write closures.py: the Python functions that the shim calls, one for each callback type."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BANNER = banner(__name__)
 
 
 def closures_module(header: Header) -> str:
-    """closures.py: what the shim calls, one function for each callback type."""
+    """The text of closures.py."""
     functions = [closure_function(closure) for closure in header.closures]
     used = "".join(functions)
     converters = [name for name in ("as_text", "pairs", "string") if f"{name}(" in used]
@@ -59,7 +59,10 @@ def closure_function(closure: Closure) -> str:
 
 
 def upcall_parameters(argument: CallbackArgument) -> Iterator[str]:
-    """What the shim passes for one argument of a callback."""
+    """The parameters of an upcall for one argument of a callback.
+
+    C has them too, in emit_glue_header.upcall_parameters: the order must be the same.
+    """
     if argument.kind is CallbackKind.VIEW:
         yield f"{argument.name}_at: int"
     elif argument.kind in (CallbackKind.INT, CallbackKind.ERROR):
@@ -73,7 +76,7 @@ def upcall_parameters(argument: CallbackArgument) -> Iterator[str]:
 
 
 def callback_lines(closure: Closure) -> list[str]:
-    """The body for every callback but completions."""
+    """The body of the function for every callback type except completion."""
     entry = "callback, _, target, pin" if closure.has_buffer else "callback"
     return [
         f"    {entry} = registry[token]" + ("" if closure.has_buffer else "[0]"),
@@ -85,7 +88,10 @@ def callback_lines(closure: Closure) -> list[str]:
 
 
 def text_lines(names: Sequence[str]) -> list[str]:
-    """Make str of C's strings: nearly all are UTF-8, which takes no call of ours."""
+    """Convert C strings to str.
+
+    Nearly all are UTF-8.  To decode these directly is faster than to call as_text.
+    """
     if not names:
         return []
     strings = ", ".join(names)
@@ -98,7 +104,10 @@ def text_lines(names: Sequence[str]) -> list[str]:
 
 
 def called(closure: Closure) -> list[str]:
-    """Call the callable; what it made of the errno counts also when it raises."""
+    """Call the user's callable.
+
+    If it changed the errno, libnbd gets the new one, also if the callable raised an exception.
+    """
     passed = ", ".join(callback_argument(a.name, a.kind, a.length) for a in closure.arguments)
     call = f"result = callback({passed})"
     errors = [a.name for a in closure.arguments if a.kind is CallbackKind.ERROR]
@@ -114,13 +123,17 @@ def called(closure: Closure) -> list[str]:
 
 
 def cell_lines(name: str) -> list[str]:
+    """Put the errno into an object, which the callable may change."""
     return [f"    {name}_cell = ErrorNumber()", f"    {name}_cell.value = {name}"]
 
 
-#: What most return; to ask for its class takes longer.
+#: Most callbacks return None, so this is tested first: it is faster than looking at the class.
 NONE_LINES = ["    if result is None:", "        return 0"]
 
-#: What may be done again, if a signal handler raises meanwhile.
+#: How a completion begins.  These lines are outside of its `try`: if a signal handler raises an
+#: exception here, the exception leaves the function, and the shim calls the function again.  So it
+#: must be possible to run these lines twice.  On PyPy, where libnbd read into a copy of the buffer,
+#: bring_back copies the bytes to the caller's object.
 ARRIVAL_LINES = [
     "callback, _, target, _ = registry[token]",
     "if BOUNCES and target is not None:",
@@ -129,7 +142,11 @@ ARRIVAL_LINES = [
 
 
 def completion_lines(closure: Closure) -> list[str]:
-    """The body for completions: the common path, which also retires the command."""
+    """The body of the function for completions.
+
+    If the callable returns 1, the command is retired, and its token is forgotten at once.  That
+    saves an upcall of `release`.  Most callbacks are completions, so this code is made to be fast.
+    """
     return [
         "    if callback is None:",
         "        return 0",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Finding: where libnbd is, and the tools that the build runs."""
+"""Find libnbd with pkg-config, and run the tools that the build needs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+#: How to install what is missing: the end of most messages of BuildError.
 INSTALL = "Debian: apt install {debian}; Fedora: dnf install {fedora}"
 
 
@@ -18,7 +19,7 @@ class BuildError(Exception):
 
 
 class Library(NamedTuple):
-    """Where libnbd is, as pkg-config says."""
+    """Where libnbd is, and the options to compile with it, as pkg-config reports them."""
 
     header: Path
     version: str
@@ -27,7 +28,11 @@ class Library(NamedTuple):
 
 
 def run_tool(command: Sequence[str], missing: str) -> str:
-    """The output of a build tool; BuildError with `missing` if it is not there or fails."""
+    """Run a build tool and return its output.
+
+    Raises:
+        BuildError: The tool is not installed, or it fails.  The message ends with `missing`.
+    """
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:

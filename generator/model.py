@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""What libnbd.h says, as plain data."""
+"""The model: the contents of libnbd.h as plain data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Kind(Enum):
-    """How a parameter of a call travels between Python and C."""
+    """The kind of a parameter: it decides how the argument is converted from Python to C."""
 
     BOOL = "bool"
     INT = "integer"
@@ -23,7 +23,7 @@ class Kind(Enum):
 
 
 class CallbackKind(Enum):
-    """How an argument of a callback travels from C up to Python."""
+    """The kind of a callback's argument: it decides how it is converted from C to Python."""
 
     INT = "integer"
     STRING = "string"
@@ -34,11 +34,11 @@ class CallbackKind(Enum):
 
 
 class Unbindable(Exception):
-    """A declaration that no rule covers."""
+    """No rule covers a declaration.  The message is the reason; see Header.unbound."""
 
 
 class Parameter(NamedTuple):
-    """One parameter of a call; a buffer and its length count as one."""
+    """One parameter of a call.  A buffer and its length in C are one parameter here."""
 
     name: str
     kind: Kind
@@ -49,7 +49,7 @@ class Parameter(NamedTuple):
 
 
 class CallbackArgument(NamedTuple):
-    """One argument of a callback; an array and its length count as one."""
+    """One argument of a callback.  An array and its length in C are one argument here."""
 
     name: str
     kind: CallbackKind
@@ -66,7 +66,7 @@ class Closure:
 
     @property
     def has_buffer(self) -> bool:
-        """Whether it is shown parts of the buffer of its command."""
+        """Whether the callback gets parts of the buffer that its command reads into."""
         return any(argument.kind is CallbackKind.VIEW for argument in self.arguments)
 
 
@@ -96,14 +96,14 @@ class Function:
 
     @property
     def filled_later(self) -> Parameter | None:
-        """The caller's buffer that libnbd writes after the call has returned, if there is one."""
+        """The caller's buffer, if libnbd still writes to it after the call has returned."""
         buffer = self.buffer
         return buffer if buffer and buffer.kind is Kind.ROOM and self.is_asynchronous else None
 
 
 @dataclass(frozen=True)
 class Header:
-    """All of libnbd.h."""
+    """All of libnbd.h.  `unbound` has the name of what is not bound, and the reason."""
 
     functions: tuple[Function, ...]
     closures: tuple[Closure, ...]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Preprocessing: a header as the C preprocessor gives it back, with its macros."""
+"""Run the C preprocessor on a header, and list the macros that it defines."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from pathlib import Path
 
 from generator.library import INSTALL, run_tool
 
-#: Headers that libnbd.h includes.  Empty stand-ins are enough: only their types' names matter.
+#: The system headers that libnbd.h includes.  Empty files replace them, because pycparser does not
+#: understand what compilers put into the real ones.
 SYSTEM_HEADERS = ("stdbool.h", "stddef.h", "stdint.h", "sys/socket.h", "sys/types.h")
 
+#: The types of those headers that libnbd.h uses.
 TYPES = [
     "bool",
     "int8_t",
@@ -31,11 +33,13 @@ TYPES = [
     "socklen_t",
 ]
 
+#: Declares these types for pycparser, which must know that the names are types.  That they are all
+#: int does no harm: the model keeps the names only.
 PRELUDE = "".join(f"typedef int {name};\n" for name in TYPES)
 
 
 def preprocess(header: Path, *options: str, compiler: str | None = None) -> str:
-    """What the C preprocessor makes of a header, the system's own headers left out."""
+    """The text of a header after the C preprocessor, without the system headers."""
     command = shlex.split(compiler or os.environ.get("CC") or "cc")
     missing = "A C compiler is needed. " + INSTALL.format(debian="gcc libc6-dev", fedora="gcc")
     with tempfile.TemporaryDirectory() as stand_ins:
@@ -48,7 +52,7 @@ def preprocess(header: Path, *options: str, compiler: str | None = None) -> str:
 
 
 def object_macros(macros: str) -> Iterator[tuple[str, str]]:
-    """Macros without parameters, in the order of definition, with their text."""
+    """The name and the text of each macro without parameters, from the output of `cc -E -dM`."""
     for line in macros.splitlines():
         directive, _, definition = line.partition(" ")
         name, _, text = definition.partition(" ")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Modelling: the text of libnbd.h becomes the model, by one rule for each C type."""
+"""Make the model from the text of libnbd.h: there is one rule for each C type."""
 
 from __future__ import annotations
 
@@ -24,34 +24,49 @@ from generator.model import (
 )
 from generator.preprocess import PRELUDE, TYPES, object_macros, preprocess
 
+#: The C types of integers.  Python passes them to C as int.
 INTEGERS = frozenset(TYPES) - {"bool"} | {
     "int", "unsigned", "unsigned int", "long", "unsigned long", "short", "char",
     "long long", "unsigned long long",
 }  # fmt: skip
 
-#: Bound by hand in the shim, because they make, end or explain a handle rather than use it.
+#: The shim binds these by hand, because they do not just use a handle: they create it, close it or
+#: report its last error.
 BY_HAND = frozenset({"create", "close", "get_error", "get_errno"})
 
-#: Parameters that name a file: these take bytes and os.PathLike as well as str.
+#: Parameters of these names are file names: Python takes bytes and os.PathLike for them, not only
+#: str.  In C they are const char *, as other strings are.
 PATHS = frozenset({"unixsocket", "dir", "filename"})
 
-#: Names that the generated C and Python use for themselves: a parameter of such a name gets a "_".
+#: Names that the bodies of the generated functions use.  A parameter of the same name would hide
+#: what the body means, so it gets a "_" at its end: `size` becomes `size_`.  Python's keywords are
+#: among them because they cannot be names of parameters.  Libnbd has no such parameter today; the
+#: list is for newer versions of it.
 RESERVED = frozenset(keyword.kwlist) | {
+    # Variables of the C glue, and the function of C that it calls.
     *("s", "ret", "refused", "was_stale", "memset"),
+    # Variables of the methods.
     *("self", "raised", "result", "room", "pointer", "size", "state", "target", "pin", "pinned"),
     "_alive",
-    *("pending", "registry", "SCRATCH", "new_scratch", "put_back", "take_scratch", "IndexError"),
+    # What methods.py imports from the package.
+    *("pending", "registry", "SCRATCH", "new_scratch", "put_back", "take_scratch"),
     *("address_of", "as_number", "as_path", "as_string", "as_strings", "as_text", "owned_text"),
     *("abandon", "explain", "next_token", "not_callable", "settle", "lib", "NEVER_STALE"),
     *("from_buffer", "new_result", "new_shown_result", "readable", "shown_result", "writable"),
-    *("unpin", "BOUNCES", "bool", "bytearray", "bytes", "callable", "len", "type"),
-    *("BaseException", "Exception"),
+    *("unpin", "BOUNCES"),
+    # Builtins that the methods use.
+    *("bool", "bytearray", "bytes", "callable", "len", "type"),
+    *("BaseException", "Exception", "IndexError"),
 }
 
-#: The same for an argument of a callback.
+#: The same for the arguments of a callback, whose functions use more names.
 RESERVED_IN_CALLBACKS = RESERVED | {
-    *("closure", "upcall", "token", "callback", "forget", "keep", "part"),
-    *("unpack", "pairs", "string", "bring_back", "set_errno", "as_int", "ErrorNumber"),
+    # Variables of nbdglue.c and closures.py.
+    *("closure", "upcall", "token", "callback"),
+    # What closures.py imports from the package.
+    *("forget", "keep", "part", "unpack", "pairs", "string", "bring_back", "set_errno"),
+    *("as_int", "ErrorNumber"),
+    # A builtin that the functions use.
     "UnicodeDecodeError",
 }
 
@@ -62,12 +77,16 @@ def read(header: Path) -> Header:
 
 
 def parse(declarations: str, macros: str) -> Header:
-    """The model of a preprocessed libnbd.h and of the macros it defines (`cc -E -dM`).
+    """The model of libnbd.h, from its preprocessed text and its macros (`cc -E -dM`).
+
+    A declaration that no rule covers does not end the build, because a newer libnbd may have one.
+    The model lists it as unbound.
 
     Raises:
         BuildError: pycparser does not understand it.
     """
     defined = {name: text for name, text in object_macros(macros) if text}
+    # libnbd.h has a macro NBD_NULL_X for each callback type X that the caller may leave out.
     optional = frozenset(
         name[len("NBD_NULL_") :].lower() for name in defined if name.startswith("NBD_NULL_")
     )
@@ -104,7 +123,7 @@ def parse(declarations: str, macros: str) -> Header:
 
 
 def function_declarations(tree: c_ast.FileAST) -> Iterator[tuple[str, c_ast.FuncDecl]]:
-    """The functions called nbd_*, without that prefix, in the header's order."""
+    """The functions nbd_*, without that prefix, in the order of the header."""
     for node in tree.ext:
         is_function = isinstance(node, c_ast.Decl) and isinstance(node.type, c_ast.FuncDecl)
         if is_function and node.name.startswith("nbd_"):
@@ -112,7 +131,7 @@ def function_declarations(tree: c_ast.FileAST) -> Iterator[tuple[str, c_ast.Func
 
 
 def struct_typedefs(tree: c_ast.FileAST) -> Iterator[tuple[str, list[c_ast.Decl]]]:
-    """The fields of every `typedef struct { ... } name;`."""
+    """The name and the fields of every `typedef struct { ... } name;`."""
     for node in tree.ext:
         is_named = isinstance(node, c_ast.Typedef) and isinstance(node.type, c_ast.TypeDecl)
         if is_named and isinstance(node.type.type, c_ast.Struct) and node.type.type.decls:
@@ -120,13 +139,13 @@ def struct_typedefs(tree: c_ast.FileAST) -> Iterator[tuple[str, list[c_ast.Decl]
 
 
 def spell(node: c_ast.Node) -> str:
-    """A type as C spells it, without a name: `const char *`."""
+    """A type in C syntax, without the name of a parameter: `const char *`."""
     text: str = c_generator.CGenerator().visit(c_ast.Typename(None, [], None, strip_name(node)))
     return text
 
 
 def strip_name(node: c_ast.Node) -> c_ast.Node:
-    """The same type with no declared name in it."""
+    """The same type without the name that it declares."""
     if isinstance(node, c_ast.PtrDecl):
         return c_ast.PtrDecl(node.quals, strip_name(node.type))
     if isinstance(node, c_ast.TypeDecl):
@@ -135,7 +154,7 @@ def strip_name(node: c_ast.Node) -> c_ast.Node:
 
 
 class Declared(NamedTuple):
-    """A parameter as it stands in C."""
+    """A parameter as C declares it.  One Parameter of the model may be two of these."""
 
     name: str
     ctype: str
@@ -144,7 +163,7 @@ class Declared(NamedTuple):
 def declared_parameters(
     declaration: c_ast.FuncDecl, reserved: frozenset[str] = RESERVED
 ) -> list[Declared]:
-    """The parameters of a function, (void) being none; reserved names get a "_"."""
+    """The parameters of a function: none for (void).  A reserved name gets a "_" at its end."""
     listed = [] if declaration.args is None else declaration.args.params
     if any(isinstance(node, c_ast.EllipsisParam) for node in listed):
         raise Unbindable("no rule for a variable number of arguments")
@@ -162,7 +181,7 @@ def read_function(
     closures: Mapping[str, Closure],
     optional: frozenset[str],
 ) -> Function:
-    """A call by the rules from C to Python; Unbindable if one of its types has no rule."""
+    """The model of one call.  Raises Unbindable if there is no rule for one of its types."""
     declared = declared_parameters(declaration)
     if not declared or declared[0].ctype != "struct nbd_handle *":
         raise Unbindable("its first parameter is not a handle")
@@ -182,7 +201,7 @@ def read_parameter(
     closures: Mapping[str, Closure],
     optional: frozenset[str],
 ) -> Parameter:
-    """The rule for one parameter; a length that goes with it is taken from `rest`."""
+    """The model of one parameter.  If a length belongs to it, that is taken from `rest`."""
     name, ctype = declared
     if not name:
         raise Unbindable(f"a parameter of type {ctype} has no name")
@@ -209,7 +228,7 @@ def read_parameter(
 
 
 def next_of_type(rest: Iterator[Declared], ctype: str, owner: str) -> Declared:
-    """The length that must follow the pointer `owner`."""
+    """The next parameter: it must be the length of the buffer that `owner` points to."""
     following = next(rest, None)
     if following is None or following.ctype != ctype:
         raise Unbindable(f"the pointer {owner} is not followed by a {ctype}")
@@ -219,7 +238,7 @@ def next_of_type(rest: Iterator[Declared], ctype: str, owner: str) -> Declared:
 def read_closure(
     name: str, fields: Sequence[c_ast.Decl], structs: Mapping[str, list[c_ast.Decl]]
 ) -> Closure:
-    """A callback type, from the `callback` field of its struct."""
+    """The model of a callback type, made from the field `callback` of its struct."""
     pointer = next((field.type for field in fields if field.name == "callback"), None)
     if not isinstance(pointer, c_ast.PtrDecl) or not isinstance(pointer.type, c_ast.FuncDecl):
         raise Unbindable("its struct has no function pointer called callback")
@@ -236,7 +255,7 @@ def read_closure(
 def read_callback_argument(
     declared: Declared, rest: Iterator[Declared], structs: Mapping[str, list[c_ast.Decl]]
 ) -> CallbackArgument:
-    """The rule for one argument of a callback."""
+    """The model of one argument of a callback.  Its length, if any, is taken from `rest`."""
     name, ctype = declared
     if ctype == "const char *":
         return CallbackArgument(name, CallbackKind.STRING, ctype)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""What the emitters share: the banner of a generated file, and how long lines are broken."""
+"""What the emitters share: the banner of a generated file, and the breaking of long lines."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+#: The longest line that is generated, as in pyproject.toml and .clang-format.
 COLUMNS = 100
 
 
@@ -30,7 +31,10 @@ def source_path(module: str) -> str:
 
 
 def wrap(text: str, indent: int) -> str:
-    """A call or signature, one argument a line if it is too long for one line."""
+    """A Python call or signature.  If it is too long for one line, each argument gets its own line.
+
+    `indent` is the number of columns by which the caller indents the result.
+    """
     if len(text) + indent <= COLUMNS:
         return text
     opened = text.index("(")
@@ -41,7 +45,7 @@ def wrap(text: str, indent: int) -> str:
 
 
 def split_arguments(text: str) -> list[str]:
-    """Arguments at the commas that are in no brackets."""
+    """Split a list of arguments at its commas, but not at those inside brackets."""
     found = [""]
     depth = 0
     for character in text:
@@ -54,7 +58,10 @@ def split_arguments(text: str) -> list[str]:
 
 
 def wrap_c(text: str) -> str:
-    """A declaration or call broken after commas, each line lined up behind its open parenthesis."""
+    """A C declaration or call, broken after commas if it is too long for one line.
+
+    As clang-format does it, a line begins below the first character in the open parenthesis.
+    """
     lines: list[str] = []
     while len(text) > COLUMNS:
         cut = text.rfind(", ", 0, COLUMNS + 1) + 1
@@ -64,7 +71,7 @@ def wrap_c(text: str) -> str:
 
 
 def open_parenthesis(lines: Sequence[str]) -> int:
-    """The column of the innermost parenthesis that is open behind the last line."""
+    """The column of the innermost parenthesis that is still open after the last line."""
     columns: list[int] = []
     for line in lines:
         for column, character in enumerate(line):
