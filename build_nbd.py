@@ -25,7 +25,7 @@ from generator.emit_constants import constants_module  # noqa: E402
 from generator.emit_glue_header import glue_header  # noqa: E402
 from generator.emit_glue_source import glue_source  # noqa: E402
 from generator.emit_methods import methods_module  # noqa: E402
-from generator.emit_upcalls import closures_module  # noqa: E402
+from generator.emit_upcalls import upcalls_module  # noqa: E402
 from generator.library import BuildError, Library, find_library  # noqa: E402
 from generator.model import Header  # noqa: E402
 from generator.preprocess import preprocess  # noqa: E402
@@ -84,13 +84,13 @@ def prepare(folder: Path) -> Build:
 def python_modules(build: Build) -> dict[str, str]:
     """The generated modules of the package, by file name."""
     modules = {
-        "_build.py": build_module(build.mode, build.library.version),
+        "build.py": build_module(build.mode, build.library.version),
         "constants.py": constants_module(build.header),
-        "closures.py": closures_module(build.header),
+        "upcalls.py": upcalls_module(build.header),
         "methods.py": methods_module(build.header, load_documentation()),
     }
     if build.mode == "ABI":
-        modules["_abi.py"] = abi_module(build)
+        modules["abi.py"] = abi_module(build)
     return modules
 
 
@@ -100,22 +100,22 @@ def declarations(build: Build) -> str:
 
 
 def abi_module(build: Build) -> str:
-    """_abi.py: the cdef as cffi's out-of-line ABI mode stores it."""
+    """abi.py: the cdef as cffi's out-of-line ABI mode stores it."""
     ffi = FFI()
     ffi.cdef(declarations(build))
-    ffi.set_source("nbd._abi", None)
-    target = build.folder / "_abi.py"
+    ffi.set_source("nbd._core.abi", None)
+    target = build.folder / "abi.py"
     ffi.emit_python_code(str(target))
     return target.read_text(encoding="utf-8")
 
 
 def api_builder(build: Build) -> FFI:
-    """The FFI that compiles nbd._api, the shim included."""
+    """The FFI that compiles nbd._core.api, the shim included."""
     ffi = FFI()
     ffi.cdef(declarations(build))
     ffi.cdef(extern_python(build.header))
     ffi.set_source(
-        "nbd._api",
+        "nbd._core.api",
         INCLUDES,
         sources=build.sources,
         include_dirs=build.include_dirs,

@@ -29,7 +29,7 @@ class BuildModules(build_py):
     def run(self) -> None:
         super().run()
         for name, text in build_nbd.python_modules(build).items():
-            target = Path("nbd") if self.editable_mode else Path(self.build_lib, "nbd")
+            target = Path("" if self.editable_mode else self.build_lib, "nbd", "_core")
             target.mkdir(parents=True, exist_ok=True)
             (target / name).write_text(text, encoding="utf-8")
 
@@ -38,7 +38,7 @@ class BuildShim(build_ext):
     """ABI mode's shim is a plain shared library: no Python in its name, none of its headers."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        if fullname.endswith("_nbdshim"):
+        if fullname.endswith("nbdshim"):
             return str(Path(*fullname.split("."))) + ".so"
         return str(super().get_ext_filename(fullname))  # type: ignore[no-untyped-call]
 
@@ -60,7 +60,7 @@ if build.mode == "API":
         options["bdist_wheel"] = {"py_limited_api": "cp39"}
 else:
     extension = Extension(
-        "nbd._nbdshim",
+        "nbd._core.nbdshim",
         sources=build.sources,
         include_dirs=build.include_dirs,
         extra_compile_args=[*build_nbd.STRICT, *build.library.cflags],

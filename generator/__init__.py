@@ -8,7 +8,7 @@
 5. `calls` adds what C cannot say: what a return value means, and the documentation.
 6. Each `emit_*` module writes one text: `emit_glue_header` writes nbdglue.h, `emit_glue_source`
    nbdglue.c, `emit_cdef` the declarations for cffi, `emit_methods` methods.py, `emit_upcalls`
-   closures.py, `emit_constants` constants.py and `emit_build` _build.py.
+   upcalls.py, `emit_constants` constants.py and `emit_build` build.py.
 7. `text` holds what the emitters share: the banner and the breaking of long lines.
 
 Every function from the model on is pure: model in, text out.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Write _build.py: the mode of cffi, and the version of libnbd that the build found."""
+"""Write build.py: the mode of cffi, and the version of libnbd that the build found."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ BANNER = banner(__name__)
 
 
 def build_module(mode: str, version: str) -> str:
-    """The text of _build.py."""
+    """The text of build.py."""
     return (
         f'{BANNER}"""What this build of the package is."""\n\n'
         f'MODE = "{mode}"\nLIBNBD = "{version}"\n'

@@ -66,26 +66,29 @@ def methods_module(header: Header, documentation: Mapping[str, Documentation]) -
 
 from __future__ import annotations
 
-import nbd.closures  # noqa: F401 - tells the shim whom to call
-from nbd._arguments import address_of, as_number, as_path, as_string, as_strings
-from nbd._callbacks import abandon, explain, next_token, not_callable, pending, registry, settle
-from nbd._ffi import lib
-from nbd._handle import Handle
-from nbd._pins import (
-    BOUNCES,
-    SCRATCH,
-    new_result,
-    new_scratch,
-    new_shown_result,
-    put_back,
-    readable,
-    shown_result,
-    take_scratch,
-    unpin,
-    writable,
+import nbd._core.upcalls  # noqa: F401 - gives them to the shim
+from nbd._core.buffer import readable, writable
+from nbd._core.callbacks import abandon, next_token, not_callable, registry
+from nbd._core.convert import (
+    address_of,
+    as_number,
+    as_path,
+    as_string,
+    as_strings,
+    owned_text,
 )
-from nbd._values import as_text, owned_text
-from nbd.memory import NEVER_STALE, from_buffer
+from nbd._core.errors import explain, pending, settle
+from nbd._core.handle import Handle
+from nbd._core.memory import (
+    BOUNCES,
+    NEVER_STALE,
+    from_buffer,
+    new_result,
+    new_shown_result,
+    result_of,
+    shown_result_of,
+)
+from nbd._core.shim import as_text, lib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -93,11 +96,11 @@ if TYPE_CHECKING:
 
     from _typeshed import ReadableBuffer, StrOrBytesPath, WriteableBuffer
 
-    from nbd.buffer import Buffer
+    from nbd._core.buffer import Buffer
     from nbd.types import (
 {imported}    )
 
-# Looked up once: that is a tenth of a short call.
+# Each is looked up once: to look it up in every call takes a tenth of a short call.
 {bindings}
 
 
@@ -255,14 +258,6 @@ def conversions(function: Function) -> Iterator[str]:
         yield from memory_of(function, buffer)
 
 
-def reads_through_scratch(function: Function) -> bool:
-    """Whether a small read may use scratch memory, and copy the result from there.
-
-    With a callback it may not: the callback sees the memory while the call runs, and may keep it.
-    """
-    return reads_synchronously(function) and not function.closures
-
-
 def memory_of(function: Function, buffer: Parameter) -> Iterator[str]:
     """Get the address and the size of a buffer, and pin it so that it stays in place.
 
@@ -286,14 +281,8 @@ def memory_of(function: Function, buffer: Parameter) -> Iterator[str]:
         yield f"size = {buffer.length}"
         yield f"if type({buffer.length}) is not int:"
         yield f'    size = as_number("{buffer.length}", {buffer.length})'
-        if reads_through_scratch(function):
-            yield "try:"
-            yield "    pinned = take_scratch() if 0 <= size < SCRATCH else new_result(size)"
-            yield "except IndexError:"
-            yield "    pinned = new_scratch()"
-            yield f"{name}, pointer = pinned"
-        else:
-            yield f"{name}, pointer = new_shown_result(size)"
+        made = "new_shown_result" if function.closures else "new_result"
+        yield f"{name}, pointer = {made}(size)"
 
 
 def registrations(function: Function) -> Iterator[str]:
@@ -365,21 +354,9 @@ def outcome(function: Function, kind: Returns) -> Iterator[str]:
         yield "if result < 0 or pending:"
         yield "    settle(self._h, result)"
     if reads_synchronously(function) and function.buffer:
-        yield from read_result(function, function.buffer.name)
+        finish = "shown_result_of" if function.closures else "result_of"
+        yield f"return {finish}({function.buffer.name}, pointer)"
     elif kind is Returns.TRUTH:
         yield "return result != 0"
     elif kind is Returns.NUMBER:
         yield "return result"
-
-
-def read_result(function: Function, name: str) -> Iterator[str]:
-    """Return the bytearray with what was read."""
-    if not reads_through_scratch(function):
-        yield f"return shown_result({name}, pointer)"
-        return
-    yield "if size < SCRATCH:"
-    yield f"    {name} = {name}[:size]"
-    yield "    put_back(pinned)"
-    yield "elif BOUNCES:"
-    yield "    unpin(pointer)"
-    yield f"return {name}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Write closures.py: the Python functions that the shim calls, one for each callback type."""
+"""Write upcalls.py: the Python functions that the shim calls, one for each callback type."""
 
 from __future__ import annotations
 
@@ -12,21 +12,30 @@ from generator.text import banner, wrap
 BANNER = banner(__name__)
 
 
-def closures_module(header: Header) -> str:
-    """The text of closures.py."""
+def upcalls_module(header: Header) -> str:
+    """The text of upcalls.py."""
     functions = [closure_function(closure) for closure in header.closures]
     used = "".join(functions)
-    converters = [name for name in ("as_text", "pairs", "string") if f"{name}(" in used]
+    converters = [name for name in ("pairs", "string") if f"{name}(" in used]
     converters.append("unpack")
+    shim = [name for name in ("as_text",) if f"{name}(" in used]
     head = f'''\
-{BANNER}"""What libnbd's callbacks call: each finds its callable and converts the arguments."""
+{BANNER}"""What the shim calls: they convert the arguments and call the callables."""
 
 from __future__ import annotations
 
-from nbd._callbacks import ErrorNumber, as_int, forget, keep, registry, set_errno
-from nbd._ffi import install, upcall
-from nbd._pins import BOUNCES, bring_back, part
-from nbd._values import {", ".join(converters)}
+from nbd._core.callbacks import (
+    ErrorNumber,
+    as_int,
+    bring_back,
+    forget,
+    keep,
+    registry,
+    set_errno,
+)
+from nbd._core.convert import {", ".join(converters)}
+from nbd._core.memory import BOUNCES, part
+from nbd._core.shim import {", ".join([*shim, "install", "upcall"])}
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,7 +44,7 @@ if TYPE_CHECKING:
 
 @upcall("release")
 def release(tokens: Any, count: int) -> int:
-    """libnbd will not use these tokens again; some may be known no more."""
+    """Remove the entries of tokens that libnbd is done with.  Some may be removed already."""
     for token in unpack(tokens, count):
         forget(token, None)
     return 0

@@ -46,24 +46,23 @@ RESERVED = frozenset(keyword.kwlist) | {
     # Variables of the C glue, and the function of C that it calls.
     *("s", "ret", "refused", "was_stale", "memset"),
     # Variables of the methods.
-    *("self", "raised", "result", "room", "pointer", "size", "state", "target", "pin", "pinned"),
+    *("self", "raised", "result", "pointer", "size", "state", "target", "pin"),
     "_alive",
     # What methods.py imports from the package.
-    *("pending", "registry", "SCRATCH", "new_scratch", "put_back", "take_scratch"),
+    *("pending", "registry", "readable", "writable", "BOUNCES", "from_buffer"),
+    *("new_result", "new_shown_result", "result_of", "shown_result_of"),
     *("address_of", "as_number", "as_path", "as_string", "as_strings", "as_text", "owned_text"),
     *("abandon", "explain", "next_token", "not_callable", "settle", "lib", "NEVER_STALE"),
-    *("from_buffer", "new_result", "new_shown_result", "readable", "shown_result", "writable"),
-    *("unpin", "BOUNCES"),
     # Builtins that the methods use.
     *("bool", "bytearray", "bytes", "callable", "len", "type"),
-    *("BaseException", "Exception", "IndexError"),
+    *("BaseException", "Exception"),
 }
 
 #: The same for the arguments of a callback, whose functions use more names.
 RESERVED_IN_CALLBACKS = RESERVED | {
-    # Variables of nbdglue.c and closures.py.
-    *("closure", "upcall", "token", "callback"),
-    # What closures.py imports from the package.
+    # Variables of nbdglue.c and upcalls.py.
+    *("closure", "upcall", "token", "callback", "i"),
+    # What upcalls.py imports from the package.
     *("forget", "keep", "part", "unpack", "pairs", "string", "bring_back", "set_errno"),
     *("as_int", "ErrorNumber"),
     # A builtin that the functions use.

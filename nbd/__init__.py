@@ -20,6 +20,7 @@ Where things are:
     nbd.ClosedHandle  a method was called on a closed handle
     nbd.Buffer        memory for the asynchronous calls, aio_*
     nbd.CMD_FLAG_FUA, nbd.TLS_REQUIRE, ...  the constants of libnbd
+    nbd.memory        how much memory is kept for new nbd.Buffers
     nbd.types         types of callbacks, for annotations
     nbdsh             the shell: type it, or python -m nbd
 
@@ -29,21 +30,28 @@ server's reply.  The aio_ calls do not wait: they return a cookie, and poll driv
 
 from __future__ import annotations
 
-from nbd import constants as _constants
-from nbd.buffer import Buffer
-from nbd.constants import *  # noqa: F403 - one name for each constant of libnbd.h
-from nbd.error import ClosedHandle, Error
-from nbd.methods import NBD
+from nbd._core.buffer import Buffer
+from nbd._core.constants import *  # noqa: F403 - one name for each constant of libnbd.h
+from nbd._core.constants import __all__ as _constants
+from nbd._core.errors import ClosedHandle, Error
+from nbd._core.methods import NBD
 
-__all__ = [
-    "NBD",
-    "Buffer",
-    "ClosedHandle",
-    "Error",
-    "nbd",
-    "package_name",
-    *_constants.__all__,
-]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nbd import memory as memory
+    from nbd import types as types
+
+    #: "libnbd".
+    package_name: str
+    #: The version of libnbd, the C library, that is running.
+    __version__: str
+del TYPE_CHECKING
+
+__all__ = ["NBD", "Buffer", "ClosedHandle", "Error", "nbd", "package_name", *_constants]
+
+# Few programs use these names: they are made when they are first asked for.
+_MODULES = ("memory", "types")
+_LATER = ("__version__", "package_name", *_MODULES)
 
 
 def nbd() -> NBD:
@@ -59,9 +67,18 @@ def nbd() -> NBD:
     return NBD()
 
 
-with NBD() as _handle:
-    #: "libnbd".
-    package_name = _handle.get_package_name()
-    #: The version of libnbd, the C library, that is running.
-    __version__ = _handle.get_version()
-del _handle
+def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        from importlib import import_module
+
+        return import_module(f"{__name__}.{name}")
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    with NBD() as handle:
+        version, package = handle.get_version(), handle.get_package_name()
+    globals().update(__version__=version, package_name=package)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

@@ -47,7 +47,7 @@ class Spiteful:
 @pytest.fixture
 def registry() -> Any:
     """Return the registry of live callables and buffers."""
-    return nbd._callbacks.registry
+    return nbd._core.callbacks.registry
 
 
 # bool: any object, by its truth

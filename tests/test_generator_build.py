@@ -64,7 +64,7 @@ extern int nbd_aio_is_closed (struct nbd_handle *h);
 extern int nbd_set_umbrella (struct nbd_handle *h, bool open);
 extern int nbd_get_umbrella (struct nbd_handle *h);
 extern char *nbd_describe (struct nbd_handle *h, char **places);
-extern int nbd_forecast (struct nbd_handle *h, void *report, size_t count, const char *room,
+extern int nbd_forecast (struct nbd_handle *h, void *report, size_t count, const char *pin,
                          nbd_weather_callback weather_callback, uint32_t flags);
 extern int64_t nbd_aio_forecast (struct nbd_handle *h, int64_t degrees,
                                  nbd_storm_callback storm_callback,
@@ -119,7 +119,7 @@ char *nbd_describe (struct nbd_handle *h, char **places)
   return text;
 }
 
-int nbd_forecast (struct nbd_handle *h, void *report, size_t count, const char *room,
+int nbd_forecast (struct nbd_handle *h, void *report, size_t count, const char *pin,
                   nbd_weather_callback weather, uint32_t flags)
 {
   uint16_t hours[] = { 6, 12, 65535 };
@@ -127,9 +127,9 @@ int nbd_forecast (struct nbd_handle *h, void *report, size_t count, const char *
   int error = 0, ret = 0;
   (void) h;
   memset (report, 'w', count);
-  if (strcmp (room, "nowhere") == 0)
+  if (strcmp (pin, "nowhere") == 0)
     ret = fail ("nbd_forecast: no such place", ENOENT);
-  else if (weather.callback (weather.user_data, room, -(int64_t) flags, hours, 3, winds, 2,
+  else if (weather.callback (weather.user_data, pin, -(int64_t) flags, hours, 3, winds, 2,
                              (char *) report + 1, 2, &error) == -1)
     ret = fail ("nbd_forecast: the callback failed", error);
   weather.free (weather.user_data);
@@ -164,7 +164,7 @@ Libs: -L{folder} -lnbd -Wl,-rpath,{folder}
 PROGRAM = """\
 import inspect, json, sys
 import nbd
-from nbd import _callbacks
+from nbd._core import callbacks
 out = {}
 h = nbd.NBD()
 """
@@ -199,12 +199,12 @@ def made_up(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
         NBD_CFFI_MODE="abi",
     ).stderr
     for module in generated.glob("*.py"):
-        shutil.copy(module, package)
+        shutil.copy(module, package / "_core")
     run(
         *(*shared, "-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-pthread"),
         *(f"-I{CHECKOUT / 'csrc'}", f"-I{generated}"),
         *(CHECKOUT / "csrc" / "nbdshim.c", generated / "nbdglue.c"),
-        *(f"-L{folder}", "-lnbd", f"-Wl,-rpath,{folder}", "-o", package / "_nbdshim.so"),
+        *(f"-L{folder}", "-lnbd", f"-Wl,-rpath,{folder}", "-o", package / "_core" / "nbdshim.so"),
     )
     return folder, said
 
@@ -285,7 +285,7 @@ def test_signatures_follow_the_rules(does: Does) -> None:
         for name, text in does(lines).items()
     }
     assert {name: str(signature) for name, signature in signatures.items()} == {
-        "forecast": "(self, count, room_, weather, flags=0)",
+        "forecast": "(self, count, pin_, weather, flags=0)",
         "aio_forecast": "(self, degrees, storm, completion=None)",
     }
 
@@ -306,7 +306,7 @@ def weather(place, degrees, hours, winds, report, error):
     out["report"] = [bytes(report).decode(), report.readonly, error.value]
     return 0
 out["read"] = h.forecast(4, "brno", weather, 5).decode()
-out["left"] = len(_callbacks.registry)
+out["left"] = len(callbacks.registry)
 """
     assert does(lines) == {
         "seen": ["brno", -5, [6, 12, 65535], [[2**64 - 1, 90], [3, 270]]],
@@ -331,12 +331,12 @@ for wrong in ((4, b"bytes", raises), (-1, "x", raises), (4, "x", 7)):
         h.forecast(*wrong)
     except (TypeError, ValueError, OverflowError) as error:
         out[str(len(out))] = str(error)
-out["left"] = len(_callbacks.registry)
+out["left"] = len(callbacks.registry)
 """
     assert does(lines) == {
         "nowhere": ["nbd_forecast: no such place", "ENOENT", "None"],
         "somewhere": ["nbd_forecast: the callback failed", "ENOMEM", "RuntimeError('rain')"],
-        "2": "room_: str is needed, not bytes",
+        "2": "pin_: str is needed, not bytes",
         "3": "count: -1 is negative",
         "4": "weather: a callable is needed, not int",
         "left": 0,
@@ -351,7 +351,7 @@ def completion(error):
     out["error"] = error.value
     return 1
 out["cookies"] = [h.aio_forecast(-40, storm, completion), h.aio_forecast(2**63 - 1, storm)]
-out["left"] = len(_callbacks.registry)
+out["left"] = len(callbacks.registry)
 """
     assert does(lines) == {
         "told": [["later", -40], ["later", 2**63 - 1]],

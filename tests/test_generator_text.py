@@ -23,7 +23,7 @@ from generator.emit_constants import constants_module
 from generator.emit_glue_header import glue_header, prototype
 from generator.emit_glue_source import glue_source
 from generator.emit_methods import method, methods_module
-from generator.emit_upcalls import closures_module
+from generator.emit_upcalls import upcalls_module
 from generator.library import find_library
 from generator.model import Function, Header
 from generator.read import RESERVED, RESERVED_IN_CALLBACKS, parse, read
@@ -39,15 +39,15 @@ typedef struct { int (*callback) (void *user_data, int *error); } nbd_completion
 COMPLETION = ", nbd_completion_callback completion_callback"
 INSTALLED = read(find_library().header)
 PYTHON = {
-    "_build.py": build_module("ABI", "1.14.0"),
+    "build.py": build_module("ABI", "1.14.0"),
     "constants.py": constants_module(INSTALLED),
-    "closures.py": closures_module(INSTALLED),
+    "upcalls.py": upcalls_module(INSTALLED),
     "methods.py": methods_module(INSTALLED, load_documentation()),
 }
 MADE_BY = {
-    "_build.py": "emit_build.py",
+    "build.py": "emit_build.py",
     "constants.py": "emit_constants.py",
-    "closures.py": "emit_upcalls.py",
+    "upcalls.py": "emit_upcalls.py",
     "methods.py": "emit_methods.py",
 }
 
@@ -272,7 +272,7 @@ def test_no_parameter_can_hide_a_name_that_a_method_uses() -> None:
 
 
 def test_no_argument_can_hide_a_name_that_a_callback_uses() -> None:
-    assert set(foreign_names(PYTHON["closures.py"])) - RESERVED_IN_CALLBACKS == set()
+    assert set(foreign_names(PYTHON["upcalls.py"])) - RESERVED_IN_CALLBACKS == set()
 
 
 def test_every_function_is_in_every_text_once() -> None:

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from nbd import hexdump
+from nbd.shell import hexdump
 
 ROW = bytes(range(0x3A, 0x4A))
 BLOCK = 16 * 4096

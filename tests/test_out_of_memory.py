@@ -22,7 +22,7 @@ from figures import Figure
 from handles import drain
 
 import nbd
-from nbd import _callbacks
+from nbd._core import callbacks
 
 SOURCE = Path(__file__).with_name("c") / "preload" / "fail_malloc.c"
 MIB = 1 << 20
@@ -138,7 +138,7 @@ SCENARIOS = {
 
 def shim() -> Path:
     """Return the shared object that the shim is in."""
-    (found,) = Path(nbd.__file__).parent.glob("*.so")
+    (found,) = Path(nbd.__file__).parent.rglob("*.so")
     return found.resolve()
 
 
@@ -164,7 +164,7 @@ def fail_each(scenario: Scenario) -> int:
             finish(h)
         gc.collect()
         room.extend(b"can be resized")
-        assert not _callbacks.registry
+        assert not callbacks.registry
     return failing - 1
 
 

@@ -15,7 +15,7 @@ from typing import Callable
 import pytest
 
 import nbd
-from nbd._build import MODE
+from nbd._core.build import MODE
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 INSTALLED = Path(nbd.__file__).resolve().parent.parent
@@ -29,7 +29,8 @@ ENOUGH = 600  # seconds: PyPy compiles under load
 # What a build makes beside the sources; .gitignore names all of it.
 MADE_IN_PLACE = re.compile(
     r"build|libnbd_cffi\.egg-info|__pycache__"
-    r"|nbd/(__pycache__|_abi\.py|_build\.py|closures\.py|constants\.py|methods\.py|[^/]+\.so)"
+    r"|nbd/(_core/|shell/)?__pycache__"
+    r"|nbd/_core/((abi|build|constants|methods|upcalls)\.py|[^/]+\.so)"
 )
 
 Pip = Callable[..., str]
@@ -73,9 +74,9 @@ def test_everything_installed_is_recorded_and_nothing_else_is_there() -> None:
 
 
 def test_abi_mode_installs_no_extension_module() -> None:
-    extensions = {path.name for path in (INSTALLED / "nbd").glob("*.so")}
+    extensions = {path.name for path in (INSTALLED / "nbd").rglob("*.so")}
     assert len(extensions) == 1
-    assert ("_nbdshim.so" in extensions) == (MODE == "ABI")
+    assert ("nbdshim.so" in extensions) == (MODE == "ABI")
 
 
 @pytest.fixture

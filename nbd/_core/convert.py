@@ -1,29 +1,39 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Arguments from Python to C: each function takes what a caller may pass and gives what C takes."""
+"""Values between Python and C: numbers, strings, lists and socket addresses.
+
+`as_*` and `address_of` take what a caller may pass, and return what C takes.  `owned_text` and
+`pairs` take what C gives, and return Python objects.
+"""
 
 from __future__ import annotations
 
 import os
-from _operator import index  # which takes a fraction of the time of operator
+from _operator import index  # operator itself takes much longer to import
 
-from nbd._ffi import ffi, lib
-from nbd.error import Error
+from nbd._core.errors import Error
+from nbd._core.shim import as_text, ffi, lib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
-_SOCKADDR_ROOM = 128
+# The size of C's struct sockaddr_storage, which has room for every kind of address.
+_SOCKADDR_SIZE = 128
+
+#: The bytes at a char pointer.
+string = ffi.string
+#: A list of the integers at a pointer to some.
+unpack = ffi.unpack
 
 
 def as_number(name: str, value: object) -> int:
-    """An int itself, and not a subclass, whose methods could tell something else each time."""
+    """An int, and not a subclass of it: its methods could return another number each time."""
     try:
         number: Any = value if issubclass(type(value), int) else index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{name}: int is needed, not {type(value).__name__}") from None
-    return int.__or__(number, 0)  # PyPy's int.__index__ and int() ask the subclass
+    return int.__or__(number, 0)  # int.__index__ and int() of PyPy call the subclass's methods
 
 
 def as_string(name: str, value: str) -> bytes:
@@ -53,7 +63,7 @@ def _without_nul(name: str, value: bytes) -> bytes:
 
 
 def as_strings(name: str, values: Iterable[str]) -> tuple[Any, list[Any]]:
-    """A list of str as C's NULL-terminated array, and what the caller keeps alive for it."""
+    """A list of str as C's NULL-terminated array, and its strings, to be kept alive with it."""
     if isinstance(values, (str, bytes)):
         raise TypeError(f"{name}: a list of str is needed, not {type(values).__name__}")
     try:
@@ -67,15 +77,16 @@ def as_strings(name: str, values: Iterable[str]) -> tuple[Any, list[Any]]:
 def address_of(address: Any) -> tuple[Any, int]:
     """A socket address as the socket module writes it, and its length.
 
-    str, bytes or os.PathLike name a Unix socket (a leading NUL an abstract one), (host, port) is
-    IPv4 or, if the host has no such address, IPv6, and (host, port, flow, scope) is IPv6.
+    str, bytes or os.PathLike name a Unix socket; if the first character is NUL, it is an abstract
+    one.  (host, port) is IPv4, or IPv6 if the host has no IPv4 address.  (host, port, flow, scope)
+    is IPv6.
     """
-    room = ffi.new("char[]", _SOCKADDR_ROOM)
+    room = ffi.new("char[]", _SOCKADDR_SIZE)
     if isinstance(address, tuple) and len(address) in (2, 3, 4):
         size = _internet_address(room, *address)
     elif isinstance(address, (str, bytes)) or hasattr(address, "__fspath__"):
         name = memoryview(os.fsencode(address)).tobytes()
-        size = lib.nbdshim_address_unix(room, _SOCKADDR_ROOM, name, len(name))
+        size = lib.nbdshim_address_unix(room, _SOCKADDR_SIZE, name, len(name))
         if size == 0:
             raise ValueError(f"addr: a Unix socket's path has at most 107 bytes: {address!r}")
     else:
@@ -107,10 +118,24 @@ def _internet_address(room: Any, host: str, port: int, flow: int = -1, scope: in
         resolved: tuple[Any, ...] = found[0][4]
         packed = socket.inet_pton(family, str(resolved[0]).partition("%")[0])
         if family == socket.AF_INET:
-            size: int = lib.nbdshim_address_inet(room, _SOCKADDR_ROOM, packed, number)
+            size: int = lib.nbdshim_address_inet(room, _SOCKADDR_SIZE, packed, number)
         else:
             size = lib.nbdshim_address_inet6(
-                room, _SOCKADDR_ROOM, packed, number, max(flow, 0), scope or int(resolved[3])
+                room, _SOCKADDR_SIZE, packed, number, max(flow, 0), scope or int(resolved[3])
             )
         return size
     raise Error(f"nbd_aio_connect: {host}: {reason}", 0)
+
+
+def owned_text(pointer: Any) -> str:
+    """The string at a char pointer that the caller has to free; it is freed."""
+    try:
+        return as_text(pointer)
+    finally:
+        lib.nbdshim_free(pointer)
+
+
+def pairs(array: Any, length: int) -> list[tuple[int, int]]:
+    """A list from a C array of structs of two integers each."""
+    flat = iter(unpack(array, 2 * length))
+    return list(zip(flat, flat))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 
 import nbd
-from nbd import hexdump
+from nbd.shell import hexdump
 
 # A longer result is dumped: up to this length the escapes of repr() still fit on a few lines.
 _SHORT = 64

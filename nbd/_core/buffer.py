@@ -1,11 +1,23 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""nbd.Buffer: memory that stays where it is while commands use it."""
+"""Buffer arguments: nbd.Buffer, and the memory that libnbd gets of a buffer of any kind."""
 
 from __future__ import annotations
 
-from nbd._arguments import as_number
-from nbd._ffi import IS_CPYTHON, ffi, lib, one_for_all_imports
-from nbd.memory import Block, Shared, as_bytes, from_buffer, give_away, new_block
+from nbd._core.convert import as_number
+from nbd._core.memory import (
+    BOUNCES,
+    NEVER_STALE,
+    Block,
+    Shared,
+    as_bytes,
+    bounce_buffer,
+    copied,
+    from_buffer,
+    give_away,
+    new_block,
+    pinned,
+)
+from nbd._core.shim import IS_CPYTHON, ffi, lib, one_for_all_imports
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -200,7 +212,7 @@ class Buffer:
         return memory
 
     def _seen(self) -> Any:
-        """The bytes as they are now, for is_zero: a pin, or a copy where that holds nothing."""
+        """The bytes as they are now, for is_zero: a pin, or a copy where a pin is no help."""
         memory = self._clean()
         if type(memory) is Block:
             return memory.pin
@@ -224,3 +236,60 @@ def _bytes_of(value: Any) -> memoryview | bytes:
         return as_bytes(value)
     except TypeError:
         return bytes(iter(value))
+
+
+def readable(name: str, buffer: Any) -> tuple[Any, int, Any]:
+    """The memory of a buffer argument that libnbd reads: its address, size and pin.
+
+    On CPython a method passes bytes to cffi itself, without a call of this.
+    """
+    if issubclass(type(buffer), Buffer):
+        memory = buffer._clean()
+        if type(memory) is not Shared:
+            return memory.pin, memory.size, memory.pin
+        buffer = memory.storage
+    try:
+        if BOUNCES and type(buffer) is not bytes:
+            buffer = copied(buffer)
+        return pinned(buffer, False)
+    except (TypeError, ValueError, BufferError) as reason:
+        raise _unusable(name, buffer, reason) from None
+
+
+def writable(name: str, buffer: Any) -> tuple[Any, int, Any, Any, Any]:
+    """The memory of a buffer argument that a command in flight writes.
+
+    On CPython a method pins a bytearray itself, without a call of this.
+
+    Returns:
+        Its address, size, pin and state (enum nbdshim_state), and the object that has the caller's
+        bytes.  On PyPy that is None if the pin itself has them; else the pin is a bounce buffer.
+    """
+    if issubclass(type(buffer), Buffer):
+        memory = buffer._memory
+        if type(memory) is not Shared:
+            pin = memory.pin
+            return pin, len(pin), pin, memory.state, None if BOUNCES else memory.storage
+        buffer = memory.storage
+    try:
+        if BOUNCES:
+            pin = bounce_buffer(buffer)
+            return pin, len(pin), pin, NEVER_STALE, buffer
+        return *pinned(buffer, True), NEVER_STALE, buffer
+    except (TypeError, ValueError, BufferError) as reason:
+        raise _unusable(name, buffer, reason) from None
+
+
+def _unusable(name: str, buffer: Any, reason: Exception) -> Exception:
+    """The exception for an object whose memory cannot be had: TypeError or BufferError."""
+    try:
+        view = memoryview(buffer)
+    except TypeError:
+        return TypeError(
+            f"{name}: a bytes-like object or nbd.Buffer is needed, not {type(buffer).__name__}"
+        )
+    if not view.c_contiguous:
+        return BufferError(f"{name}: the buffer is not contiguous; pass a copy, bytes(...)")
+    if view.readonly:
+        return BufferError(f"{name}: the buffer is read-only; pass a bytearray or nbd.Buffer")
+    return BufferError(f"{name}: {reason}")

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""The shim, loaded in the cffi mode that this package was built for: `ffi` and `lib`.
+"""The shim, loaded in the cffi mode that the package was built for: `ffi` and `lib`.
 
-Everything above these two names is the same in both modes but for one thing, which is here too:
-how the shim is given the Python functions that it calls upwards.
+The modes differ in one thing only, which is here too: how the shim is given the Python functions
+that it calls (`upcall`).  Everything above this module is the same in both.
 
-The shim is loaded once for the process.  The package may be imported again, where sys.modules was
-emptied, as test runners do.  What the shim refers to must be the same for all imports: the
-registry of callbacks, the counter of tokens, and the functions that are called upwards.  They are
-in an object that the shim knows (`Process`), and a later import finds it there.
+The shim is loaded once for the process, but the package may be imported twice: test runners empty
+sys.modules.  All imports must share what the shim refers to: the registry of callbacks, the counter
+of tokens, and the functions that it calls.  They are in one object, `process`.  The first import
+makes it and gives it to the shim, and later imports get it from there.
 """
 
 from __future__ import annotations
@@ -18,12 +18,20 @@ import os
 import sys
 from _thread import get_ident
 
-from nbd._build import LIBNBD, MODE
+try:
+    from nbd._core.build import LIBNBD, MODE
+except ModuleNotFoundError:
+    _folder = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    raise ImportError(
+        f"nbd in {_folder} is source code that is not built. Type: pip install {_folder}; then "
+        "run Python in another folder, so that it finds the installed package"
+    ) from None
 
 __all__ = [
     "IS_CPYTHON",
     "LIBNBD",
     "MODE",
+    "as_text",
     "ffi",
     "install",
     "keep_upcalls",
@@ -41,7 +49,7 @@ if TYPE_CHECKING:
     Class = TypeVar("Class", bound=type)
     Function = TypeVar("Function", bound=Callable[..., object])
 
-#: Whether objects are finalized as soon as they are dropped, and memory does not move.
+#: CPython finalizes an object as soon as it is dropped, and never moves its memory.  PyPy does not.
 IS_CPYTHON = sys.implementation.name == "cpython"
 
 
@@ -57,11 +65,11 @@ def _explain(reason: Exception) -> str:
 
 
 def _is_subinterpreter() -> bool:
-    """Whether this is another interpreter than the main one, on CPython.
+    """Whether this is a subinterpreter of CPython.
 
-    libnbd's callbacks would run in the interpreter that was the first to import the package, with
-    objects of another.  Who may set signal handlers is the main thread of the main interpreter: to
-    ask for that first saves the import of a module, half a millisecond of eight.
+    There, libnbd's callbacks would run in the interpreter that imported the package first, with
+    objects of another.  Only the main thread of the main interpreter may set signal handlers.  We
+    try that first: where it works, the import of _interpreters is saved, 0.5 of 6 ms.
     """
     if not IS_CPYTHON:
         return False
@@ -87,22 +95,22 @@ if _is_subinterpreter():
         "interpreter. Import it in the main interpreter, or in another process"
     )
 
-# Lazily, as a C program links: of the thousands of functions of what libnbd stands on, few are ever
-# called.  The shim itself is linked with -z now, so that one that libnbd lacks is an error here.
+# RTLD_LAZY, as for a C program: the libraries that libnbd needs have thousands of functions, few of
+# which are called.  The shim is linked with -z now: a function that libnbd lacks is an error here.
 try:
     if MODE == "API":
         _others = sys.getdlopenflags()
         sys.setdlopenflags(os.RTLD_LAZY)
         try:
-            from nbd._api import ffi, lib
+            from nbd._core.api import ffi, lib
         finally:
             sys.setdlopenflags(_others)
     else:
-        from nbd._abi import ffi
+        from nbd._core.abi import ffi
 
-        # Not to be unloaded: a daemon thread may be inside of it to the very end of the process.
-        _lasting = ffi.RTLD_LAZY | ffi.RTLD_NODELETE
-        lib = ffi.dlopen(os.path.join(os.path.dirname(__file__), "_nbdshim.so"), _lasting)
+        # RTLD_NODELETE: a daemon thread may be inside of the shim until the process is gone.
+        _path = os.path.join(os.path.dirname(__file__), "nbdshim.so")
+        lib = ffi.dlopen(_path, ffi.RTLD_LAZY | ffi.RTLD_NODELETE)
 except (ImportError, OSError) as reason:
     raise ImportError(_explain(reason)) from reason
 
@@ -111,12 +119,12 @@ class Process:
     """What all imports of this package in one process share.
 
     Attributes:
-        registry: What is kept for libnbd, by token (nbd._callbacks).
-        next_token: The next token, an int that was never used before.
+        registry: What is kept for libnbd, by token (nbd._core.callbacks).
+        next_token: Returns the next token, an int that was never used before.
         pending: What callbacks raised: the thread, the handle (None if unknown), the exception.
-        upcalls: The functions that the shim calls upwards, by name; empty until they are installed.
+        upcalls: The functions that the shim calls, by name; empty until they are installed.
         classes: The classes that programs compare by identity, by name.
-        address: What the shim knows this object by; it must live as long as the object is needed.
+        address: The cdata by which the shim knows this object.  It must live as long as the object.
     """
 
     __slots__ = (
@@ -131,7 +139,7 @@ class Process:
 
     def __init__(self) -> None:
         self.registry: dict[int, Any] = {}
-        # What itertools.count would give, which takes a while to import.
+        # As itertools.count would do, without the import.
         self.next_token = iter(range(1, sys.maxsize)).__next__
         self.pending: list[tuple[int, Any, BaseException]] = []
         self.upcalls: dict[str, Any] = {}
@@ -140,21 +148,28 @@ class Process:
 
 
 def one_for_all_imports(cls: Class) -> Class:
-    """The class of that name of the first import: so that `except nbd.Error` catches every one."""
+    """The class of that name of the first import, so that `except nbd.Error` catches all."""
     first: Class = process.classes.setdefault(cls.__name__, cls)
     return first
+
+
+def as_text(pointer: Any) -> str:
+    """The string at a char pointer.  What is not UTF-8 becomes surrogates, as in os.fsdecode."""
+    raw: bytes = ffi.string(pointer)
+    return raw.decode("utf-8", "surrogateescape")
 
 
 def upcall(name: str) -> Callable[[Function], Function]:
     """Make a function callable from the shim, as the member `name` of its upcalls.
 
-    A function that raises all the same (a signal handler may raise at its first bytecode), or whose
-    result cffi cannot convert, returns -1 to the shim, and what it raised is kept: failure never
-    looks like 0, and nothing is lost.  A completion happens once, and so it is called again then.
+    The function catches what the callable raises.  Two kinds of exception get past that: a signal
+    handler may raise at the first bytecode, and cffi may not be able to convert the result.  Then
+    the shim is told -1, so that a failure never looks like 0, and the exception is kept.  libnbd
+    calls a completion only once, so the shim then calls it again.
     """
 
     def decorate(function: Function) -> Function:
-        if name in process.upcalls:  # of an earlier import, which does for all
+        if name in process.upcalls:  # of an earlier import; it serves all of them
             return function
         keep = _keep_of_completion if name == "completion" else _keep_unexpected
         options = {"error": -1, "onerror": keep}
@@ -173,14 +188,14 @@ def _keep_unexpected(exc_type: object, exception: BaseException, traceback: obje
 
 
 def _keep_of_completion(exc_type: object, exception: BaseException, traceback: Any) -> int:
-    """The same; tells the shim whether the callable was, or may have been, called."""
+    """The same for a completion: NBDSHIM_NOT_DONE unless the callable may have been called."""
     _keep_unexpected(exc_type, exception, traceback)
     is_called = traceback is not None and "error_cell" in traceback.tb_frame.f_locals
     return -1 if is_called else int(lib.NBDSHIM_NOT_DONE)
 
 
 def install() -> None:
-    """Tell the shim about the functions that `upcall` has seen."""
+    """Give the shim the functions that `upcall` has seen."""
     pointers = {name: ffi.cast(_types[name].type, p) for name, p in process.upcalls.items()}
     lib.nbdshim_register(ffi.new("struct nbdshim_upcalls *", pointers))
     if MODE == "API" and process is _own:
@@ -190,8 +205,8 @@ def install() -> None:
 def _rehearse(upcalls: dict[str, Any]) -> None:
     """Call each upcall once, for no token.
 
-    At its first call cffi looks for the Python function.  Where the stack is full by then, it does
-    not find it, and the shim would take what cffi returns, 0, for success.
+    At the first call, cffi looks for the Python function.  If the stack is full at that moment, it
+    does not find the function, and returns 0, which the shim would take for success.
     """
     for name, pointer in upcalls.items():
         pointer(*(ffi.cast(argument, 0) for argument in _types[name].type.args))
@@ -199,10 +214,11 @@ def _rehearse(upcalls: dict[str, Any]) -> None:
 
 
 def keep_upcalls() -> None:
-    """Keep what libnbd calls upwards until the process is gone, if other threads may be inside it.
+    """Never free the upcalls of ABI mode, if other threads may be inside of them.
 
-    CPython frees everything when it ends, and what ffi.callback has made would be freed before a
-    daemon thread that waits in C calls it.  There it finds that Python has ended, and stops.
+    At its end CPython frees everything, also what ffi.callback has made.  A daemon thread that
+    waits in C may call it later than that.  If it is still there, the thread finds that Python has
+    ended, and stops.
     """
     if MODE == "ABI" and IS_CPYTHON and len(sys._current_frames()) > 1:
         import ctypes
@@ -213,6 +229,6 @@ def keep_upcalls() -> None:
 
 _types = dict(ffi.typeof("struct nbdshim_upcalls").fields)
 _own = Process()
-# What runs at the end keeps this module, and with it the object, when sys.modules is emptied.
+# atexit refers to this module.  So the object lives on when sys.modules is emptied.
 atexit.register(keep_upcalls)
 process: Process = ffi.from_handle(lib.nbdshim_adopt(_own.address))

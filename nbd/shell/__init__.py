@@ -2,7 +2,7 @@
 """The command line of nbdsh: its options, and the commands given with -c.
 
 Test suites call nbdsh hundreds of times, so the way from the options to the last command imports
-little.  The interactive session is in nbd.console; what only an error or --version needs is
+little.  The interactive session is in nbd.shell.console; what only an error or --version needs is
 imported where it is used.
 
 Commands import from the current folder, as those of `python -c` do.  What the shell and the package
@@ -33,12 +33,12 @@ _LONG_OPTIONS = (
     "--version",
 )
 
-#: What the shell and the package, and what these use, import where it is needed.
+#: What the shell and the package import late, and what those import.
 _LATER = (
-    *("nbd.frames", "ast", "codeop", "ctypes", "difflib", "encodings.idna", "socket", "tokenize"),
-    "types",
+    *("nbd.memory", "nbd.shell.tracebacks", "nbd.types", "ast", "codeop", "ctypes", "difflib"),
+    *("encodings.idna", "socket", "tokenize", "types"),
 )
-_LATER_IN_A_SESSION = ("nbd.console", "readline", "rlcompleter", "subprocess")
+_LATER_IN_A_SESSION = ("nbd.shell.console", "readline", "rlcompleter", "subprocess")
 
 # The text of every command that was run, by the file name that its frames carry.
 _sources: dict[str, str] = {}
@@ -62,7 +62,7 @@ def main() -> None:
     _import_from_here(is_interactive)
     _run(steps, handle, scope)
     if is_interactive:
-        from nbd import console
+        from nbd.shell import console
 
         console.run(scope, handle)
 
@@ -118,7 +118,7 @@ def _versions() -> tuple[str, ...]:
     import platform
     from importlib.metadata import version
 
-    from nbd._build import MODE
+    from nbd._core.build import MODE
 
     interpreter = f"{platform.python_implementation()} {platform.python_version()}"
     return (
@@ -182,14 +182,14 @@ def _run(steps: list[tuple[str, str]], handle: nbd.NBD | None, scope: dict[str, 
     except nbd.Error as error:
         if not _debugging():
             _fail(f"nbdsh: command line script failed: {error.string}")
-        from nbd import frames
+        from nbd.shell import tracebacks
 
-        frames.show(error, _sources)
+        tracebacks.show(error, _sources)
         sys.exit(1)
     except (Exception, KeyboardInterrupt):
-        from nbd import frames
+        from nbd.shell import tracebacks
 
-        frames.install(_sources)
+        tracebacks.install(_sources)
         raise
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""The life of a handle: made, closed once, and closed at the latest when the process ends."""
+"""The life of a handle: it is made, and it is closed once, at the latest when the process ends."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import atexit
 import os
 from sys import is_finalizing
 
-from nbd._callbacks import end_other_threads, pending, report_pending, settle
-from nbd._ffi import IS_CPYTHON, ffi, lib
+from nbd._core.errors import end_other_threads, pending, report_pending, settle
+from nbd._core.shim import IS_CPYTHON, ffi, lib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,25 +17,27 @@ if TYPE_CHECKING:
 
     Self = TypeVar("Self", bound="Handle")
 
-# Looked up once, as the calls of nbd.methods are.
+# Looked up once, as the calls in nbd._core.methods are.
 nbdshim_create = lib.nbdshim_create
 nbdshim_close = lib.nbdshim_close
 nbdshim_destroy = lib.nbdshim_destroy
 
-# The open handles of the shim: PyPy runs no destructors at exit.
+# The shim's handles that are open.  They are closed at exit, when PyPy runs no destructors.
 _open: set[Any] = set()
 _is_exiting = False
 
-#: PyPy finds out late what was dropped.  When so many handles more are open than after the last
-#: collection, it is asked to look: each has some KiB of memory and, connected, two descriptors.
+#: PyPy finds out late which handles were dropped.  Each has some KiB of memory and, if connected,
+#: two descriptors.  So garbage is collected when this many more handles are open than after the
+#: last collection.
 _MOST_DROPPED = 128
 _collect_at = 8
 
 
 class Handle:
-    """What nbd.NBD is besides libnbd's calls: its beginning and its end."""
+    """The part of nbd.NBD that is written by hand: how it begins, and how it ends."""
 
-    #: The shim's handle.  A null pointer is like a closed one: __init__ failed, or was not called.
+    #: The shim's handle.  The shim takes a null pointer for a closed handle.  It is one where
+    #: __init__ failed, or was not called.
     _h: Any = ffi.NULL
 
     def __init__(self) -> None:
@@ -46,14 +48,15 @@ class Handle:
 
         C: nbd_create, since libnbd 1.0.
         """
-        if self._h:  # of an earlier call
+        if self._h:  # __init__ was called before
             _close_quietly(self._h)
         if not IS_CPYTHON and len(_open) >= _collect_at:
             _collect_dropped()
         made = nbdshim_create()
         if not made:
             raise MemoryError("no memory for a handle")
-        # The memory of the shim's handle goes with the last name for it, and not when it is closed.
+        # Closing does not free the memory of the shim's handle: as long as the cdata lives, a call
+        # may be made with it.
         self._h = made = _owned(made)
         _open.add(made)
 
@@ -97,7 +100,7 @@ class Handle:
         _close_quietly(self._h)
 
     def __del__(self) -> None:
-        if _is_exiting and is_finalizing():  # there is no Python any more for callbacks to run in
+        if _is_exiting and is_finalizing():  # too late for callbacks: Python has ended
             lib.nbdshim_end_upcalls()
         _close_quietly(self._h)
 
@@ -117,25 +120,25 @@ def _close_quietly(h: Any) -> None:
 
 
 if IS_CPYTHON:
-    from _weakref import ref  # which takes a fraction of the time of weakref
+    from _weakref import ref  # weakref itself takes much longer to import
 
-    # The handles of the shim by weak references to the cdata by which Python names them, and the
-    # references whose cdata is gone.  It is list.append that learns of it: that runs no bytecode,
-    # at which the exception of a signal handler would be lost.
+    # The shim's handles, by a weak reference to the cdata that Python has of each; and the weak
+    # references whose cdata is gone.  list.append is told that a cdata is gone, and not a function:
+    # if a signal handler raised at a bytecode of such a function, the exception would be lost.
     _named: dict[ref[Any], Any] = {}
     _gone: list[ref[Any]] = []
     _pointer = ffi.typeof("struct nbdshim *")
 
     def _owned(made: Any) -> Any:
-        """Free handles whose cdata is gone, and have this one freed so by a later call.
+        """Free the handles whose cdata is gone.  A later call does the same for this one.
 
-        Not by ffi.gc: of a garbage cycle CPython may finalize that cdata before others that use it.
-        A cdata without a finalizer is no part of a cycle, and goes when nothing refers to it.
+        Not by ffi.gc: CPython may finalize the cdata of a garbage cycle before other objects of the
+        cycle that still use it.  A cdata without a finalizer lives until nothing refers to it.
         """
         while _gone:
             try:
                 nbdshim_destroy(_named.pop(_gone.pop()))
-            except IndexError:  # another thread has it
+            except IndexError:  # another thread has freed the last one
                 break
         _named[ref(made, _gone.append)] = ffi.cast(_pointer, made)
         return made
@@ -143,12 +146,12 @@ if IS_CPYTHON:
 else:
 
     def _owned(made: Any) -> Any:
-        """Have the memory of a handle freed when the cdata is gone that names it."""
+        """Have the memory of a handle freed when its cdata is gone."""
         return ffi.gc(made, nbdshim_destroy)
 
 
 def _collect_dropped() -> None:
-    """Collect garbage, so that the handles are closed that nobody has any more."""
+    """Collect garbage, which closes the handles that were dropped."""
     global _collect_at
     import gc
 

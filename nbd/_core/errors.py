@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""Errors: the exceptions of the package, and which one a call raises.
+
+A call fails when libnbd says so, or when the shim refuses it.  Besides, callbacks that ran during
+the call may have raised.  Their exceptions cannot pass through C: they wait in `pending` until the
+call is back in its method, in the same thread.  There `settle` decides what happens to them:
+
+    KeyboardInterrupt, SystemExit   are raised
+    another, and the call failed    becomes the cause of the nbd.Error
+    another, and the call did not   is given to sys.unraisablehook
+"""
+
+from __future__ import annotations
+
+import sys
+from _thread import get_ident
+
+from nbd._core.shim import IS_CPYTHON, as_text, ffi, lib, one_for_all_imports, process
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    # The thread in which a callback raised, the handle (None if it is not known), the exception.
+    Waiting = tuple[int, Any, BaseException]
+
+pending = process.pending
+
+# The thread in which the process ends.  It is set when that thread begins to close all handles.
+_ending: int | None = None
+
+
+@one_for_all_imports
+class Error(Exception):
+    """A libnbd call failed.
+
+    Attributes:
+        string: What went wrong, for people to read.
+        errnum: The errno, such as 107; 0 if the failure had none.
+        errno: The errno's name, such as "ENOTCONN"; None if there is none.
+
+    Example:
+        >>> try:
+        ...     nbd.NBD().pread(512, 0)
+        ... except nbd.Error as error:
+        ...     print(error.errno)
+        ENOTCONN
+
+    C: nbd_get_error, nbd_get_errno, since libnbd 1.0.
+    """
+
+    __module__ = "nbd"
+
+    @property
+    def string(self) -> str:
+        """What went wrong, for people to read."""
+        message: str = self.args[0] if self.args else ""
+        return message
+
+    @property
+    def errnum(self) -> int:
+        """The errno, or 0 if the failure had none."""
+        number: int = self.args[1] if len(self.args) > 1 else 0
+        return number
+
+    @property
+    def errno(self) -> str | None:
+        """The errno's name, or None if there is none."""
+        import errno
+
+        return errno.errorcode.get(self.errnum)
+
+    def __str__(self) -> str:
+        return f"{self.string} ({self.errno})" if self.errno else f"{self.string}"
+
+
+@one_for_all_imports
+class ClosedHandle(ValueError):
+    """A method was called on a handle that is closed.
+
+    Every method raises it after nbd.NBD.close; a second close does, too.  Make a new handle with
+    nbd.NBD() instead.
+    """
+
+    __module__ = "nbd"
+
+
+def settle(handle: Any, result: Any) -> None:
+    """Raise what a method's call left to raise: it failed, or callbacks raised during it."""
+    _raise(handle, _or_end(_failure(handle, result, sys._getframe(1).f_code.co_name)))
+
+
+def explain(handle: Any, raised: BaseException, **numbers: tuple[object, str]) -> None:
+    """Raise a better exception for an argument that was refused, if there is a better one.
+
+    Args:
+        handle: If it is closed, the exception is ClosedHandle, whatever the arguments are.
+        raised: What was raised.  cffi's OverflowError tells the value, but not which argument.
+        numbers: The value and the C type of each argument that is a number, by its name.
+    """
+    if not isinstance(raised, Exception) or isinstance(raised, ClosedHandle):
+        return
+    if lib.nbdshim_check(handle) == lib.NBDSHIM_CLOSED:
+        raise no_handle(handle)
+    if not isinstance(raised, OverflowError):
+        return
+    for name, (value, ctype) in numbers.items():
+        try:
+            ffi.new(f"{ctype} *", value)
+        except OverflowError:
+            bits = 8 * ffi.sizeof(ctype)
+            signed = int(ffi.cast(ctype, -1)) < 0
+            least, most = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+            text = f"{name}: {value} is not between {least} and {most}"
+            raise OverflowError(text) from None
+        except TypeError:  # the value's own __index__ has raised
+            continue
+
+
+def no_handle(handle: Any) -> Exception:
+    """The exception for a call on a handle that is closed, or was never made."""
+    if not handle:
+        return AttributeError("no handle was made: __init__ must call nbd.NBD.__init__")
+    return ClosedHandle("the handle is closed; make a new one with nbd.NBD()")
+
+
+def last_error() -> Error:
+    """This thread's last libnbd error."""
+    message = lib.nbdshim_error()
+    failure = Error(as_text(message) if message else "unknown error", lib.nbdshim_errno())
+    if not IS_CPYTHON and failure.errno == "EMFILE":
+        import gc
+
+        gc.collect()  # closes the handles that were dropped, so that a second try may succeed
+    return failure
+
+
+def report_pending(handle: Any) -> None:
+    """Give what callbacks raised to sys.unraisablehook: no call is left that could raise it."""
+    _report(_waiting(handle))
+
+
+def end_other_threads() -> None:
+    """From now on, calls that fail in other threads raise SystemExit: the process ends here.
+
+    Only daemon threads are left then, and their calls fail because the handles are closed.  A
+    traceback would not help anybody, and CPython aborts if one is printed while it ends.
+    """
+    global _ending
+    _ending = get_ident()
+    lib.nbdshim_end_other_threads()
+
+
+def _or_end(failure: Exception | None) -> BaseException | None:
+    """The failure of a call; or SystemExit in its place, where this thread has to end."""
+    if failure is None or _ending in (None, get_ident()):
+        return failure
+    return SystemExit("the program ends, and with it this thread")
+
+
+def _failure(handle: Any, result: Any, method: str) -> Exception | None:
+    """The exception for a negative number or a null pointer; None for a good result."""
+    if isinstance(result, int):
+        if result >= 0:
+            return None
+        code = result
+    else:
+        if result:
+            return None
+        code = lib.nbdshim_check(handle) or -1
+    if code == -1:
+        return last_error()
+    if code == lib.NBDSHIM_CLOSED:
+        return no_handle(handle)
+    if code == lib.NBDSHIM_NO_MEMORY:
+        return MemoryError(f"nbd_{method}: no memory for a callback")
+    import errno
+
+    if code == lib.NBDSHIM_REENTERED:
+        return Error(
+            f"nbd_{method}: called from inside a callback of the same handle, where libnbd would "
+            "deadlock; make the call after the callback has returned",
+            errno.EDEADLK,
+        )
+    return Error(f"nbd_{method}: the server's number is too large", errno.EOVERFLOW)
+
+
+def _waiting(handle: Any) -> list[Waiting]:
+    """What callbacks of this handle raised in this thread."""
+    # Of a copy: another thread may remove its own from the list while this one goes through it.
+    return [one for one in list(pending) if one[0] == get_ident() and one[1] in (handle, None)]
+
+
+def _raise(handle: Any, failure: BaseException | None) -> None:
+    """Raise the failure, or a KeyboardInterrupt or SystemExit of a callback; report the rest.
+
+    Of several KeyboardInterrupts, one is raised now.  The others wait for the next calls.
+
+    A signal handler may raise at any bytecode here.  So an exception is taken out of `pending` only
+    once it is being raised: until then, the next call finds it.
+
+    An exception refers to the frames that it passes.  No frame may refer to it in turn: that would
+    be a cycle, which keeps the caller's buffer pinned until the next garbage collection.
+    """
+    waiting = _waiting(handle)
+    urgent = [one for one in waiting if not isinstance(one[2], Exception)]
+    others = [one for one in waiting if isinstance(one[2], Exception)]
+    try:
+        if urgent:
+            _raise_waiting(urgent[0])
+        if failure is not None:
+            if others:
+                _raise_with_cause(failure, others.pop(0))
+            raise failure
+    finally:
+        _report(others)
+        del failure, waiting, urgent, others
+
+
+def _raise_waiting(one: Waiting) -> None:
+    try:
+        raise one[2]
+    except BaseException:
+        pending.remove(one)
+        raise
+    finally:
+        del one
+
+
+def _raise_with_cause(failure: BaseException, one: Waiting) -> None:
+    try:
+        raise failure from one[2]
+    except BaseException:
+        pending.remove(one)
+        raise
+    finally:
+        del failure, one
+
+
+def _report(waiting: list[Waiting]) -> None:
+    """Hand exceptions to sys.unraisablehook, as the interpreter does for a destructor's.
+
+    Not from inside a destructor: there, what a signal handler raises would be lost.
+    """
+    while waiting:
+        one = waiting.pop(0)
+        pending.remove(one)
+        try:
+            sys.unraisablehook(_unraisable(one[2]))
+        except Exception as broken:
+            sys.__unraisablehook__(_unraisable(broken))
+
+
+def _unraisable(exception: BaseException) -> Any:
+    """What sys.unraisablehook is called with."""
+    fields = {
+        "exc_type": type(exception),
+        "exc_value": exception,
+        "exc_traceback": exception.__traceback__,
+        "err_msg": "Exception ignored in a callback of libnbd",
+        "object": None,
+    }
+    if IS_CPYTHON:  # CPython's own hook takes this type and no other; the type has no public name
+        made: Any = next(c for c in tuple.__subclasses__() if c.__name__ == "UnraisableHookArgs")
+        return made(fields.values())
+    from types import SimpleNamespace
+
+    return SimpleNamespace(**fields, extra_line="")
