@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Count the instructions of one operation, which no other load on the machine changes.
+"""Count the instructions of one operation, and of the import: no other load changes them.
 
 Usage: instructions.py NAME=PYTHON...
 
 callgrind runs each workload twice, once longer than the other; the difference between the two
-counts, divided by the operations that the longer run has more, leaves out start and end.  What
-the kernel does, page faults among it, is not counted.
+counts, divided by the operations that the longer run has more, leaves out start and end.  Those of
+the import are what a program that imports nbd takes more than an empty one.  What the kernel does,
+page faults among it, is not counted.
 """
 
 from __future__ import annotations
@@ -63,13 +64,19 @@ def per_operation(
     return (long - short) / (LONG - SHORT)
 
 
+def of_import(python: str, folder: Path) -> int:
+    """Instructions of `import nbd`."""
+    return count([python, "-c", "import nbd"], folder) - count([python, "-c", "pass"], folder)
+
+
 def main(arguments: list[str]) -> None:
     """Count, and print the table."""
     parser = argparse.ArgumentParser(description="Count instructions per operation.")
     parser.add_argument("subjects", nargs="+", type=interpreter, metavar="NAME=PYTHON")
     pairs = parser.parse_args(arguments).subjects
     script = str(HERE / "workloads.py")
-    rows = [["instructions per operation", *WORKLOADS]]
+    rows = [["instructions per operation", *WORKLOADS, "import"]]
+    interpreters = dict(pairs)
     with tempfile.TemporaryDirectory(prefix="nbd-bench-") as temporary:
         folder = Path(temporary)
         programs = {"C": [str(compile_limit(folder))]}
@@ -81,7 +88,10 @@ def main(arguments: list[str]) -> None:
                     per_operation(program, workload, uris, folder)
                     for workload in plan.workloads(WORKLOADS, quick=False)
                 ]
-                rows.append([name, *(f"{number:,.0f}" for number in counts)])
+                cells = [f"{number:,.0f}" for number in counts]
+                is_python = name in interpreters
+                cells.append(f"{of_import(interpreters[name], folder):,}" if is_python else "-")
+                rows.append([name, *cells])
     print("\n".join(align(rows)))
 
 

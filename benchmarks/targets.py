@@ -32,7 +32,7 @@ class Row:
 
 
 TARGETS = {
-    "import": Row(api=1.3),
+    "import": Row(api=1.35),
     "getter": Row(api=1.1, abi=None, pypy=1.1),
     "debug-callback": Row(api=1.5, pypy=1.1),
     "pread-512": Row(pypy=1.1),
