@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import os
-from _operator import index  # operator itself takes much longer to import
 
 from nbd._core.errors import Error
 from nbd._core.shim import as_text, ffi, lib
@@ -29,10 +28,14 @@ unpack = ffi.unpack
 
 def as_number(name: str, value: object) -> int:
     """An int, and not a subclass of it: its methods could return another number each time."""
-    try:
-        number: Any = value if issubclass(type(value), int) else index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name}: int is needed, not {type(value).__name__}") from None
+    number: Any = value
+    if not issubclass(type(value), int):
+        from operator import index
+
+        try:
+            number = index(value)  # type: ignore[arg-type]
+        except TypeError:
+            raise TypeError(f"{name}: int is needed, not {type(value).__name__}") from None
     return int.__or__(number, 0)  # int.__index__ and int() of PyPy call the subclass's methods
 
 

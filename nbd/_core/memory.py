@@ -28,8 +28,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections import deque
     from typing import Any
-else:
-    from _collections import deque  # collections itself takes much longer to import
 
 #: Whether libnbd works on bounce buffers in place of objects of the caller.
 BOUNCES = not IS_CPYTHON
@@ -184,6 +182,8 @@ def _keep(block: Block, size: int) -> None:
         if other != size:
             _pool.pop(other, None)
     if _pooled() + size <= _pool_limit:
+        from collections import deque  # not above: it would make `import nbd` longer
+
         _pool.setdefault(size, deque()).append((block,))
 
 

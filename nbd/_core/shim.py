@@ -196,10 +196,9 @@ def _keep_of_completion(exc_type: object, exception: BaseException, traceback: A
 
 def install() -> None:
     """Give the shim the functions that `upcall` has seen."""
-    pointers = {name: ffi.cast(_types[name].type, p) for name, p in process.upcalls.items()}
-    lib.nbdshim_register(ffi.new("struct nbdshim_upcalls *", pointers))
+    lib.nbdshim_register(ffi.new("struct nbdshim_upcalls *", process.upcalls))
     if MODE == "API" and process is _own:
-        _rehearse(pointers)
+        _rehearse(process.upcalls)
 
 
 def _rehearse(upcalls: dict[str, Any]) -> None:
