@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* What nbdshim.c and the generated nbdglue.c share: entering a handle, and closures. */
+/* What nbdshim.c and the generated nbdglue.c share: how a call enters a handle, and closures. */
 #ifndef NBDSHIM_HANDLE_H
 #define NBDSHIM_HANDLE_H
 
@@ -10,89 +10,102 @@
 
 #include <libnbd.h>
 
-/* How often an upcall is tried that a signal handler's exception kept from its work. */
+/* So often an upcall is tried, if the exception of a signal handler kept it from its work. */
 #define NBDSHIM_TRIES 3
 
-/* The low bits of `users` count the owner and the calls that are running. */
+/* A bit of `users`: the handle is closing.  The other bits count the owner and running calls. */
 #define NBDSHIM_CLOSING (1U << 31)
 
-/* In the block that every thread has from its start: the others may be allocated on first use. */
+/*
+ * For variables of a thread: they are in memory that the thread has from its start.  Other models
+ * may allocate it at the first use, which can fail.
+ */
 #define NBDSHIM_TLS __attribute__((tls_model("initial-exec")))
 
 struct nbdshim {
     struct nbd_handle *h;
     atomic_uint users;
-    atomic_int waker;       /* a duplicate of the connection's socket, or -1: wakes who waits */
-    atomic_int socket;      /* the number of the connection's socket, for a child of a fork */
-    atomic_int owner;       /* the process that connected it */
-    atomic_bool leaves_old; /* libnbd may not clear what it reads into */
-    pthread_mutex_t lock;   /* of `held`; nothing is called under it */
-    struct nbdshim_closure *held; /* what libnbd has */
+    atomic_int waker;  /* a duplicate of the socket, or -1; its shutdown ends calls that wait */
+    atomic_int socket; /* the number of libnbd's socket, which a forked child has to close */
+    atomic_int owner;  /* the process that connected it */
+    atomic_bool leaves_old;       /* libnbd may leave old bytes in a buffer, if a read fails */
+    pthread_mutex_t lock;         /* protects `held`; nothing is called while it is locked */
+    struct nbdshim_closure *held; /* the closures that libnbd has not freed yet */
 };
 
-/* Before libnbd is told not to clear what it reads into; it is not asked, for it would log that. */
+/*
+ * Called before libnbd is told not to clear the buffers of reads.  The shim remembers it, and does
+ * not ask libnbd at every read: libnbd would write each question to its debug log.
+ */
 static inline void nbdshim_note_leaving_old(struct nbdshim *s)
 {
     atomic_store_explicit(&s->leaves_old, true, memory_order_relaxed);
 }
 
-/* Whether the shim has to clear bytes that may not be seen before a read. */
+/* Whether libnbd does not clear the buffers of reads, so that the shim has to. */
 static inline bool nbdshim_leaves_old(struct nbdshim *s)
 {
     return atomic_load_explicit(&s->leaves_old, memory_order_relaxed);
 }
 
 /*
- * A 64-bit number that libnbd returned and a server chose: number, or NBDSHIM_TOO_LARGE.  A -1 is a
- * failure only if libnbd's error names the call; older libnbd returns what the server said.
+ * The result of a call that returns a 64-bit number which the server chose: the number; -1 if the
+ * call failed; NBDSHIM_TOO_LARGE if it is negative otherwise.  Older libnbd returns what the server
+ * said, which may be -1 too.  It is a failure only if libnbd's last error names the call.
  */
 int64_t nbdshim_number(int64_t number, const char *call);
 
 /*
- * Duplicate the socket of a connection, and remember whose it is, before a call that waits; sets
- * libnbd's error if there is none.
+ * Duplicate the socket of the connection, which the handle then owns, and remember the process.
+ * Called before a call that waits.  If there is no connection, libnbd's last error is set.
  */
 void nbdshim_note_socket(struct nbdshim *s);
 
 /*
- * In a child that was forked in a callback: have nothing in place of the connection's socket, which
- * libnbd, in the middle of a call, has open.
+ * In a child that was forked in a callback: put /dev/null in the place of the connection's socket.
+ * libnbd is in the middle of a call, and would go on with the connection, as the parent does.
  */
 void nbdshim_cut(struct nbdshim *s);
 
-/* Let go of the socket's duplicate if the connection has ended: the server is to see that. */
+/* Close the duplicate of the socket if the connection has ended, so that the server sees the end.
+ */
 void nbdshim_note_end(struct nbdshim *s);
 
-/* A token given to libnbd as user_data. */
+/* What libnbd gets as user_data of a callback: a token, and its handle. */
 struct nbdshim_closure {
     struct nbdshim *s;
     uintptr_t token;
-    const char *buffer; /* of the command; callbacks tell of parts of it by their offsets in it */
-    struct nbdshim_closure *next, *previous; /* in the handle's lists */
-    bool completed; /* the completion callback was called: libnbd 1.22's nbd_close does it again */
-    bool released;  /* by a completion callback that returned 1 */
+    const char *buffer; /* the command's, or NULL; parts of it go up as offsets */
+    struct nbdshim_closure *next, *previous; /* in s->held, or in nbdshim_released */
+    bool completed; /* its completion was called: libnbd 1.22's nbd_close calls it again */
+    bool released;  /* a completion that returned 1 has released the token itself */
 };
 
 /*
- * Leave after nbdshim_enter returned 0; the last to leave a closing handle ends it.  Tokens that
- * were freed are handed over.  The caller keeps s in place.
+ * End what nbdshim_enter began.  The last call to leave a closing handle closes libnbd's handle.
+ * Then the tokens are handed over that libnbd has freed in this thread.  The caller keeps s in
+ * place.
  */
 void nbdshim_leave(struct nbdshim *s);
 
 /*
- * Hold token for libnbd, in *closure, and the command's buffer, if it has one, for callbacks;
- * nothing to do if token is 0.  Returns 0, or NBDSHIM_NO_MEMORY: then the token was not taken.
+ * Make a closure for token in *closure, which libnbd owns once it is given to it.  buffer is the
+ * command's, or NULL.  For token 0, *closure is NULL.  Returns 0, or NBDSHIM_NO_MEMORY: then the
+ * token was not taken.
  */
 int nbdshim_closure_new(struct nbdshim *s, uintptr_t token, const void *buffer,
                         struct nbdshim_closure **closure);
 
-/* libnbd's `free` of every callback: the token is to be handed over, unless that was done. */
+/* The `free` of every callback of libnbd.  The token is handed over, if it is not released yet. */
 void nbdshim_closure_free(void *closure);
 
-/* Undo nbdshim_closure_new for a closure that libnbd has never seen; NULL is ignored. */
+/* Free a closure that was never given to libnbd; NULL is ignored. */
 void nbdshim_closure_drop(struct nbdshim_closure *closure);
 
-/* Claim a buffer for overwriting: whether it was stale.  Then it is busy until it is said clean. */
+/*
+ * Claim a buffer that is stale, to overwrite it.  Returns whether it was: then it is busy until
+ * nbdshim_set_clean.
+ */
 static inline bool nbdshim_claim_stale(int *state)
 {
     int stale = NBDSHIM_STALE;
@@ -107,9 +120,9 @@ static inline void nbdshim_set_clean(int *state)
 }
 
 /*
- * What calls up.  While a callback runs, libnbd may hold its lock: the thread keeps a note of it,
- * on its stack, for calls from there to be refused.  A thread's own list, because debug callbacks
- * run in calls that take no lock too, in several threads at once.
+ * A callback that runs in this thread.  libnbd may hold the lock of the handle, so calls from
+ * inside have to be refused.  The records are on the thread's stack, in a list of its own: debug
+ * callbacks of one handle may run in several threads at once, in calls that take no lock.
  */
 struct nbdshim_upcall {
     struct nbdshim *s;
@@ -120,17 +133,17 @@ struct nbdshim_upcall {
 
 extern _Thread_local struct nbdshim_upcall *nbdshim_innermost NBDSHIM_TLS;
 
-/* What libnbd has freed in calls of this thread: handed over when a call on its handle ends. */
+/* What libnbd has freed in this thread.  It is handed over when a call on its handle ends. */
 extern _Thread_local struct nbdshim_closure *nbdshim_released NBDSHIM_TLS;
 
-/* How often this process was forked from another. */
+/* How many forks there are between the first process and this one. */
 extern atomic_uint nbdshim_forks;
 
-/* Whether the process ends, and whether this is the thread in which it does. */
+/* Whether the process is ending, and whether this is the thread that ends it. */
 extern atomic_bool nbdshim_is_ending;
 extern _Thread_local bool nbdshim_ends_here NBDSHIM_TLS;
 
-/* Whether what is called upwards may be gone by the time that this thread gets there. */
+/* Whether this thread must not call upwards any more: the functions there may be gone. */
 static inline bool nbdshim_is_silent(void)
 {
     return atomic_load_explicit(&nbdshim_is_ending, memory_order_relaxed) && !nbdshim_ends_here;
@@ -161,7 +174,7 @@ static inline bool nbdshim_is_reentry(const struct nbdshim *s)
     return upcall != NULL;
 }
 
-/* Whether it is inside a debug callback of s: every call would debug itself, without end. */
+/* Whether it is inside a debug callback of s, where a call would make the next debug callback. */
 static inline bool nbdshim_is_debugging(const struct nbdshim *s)
 {
     const struct nbdshim_upcall *upcall = nbdshim_innermost;
@@ -171,7 +184,7 @@ static inline bool nbdshim_is_debugging(const struct nbdshim *s)
     return upcall != NULL;
 }
 
-/* Take part in s, unless it is closing or NULL.  Returns 0 or NBDSHIM_CLOSED. */
+/* Count a call on s, unless s is closing or NULL.  Returns 0 or NBDSHIM_CLOSED. */
 static inline int nbdshim_join(struct nbdshim *s)
 {
     unsigned users;
@@ -187,7 +200,7 @@ static inline int nbdshim_join(struct nbdshim *s)
     return 0;
 }
 
-/* The same for a call of libnbd: also NBDSHIM_REENTERED. */
+/* The same for a call of libnbd that takes its lock; may also return NBDSHIM_REENTERED. */
 static inline int nbdshim_enter(struct nbdshim *s)
 {
     return nbdshim_is_reentry(s) ? NBDSHIM_REENTERED : nbdshim_join(s);

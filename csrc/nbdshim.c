@@ -17,9 +17,9 @@
 #include <time.h>
 #include <unistd.h>
 
-/* How many tokens go up at once. */
+/* So many tokens at most are handed over by one upcall. */
 #define BATCH 64
-/* How often the thread that asks for a token lets others run until it has the lock. */
+/* How often nbdshim_holds tries to get the lock, and lets other threads run in between. */
 #define HOLDS_TRIES 100000
 
 struct nbdshim_upcalls nbdshim_up;
@@ -30,6 +30,7 @@ atomic_bool nbdshim_is_ending;
 atomic_uint nbdshim_forks;
 _Thread_local bool nbdshim_ends_here;
 
+/* Run in the child of every fork. */
 static void count_fork(void)
 {
     atomic_fetch_add_explicit(&nbdshim_forks, 1, memory_order_relaxed);
@@ -66,7 +67,10 @@ void nbdshim_cut(struct nbdshim *s)
     int socket = atomic_load(&s->socket), waker = atomic_load(&s->waker), nothing;
     struct stat ours, its;
 
-    /* The number is libnbd's as long as it names the socket of which the waker is a duplicate. */
+    /*
+     * The connection may have ended, and a stranger's file may have its number by now.  The number
+     * is still libnbd's if it names the same socket as the waker, which is a duplicate.
+     */
     if (waker < 0 || fstat(waker, &ours) == -1 || fstat(socket, &its) == -1 ||
         ours.st_dev != its.st_dev || ours.st_ino != its.st_ino)
         return;
@@ -102,7 +106,7 @@ struct nbdshim *nbdshim_create(void)
     return s;
 }
 
-/* Have c among what libnbd holds, or no more. */
+/* Put c into the list of what libnbd holds. */
 static void link_held(struct nbdshim_closure *c)
 {
     struct nbdshim *s = c->s;
@@ -115,6 +119,7 @@ static void link_held(struct nbdshim_closure *c)
     pthread_mutex_unlock(&s->lock);
 }
 
+/* Take c out of the list of what libnbd holds. */
 static void unlink_held(struct nbdshim_closure *c)
 {
     struct nbdshim *s = c->s;
@@ -129,14 +134,15 @@ static void unlink_held(struct nbdshim_closure *c)
     pthread_mutex_unlock(&s->lock);
 }
 
-/* To be handed over when a call of this thread ends. */
+/* Note a closure that libnbd has freed: its token is handed over when a call of this thread ends.
+ */
 static void push_released(struct nbdshim_closure *c)
 {
     c->next = nbdshim_released;
     nbdshim_released = c;
 }
 
-/* Take those of s out of what libnbd has freed in calls of this thread. */
+/* Remove the closures of s from what libnbd has freed in this thread; the caller owns the list. */
 static struct nbdshim_closure *take_released(const struct nbdshim *s)
 {
     struct nbdshim_closure *taken = NULL, **link = &nbdshim_released;
@@ -155,7 +161,10 @@ static struct nbdshim_closure *take_released(const struct nbdshim *s)
     return taken;
 }
 
-/* Hand over tokens until `release` takes them: an exception of a signal handler is raised once. */
+/*
+ * Hand over tokens, and say whether `release` has taken them.  A signal handler's exception may
+ * keep it from its work, but only once: so it is tried again.
+ */
 static bool are_taken(const uintptr_t *tokens, size_t count)
 {
     for (int i = 0; i < NBDSHIM_TRIES; i++) {
@@ -165,7 +174,7 @@ static bool are_taken(const uintptr_t *tokens, size_t count)
     return false;
 }
 
-/* Hand over the tokens of s that libnbd has freed in this thread. */
+/* Hand over the tokens of s that libnbd has freed in this thread.  Those not taken are kept. */
 static void hand_over(struct nbdshim *s)
 {
     struct nbdshim_closure *list = take_released(s), *next;
@@ -189,7 +198,7 @@ static void hand_over(struct nbdshim *s)
     }
 }
 
-/* Have another descriptor in place of the waker, or none (-1), and close the one that was it. */
+/* Replace the waker by fd, which s owns from now on, or by none (-1).  The old one is closed. */
 static void replace_waker(struct nbdshim *s, int fd)
 {
     int old = atomic_exchange(&s->waker, fd);
@@ -201,19 +210,20 @@ static void replace_waker(struct nbdshim *s, int fd)
 void nbdshim_leave(struct nbdshim *s)
 {
     if (atomic_fetch_sub_explicit(&s->users, 1, memory_order_acq_rel) == (NBDSHIM_CLOSING | 1)) {
-        replace_waker(s, -1); /* nbd_close may wait for a server that waits for its end */
+        /* First: nbd_close may wait for a server that waits for the connection to end. */
+        replace_waker(s, -1);
         nbd_close(s->h);
     }
     if (nbdshim_released != NULL && !nbdshim_is_reentry(s))
         hand_over(s);
 }
 
-/* Let the calls that wait in other threads see the end of the connection. */
+/* Shut the connection down, so that the calls that wait in other threads come back. */
 static void wake(struct nbdshim *s)
 {
     int fd;
 
-    /* After a fork the threads are the parent's, and so is the connection. */
+    /* In the child of a fork there are no such threads, and the connection is the parent's. */
     if (getpid() != atomic_load_explicit(&s->owner, memory_order_relaxed))
         return;
     fd = atomic_exchange(&s->waker, -1);
@@ -228,7 +238,7 @@ void nbdshim_note_socket(struct nbdshim *s)
     int fd = nbd_aio_get_fd(s->h);
     int waker = fd >= 0 ? fcntl(fd, F_DUPFD_CLOEXEC, 0) : -1;
 
-    /* If another thread ended the connection meanwhile, the number may have been a stranger's. */
+    /* If another thread has ended the connection meanwhile, fd may have been a stranger's file. */
     if (waker >= 0 && nbd_aio_get_fd(s->h) != fd) {
         close(waker);
         waker = -1;
@@ -236,7 +246,10 @@ void nbdshim_note_socket(struct nbdshim *s)
     atomic_store_explicit(&s->socket, fd, memory_order_relaxed);
     atomic_store_explicit(&s->owner, getpid(), memory_order_relaxed);
     replace_waker(s, waker);
-    /* nbdshim_close marks the handle before it looks for the waker: one of the two sees it. */
+    /*
+     * nbdshim_close first marks the handle and then takes the waker.  Here the waker is stored
+     * first, and then the mark is read: so one of the two threads wakes who waits.
+     */
     if (atomic_load(&s->users) & NBDSHIM_CLOSING)
         wake(s);
 }
@@ -265,6 +278,7 @@ int nbdshim_close(struct nbdshim *s)
     return 0;
 }
 
+/* NBDSHIM_CLOSED if s is closed, else 0. */
 static int check_closed(struct nbdshim *s)
 {
     return s == NULL || (atomic_load(&s->users) & NBDSHIM_CLOSING) ? NBDSHIM_CLOSED : 0;
@@ -291,7 +305,7 @@ bool nbdshim_holds(struct nbdshim *s, uintptr_t token)
 
     if (s == NULL)
         return false;
-    /* After a fork the lock may be that of a thread of the parent's, for ever. */
+    /* In the child of a fork, a thread of the parent may have the lock: it is never unlocked. */
     for (int tries = 0; pthread_mutex_trylock(&s->lock) != 0; tries++) {
         if (tries == HOLDS_TRIES)
             return true;
@@ -380,7 +394,7 @@ void nbdshim_closure_drop(struct nbdshim_closure *closure)
 uint32_t nbdshim_address_unix(void *addr, uint32_t room, const char *path, size_t length)
 {
     struct sockaddr_un sun = {.sun_family = AF_UNIX};
-    /* A path has a NUL behind it, which counts; an abstract name has one before it. */
+    /* A path ends with a NUL, which counts.  An abstract name begins with one. */
     size_t nul = length == 0 || path[0] != '\0';
     size_t size = offsetof(struct sockaddr_un, sun_path) + length + nul;
 

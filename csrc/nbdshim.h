@@ -7,47 +7,46 @@
  *   nbdcall_X (struct nbdshim *s, ...)   for every call nbd_X (struct nbd_handle *h, ...), and
  *   struct nbdshim_upcalls               what is called upwards, one for every callback type.
  *
- * Return values.  A call returns what libnbd returns.  -1 (or NULL) is libnbd's failure, explained
- * by nbdshim_error and nbdshim_errno until the same thread's next libnbd call.  The other negative
- * values are the shim's own (enum nbdshim_refusal): but for the last, libnbd was not called.  Calls
- * that return a pointer or an unsigned 64-bit number refuse with NULL or 0; nbdshim_check tells
- * why.  A null pointer is taken for a closed handle.
+ * Return values.  A call returns what libnbd returns.  -1 (or NULL) is libnbd's failure:
+ * nbdshim_error and nbdshim_errno explain it until this thread's next call of libnbd.  The other
+ * negative values are the shim's own (enum nbdshim_refusal).  With all of them but the last,
+ * libnbd was not called.  A call whose type has no negative numbers refuses with NULL or 0, and
+ * nbdshim_check tells why.  A null pointer is taken for a closed handle.
  *
- * Callbacks.  A callback is passed as a token, any number but 0, which comes back as the first
- * argument of the upcalls.  A call that is refused has not taken its tokens.  Any other call has:
- * the shim holds each token until libnbd frees the callback, also when the call fails, and then
- * hands it over, once, by the upcall `release`, in the thread whose call freed it, when that call
- * ends and libnbd's lock is free.  Many tokens are one upcall.  What `release` does not take (it
- * returns something else than 0) is handed over again, at once and when later calls on the handle
- * end: so `release` must not mind a token that it knows no more.  One exception saves a crossing: a
- * completion callback that returned 1 has released its own token.  An optional callback is followed
- * by a bool: false means that there is nothing to call, and the token only wants to know when the
- * command retires.  Token 0 with false is no callback at all.
+ * Callbacks.  A callback is passed as a token: any number but 0.  It comes back as the first
+ * argument of the upcalls.  A call that is refused has not taken its tokens.  Any other call has,
+ * also if it fails.  The shim holds a token until libnbd frees the callback.  Then it hands the
+ * token over, once, by the upcall `release`: in the thread whose call freed it, when that call
+ * ends and libnbd's lock is free.  One upcall hands over many tokens.  If `release` returns
+ * something else than 0, they are handed over again, at once and when later calls on the handle
+ * end: so `release` may be given a token that it no longer knows.  A completion callback that
+ * returns 1 has released its own token.  An optional callback is followed by a bool.  If it is
+ * false there is nothing to call, and the token is only to be released when the command retires.
+ * Token 0 and false is no callback at all.
  *
- * Buffers.  The caller keeps a buffer in place until the command's last token is released.  A
- * refused call that waits fills its buffer with zeroes, as libnbd does before any failure of its
- * own.  What a call that waits reads into, and a stale buffer (enum nbdshim_state), hold bytes that
- * nobody may see: they are cleared also where libnbd is told not to.
+ * Buffers.  The caller keeps a buffer in place until the last token of the command is released.  A
+ * call that waits and is refused fills its buffer with zeroes, as libnbd does before any failure
+ * of its own.  The buffer of a call that waits, and a stale buffer (enum nbdshim_state), have
+ * bytes that nobody may see: they are cleared even where libnbd is told not to.  A part of a
+ * buffer goes up as an offset in it.  An errno goes up by value, together with its address, for
+ * changing it.
  *
- * Parts of a buffer go up as offsets in it.
- *
- * Errnos.  A callback's errno goes up by value, and its address as a number, for changing it.
- *
- * Calls from inside a callback on its own handle are refused: libnbd holds its lock there.  The few
- * that take no lock are refused inside debug callbacks alone, which every call calls.
+ * Calls from inside a callback.  On its own handle they are refused, because libnbd holds its
+ * lock.  The few calls that take no lock are refused inside debug callbacks only, because every
+ * call makes debug callbacks.
  *
  * Threads.  Every function may be called from any thread.  nbdshim_close may run while other
  * threads are inside calls: it ends the connection, so that they come back, and the last one to
- * leave ends the libnbd handle.  A call that is still connecting comes back by itself.
+ * leave closes libnbd's handle.  A call that is still connecting comes back by itself.
  *
- * Descriptors.  A handle has a duplicate of its connection's socket, which is what nbdshim_close
- * shuts down: the number of libnbd's own may be a stranger's by then.  It is closed when the
- * connection has died, and before the libnbd handle.
+ * Descriptors.  A handle has a duplicate of its connection's socket.  nbdshim_close shuts the
+ * duplicate down, because the number of libnbd's own socket may be a stranger's by then.  It is
+ * closed when the connection has died, and before libnbd's handle.
  *
- * Fork.  A child's nbdshim_close closes its copy of the socket, and the connection goes on for the
- * parent.  If calls of the parent were running at the fork it only marks the handle as closed.  A
- * child that was forked in a callback loses its copy of the connection when the callback returns:
- * it would go on where the parent does.
+ * Fork.  In the child, nbdshim_close closes the child's copy of the socket, and the parent keeps
+ * the connection.  If calls of the parent were running at the fork, it only marks the handle as
+ * closed.  A child that was forked in a callback loses its copy of the connection when the
+ * callback returns: else it would go on with the connection, as the parent does.
  */
 #ifndef NBDSHIM_H
 #define NBDSHIM_H
@@ -68,12 +67,13 @@ enum nbdshim_refusal {
 };
 
 /*
- * What the upcall `completion` returns where it came to nothing: an exception of a signal handler
- * was raised, and kept, before anything was done.  It is called again, twice at the most.
+ * What the upcall `completion` returns if a signal handler's exception kept it from doing anything.
+ * It is called again, twice at the most.
  */
 enum { NBDSHIM_NOT_DONE = -0x7fffffff };
 
-/* What a buffer holds.  It begins as stale, if it does, and ends as clean. */
+/* What the bytes of a buffer are.  A buffer may begin as stale; once it is clean, it stays clean.
+ */
 enum nbdshim_state {
     NBDSHIM_CLEAN = 0, /* its owner's bytes, or zeroes */
     NBDSHIM_STALE = 1, /* bytes that nobody may see */
@@ -84,18 +84,18 @@ enum nbdshim_state {
 void nbdshim_register(const struct nbdshim_upcalls *upcalls);
 
 /*
- * Remember what the upcalls belong to, for whoever loads the shim again in this process: returns
- * the owner that was given first.
+ * Remember the owner of the upcalls.  Returns the owner that was given first in this process, for a
+ * program that loads the shim a second time.
  */
 void *nbdshim_adopt(void *owner);
 
 /*
- * The process ends in this thread: from now on there are no upcalls in others, where a callback
- * counts as one that returned -1, and a token is not said to be released.
+ * The process ends in this thread.  From now on there are no upcalls in other threads: a callback
+ * there counts as one that returned -1, and tokens are not handed over.
  */
 void nbdshim_end_other_threads(void);
 
-/* The same for all threads: nobody is left to call. */
+/* From now on there are no upcalls in any thread. */
 void nbdshim_end_upcalls(void);
 
 /* A new handle, to be ended by nbdshim_destroy; NULL if there is no memory. */
@@ -108,8 +108,8 @@ struct nbdshim *nbdshim_create(void);
 int nbdshim_close(struct nbdshim *s);
 
 /*
- * Close if need be, and free s, which nobody may name any more.  If a call on s is running all the
- * same, in a thread that the end of the process has stopped, the memory is left.  s may be NULL.
+ * Close s, if it is open, and free it: nobody may use it any more.  The memory is not freed if a
+ * call on s is still running, in a thread that the end of the process has stopped.  s may be NULL.
  */
 void nbdshim_destroy(struct nbdshim *s);
 
@@ -120,8 +120,8 @@ void nbdshim_destroy(struct nbdshim *s);
 bool nbdshim_holds(struct nbdshim *s, uintptr_t token);
 
 /*
- * Why a call on s would be refused now: 0, NBDSHIM_CLOSED or NBDSHIM_REENTERED.  The second is for
- * the few calls that take no lock: of all callbacks only those of debug may not make them.
+ * Why a call on s would be refused now: 0 (it would not), NBDSHIM_CLOSED or NBDSHIM_REENTERED.  The
+ * second function is for the few calls that take no lock: only debug callbacks may not make them.
  */
 int nbdshim_check(struct nbdshim *s);
 int nbdshim_check_unlocked(struct nbdshim *s);
@@ -147,8 +147,9 @@ uint32_t nbdshim_address_inet6(void *addr, uint32_t room, const char *ip, uint16
 bool nbdshim_is_zero(const void *p, size_t size);
 
 /*
- * Make size bytes at p zeroes if *state says that they are stale, before anybody looks at them: 0.
- * Another thread that is overwriting them is waited for; -1 if it takes longer than a second.
+ * Fill size bytes at p with zeroes if *state says that they are stale, before anybody looks at
+ * them. Waits for another thread that is overwriting them.  Returns 0, or -1 if that takes longer
+ * than a second.
  */
 int nbdshim_clear_stale(int *state, void *p, size_t size);
 
