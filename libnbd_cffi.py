@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""The command nbdsh, by the one module name that no other package has.
+"""The command nbdsh, in a module whose name no other package has.
 
-Others provide a module `nbd` too: libnbd's own Python module, and a package on PyPI that has
-nothing to do with block devices.  If one of them is found in place of ours, this says so.
+Two others provide a module `nbd`: libnbd's own Python module, and a package on PyPI that has
+nothing to do with block devices.  If Python finds one of them in place of ours, this says so.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def stranger(folder: str) -> str | None:
     found: str | None = getattr(nbd, "__file__", None)
     if found is None:
         return (
-            f"{ours} has lost a part of libnbd-cffi, perhaps to the uninstalling of another "
-            f"package called nbd. Type: {REINSTALL}"
+            f"a part of libnbd-cffi is missing in {ours}. Perhaps another package called nbd was "
+            f"uninstalled. Type: {REINSTALL}"
         )
     where = os.path.dirname(os.path.abspath(found))
     if os.path.realpath(where) != os.path.realpath(ours):

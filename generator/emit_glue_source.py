@@ -31,7 +31,7 @@ def glue_source(header: Header) -> str:
     """The text of nbdglue.c."""
     blocks = [
         f'{BANNER}\n#include "nbdglue.h"\n#include "handle.h"\n\n#include <string.h>\n',
-        "/* Where callbacks go: set once, by nbdshim_register. */\n"
+        "/* The functions to call upwards; nbdshim_register sets them once. */\n"
         "extern struct nbdshim_upcalls nbdshim_up;\n",
         *(upcall_function(closure) for closure in header.closures),
         *(glue_function(function) for function in header.functions),
@@ -83,7 +83,7 @@ def upcall_function(closure: Closure) -> str:
         once = "    if (closure->completed)\n        return 0;\n    closure->completed = true;\n"
         spent = "    if (ret == 1)\n        closure->released = true;\n"
     return (
-        f"{asserts}/* {name} callbacks: up to the token's owner; its int goes back to libnbd. */\n"
+        f"{asserts}/* libnbd's {name} callback: calls upwards and returns the result. */\n"
         f"{head}\n{{\n"
         "    struct nbdshim_closure *closure = user_data;\n"
         f"    struct nbdshim_upcall upcall;\n\n{once}"

@@ -8,9 +8,9 @@ import sys
 
 
 def _leave_this_folder() -> None:
-    """Take the current folder off the path: python -m has put it there, for commands alone.
+    """Take the current folder off sys.path, where python -m has put it.
 
-    They get it back in nbd.shell, whose own imports are not to come from there.
+    nbd.shell must not import from there.  It puts the folder back for the commands.
     """
     if not getattr(sys.flags, "safe_path", sys.flags.isolated):
         try:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Types for annotations: what the callables that libnbd calls look like, and addresses.
+"""Types for annotations: the callables that libnbd calls, and socket addresses.
 
-Import this in programs that are type checked; the package itself needs it only there.
+Programs that are type checked import this.  The package itself does not load it.
 """
 
 from __future__ import annotations

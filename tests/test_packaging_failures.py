@@ -213,7 +213,7 @@ def test_what_uninstalling_the_unrelated_package_took_away_is_named(
         "import libnbd_cffi; libnbd_cffi.main()"
     )
     message = failing("-c", code, **variables)
-    assert f"{site}/nbd has lost a part of libnbd-cffi" in message
+    assert f"a part of libnbd-cffi is missing in {site}/nbd" in message
     assert "pip install --force-reinstall --no-deps libnbd-cffi" in message
 
 

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
 """The command line of nbdsh: its options, and the commands given with -c.
 
-Test suites call nbdsh hundreds of times, so the way from the options to the last command imports
-little.  The interactive session is in nbd.shell.console; what only an error or --version needs is
-imported where it is used.
+Test suites start nbdsh hundreds of times, so a run with -c imports little.  The interactive session
+is in nbd.shell.console.  What only an error or --version needs is imported where it is used.
 
-Commands import from the current folder, as those of `python -c` do.  What the shell and the package
-import, however late, does not come from there: a file that happens to be called code.py is no part
-of them.
+Commands can import from the current folder, as those of `python -c` can.  The shell and the package
+must not, even if they import late: a file of the user may happen to be called code.py.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ _LATER = (
 )
 _LATER_IN_A_SESSION = ("nbd.shell.console", "readline", "rlcompleter", "subprocess")
 
-# The text of every command that was run, by the file name that its frames carry.
+# The text of every command that was run, by the file name in its frames.
 _sources: dict[str, str] = {}
 
 
@@ -93,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_step(
     parser: argparse.ArgumentParser, kind: str, *names: str, metavar: str | None = None, text: str
 ) -> None:
-    """Add an option that acts: all of these go into one list, to be replayed in their order."""
+    """Add an option that does something.  All of these run in the order of the command line."""
     if metavar is None:
         step = (kind, "")
         parser.add_argument(*names, dest="steps", action="append_const", const=step, help=text)
@@ -135,8 +133,8 @@ def _named_handle() -> nbd.NBD:
 
 
 def _scope(handle: nbd.NBD | None) -> dict[str, object]:
-    """Make the namespace of all commands, with the names that libnbd's nbdsh is known to have."""
-    # Classes made in it look for their module, and its name, in sys.modules.
+    """Make the namespace of all commands, with the names that libnbd's nbdsh documents."""
+    # A class that a command defines looks its module up in sys.modules, by the name of the scope.
     import nbdsh
 
     scope: dict[str, object] = {"__name__": nbdsh.__name__, "nbd": nbd, "os": os, "sys": sys}
@@ -148,8 +146,8 @@ def _scope(handle: nbd.NBD | None) -> dict[str, object]:
 def _import_from_here(is_interactive: bool) -> None:
     """Let commands import from the current folder, as `python -c` does, and libnbd's nbdsh.
 
-    What is imported later for the shell and the package is imported before, where the folder has a
-    file of the name of a standard module.
+    If the folder has a file with the name of a standard module, what the shell and the package will
+    need later is imported first: it must not come from there.
     """
     if "" in sys.path or sys.flags.isolated or getattr(sys.flags, "safe_path", False):
         return
@@ -211,7 +209,7 @@ def _execute(text: str, scope: dict[str, object]) -> None:
 
 
 def _debugging() -> bool:
-    # A new handle has the debug flag that the environment gives it; `h` may be closed or changed.
+    # Of a new handle, which has the flag of the environment: `h` may be closed, or have another.
     return nbd.NBD().get_debug()
 
 

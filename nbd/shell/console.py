@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext, suppress
 import nbd
 from nbd.shell import hexdump
 
-# A longer result is dumped: up to this length the escapes of repr() still fit on a few lines.
+# A longer result is shown as a hexdump.  Up to this length, repr() fits on a few lines.
 _SHORT = 64
 _HISTORY_LENGTH = 1000
 
@@ -30,7 +30,7 @@ def run(scope: dict[str, object], handle: nbd.NBD | None) -> None:
 def _interact(scope: dict[str, object], banner: str) -> None:
     sys.ps1, sys.ps2 = "nbd> ", "...  "
     sys.displayhook = _display
-    # PyPy's line editor fails without what a dumb terminal lacks.
+    # PyPy's line editor fails on a dumb terminal.
     with nullcontext() if _dumb() else _line_editing(scope):
         code.interact(banner, local=scope, exitmsg="")
 
@@ -38,12 +38,12 @@ def _interact(scope: dict[str, object], banner: str) -> None:
 def _feed(scope: dict[str, object]) -> None:
     """Run standard input as the interactive interpreter does: results shown, errors survived.
 
-    There is no banner and no prompt, which nobody would read.
+    There is no banner and no prompt, because nobody would read them.
     """
     console = code.InteractiveConsole(scope)
     for line in sys.stdin or ():
         console.push(line.rstrip("\n"))
-    # The end of input ends a block, as an empty line does.
+    # A block of statements ends with an empty line, or with the input.
     if console.push(""):
         print("nbdsh: standard input ends inside a statement", file=sys.stderr)
         sys.exit(1)
@@ -70,7 +70,7 @@ def _banner(handle: nbd.NBD | None) -> str:
 
 
 def _situation(handle: nbd.NBD | None) -> tuple[str, list[tuple[str, str]]]:
-    """Say what `h` is, and which calls come before those that need a connection."""
+    """Say what `h` is, and which calls are needed before it is connected."""
     connect = ('h.connect_uri("nbd://localhost")', "connect to a server")
     go = ("h.opt_go()", "end the negotiation")
     if handle is None:
@@ -125,21 +125,21 @@ def _line_editing(scope: dict[str, object]) -> Iterator[None]:
     readline.parse_and_bind("bind ^I rl_complete" if editline else "tab: complete")
     readline.set_history_length(_HISTORY_LENGTH)
     path = _history_path()
-    if os.path.isfile(path):  # to read from another kind of file can take for ever
+    if os.path.isfile(path):  # to read from a pipe, for example, could take for ever
         with suppress(OSError):
             readline.read_history_file(path)
     try:
         yield
     finally:
-        # A session is not worth an error because its history cannot be kept.
+        # If the history cannot be written, the session still ends without an error.
         with suppress(OSError), _private_files():
             _make_private(path)
             readline.write_history_file(path)
 
 
 def _history_path() -> str:
-    # By default in the home directory, where other shells and Python keep theirs and which exists;
-    # XDG_STATE_HOME is honoured for those who have set it.
+    # By default in the home directory: it exists, and other shells and Python keep theirs there.
+    # Those who have set XDG_STATE_HOME want it in that folder.
     path = os.environ.get("NBDSH_HISTORY")
     if path is None:
         state = os.environ.get("XDG_STATE_HOME")
@@ -149,9 +149,9 @@ def _history_path() -> str:
 
 @contextmanager
 def _private_files() -> Iterator[None]:
-    """Make new files for the user alone, whatever the umask says: commands can contain passwords.
+    """Let only the user read new files, whatever the umask is: commands can contain passwords.
 
-    That of readline is new: it writes one beside the old one, to take its place.
+    readline writes a new file and renames it, so the mode of the old file does not count.
     """
     mask = os.umask(0o077)
     try:
@@ -161,15 +161,15 @@ def _private_files() -> Iterator[None]:
 
 
 def _make_private(path: str) -> None:
-    """Make a file unless there is one, and in both cases keep all but the user out.
+    """Make a file, if there is none, and let only the user read and write it.
 
     Raises:
-        OSError: That cannot be, or what is there is a pipe, a device or the like.
+        OSError: That is not possible, or a pipe, a device or the like has that name.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(f"{path} is not a regular file")
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    # What is there now may not be what was there a moment ago: nothing is waited for.
+    # O_NONBLOCK: somebody may have put a pipe there since the check above, and open would wait.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY, 0o600)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -29,7 +29,7 @@ def dump(data: memoryview, *, colour: bool = False) -> Iterator[str]:
 
 
 def _rows(data: memoryview) -> Iterator[tuple[int, bytes]]:
-    """Yield (offset, row), with an empty row for what repeats the row before it."""
+    """Yield (offset, row).  An empty row stands for all that repeat the row before it."""
     end = 0
     while end < len(data):
         start, row = end, bytes(data[end : end + WIDTH])
@@ -41,7 +41,7 @@ def _rows(data: memoryview) -> Iterator[tuple[int, bytes]]:
 
 
 def _end_of_repeats(data: memoryview, offset: int, row: bytes) -> int:
-    # Blocks first: a gigabyte of zeroes is folded in a moment rather than in a minute.
+    # Large steps first: to fold a gigabyte of zeroes row by row takes a minute.
     for pattern in (row * _BLOCK_ROWS, row):
         while offset < len(data) and bytes(data[offset : offset + len(pattern)]) == pattern:
             offset += len(pattern)

@@ -17,8 +17,8 @@ SHELL = "nbd.shell"
 def install(sources: dict[str, str]) -> None:
     """Make an exception that ends the process be shown by us, unless a hook is there already.
 
-    To be called before the exception leaves the shell.  A hook that is only then imported makes
-    CPython forget that a KeyboardInterrupt ends the process by its signal.
+    It must be called before the exception leaves the shell.  If a hook imports modules only when
+    it runs, CPython forgets to end the process by SIGINT after a KeyboardInterrupt.
     """
     _remember(sources)
     if sys.excepthook is sys.__excepthook__:
