@@ -54,7 +54,7 @@ CHUNK_ERROR, CHUNK_ERROR_OFFSET = (1 << 15) + 1, (1 << 15) + 2
 CHUNK_DONE = 1
 
 BOUND = 10.0  # seconds until the watchdog hangs up on a client that still waits
-FATAL = 60.0  # seconds more until a client that not even that wakes is ended
+FATAL = 60.0  # seconds more until a client is killed that still waits then
 
 
 class HungUp(Exception):

@@ -38,13 +38,13 @@ import nbd
 from nbd._core.handle import _open as open_handles
 
 CALLS = 1_000_000 if SOAK else 2_000
-STRETCHES = 4  # of a loop, at the most; one if all is well
-SLACK = 160 << 10  # bytes of growth in a stretch that are no leak
-PATIENCE = 1800  # seconds that a server of ours has to be used
+STRETCHES = 4  # a loop runs so often at the most, and once if nothing leaks
+SLACK = 160 << 10  # a stretch may grow by so many bytes without a leak
+PATIENCE = 1800  # seconds until a server of ours ends by itself
 BATCH = 64  # commands in flight
 NAMES = 1000  # exports or contexts in one reply
-DROPS = 5000 if SOAK else 100  # handles until the next collection, where it takes one
-CONNECTED_DROPS = 200  # the same for handles with a socket
+DROPS = 5000 if SOAK else 100  # handles dropped before PyPy collects garbage
+CONNECTED_DROPS = 200  # the same for connected handles
 MIB = 1 << 20
 
 
@@ -54,8 +54,8 @@ class Kind:
 
     name: str
     once: Callable[[], object]
-    calls: int = 1  # that one turn makes
-    share: int = 1  # of CALLS: a loop of what takes long is this many times shorter
+    calls: int = 1  # how many calls one turn makes
+    share: int = 1  # a slow loop makes this many times fewer calls than CALLS
 
 
 @dataclass
@@ -476,7 +476,7 @@ def growth(kind: Kind, calls: int) -> tuple[int, int]:
 
 def program(group: str, place: Place) -> None:
     """Repeat what is in a group, and print the figures."""
-    nbd.Buffer(MIB)  # imports ctypes, whose libffi keeps a descriptor from then on
+    nbd.Buffer(4 * MIB)  # imports ctypes, whose libffi keeps a descriptor open from then on
     files, handles, calls = descriptors(), len(open_handles), 0
     for kind in GROUPS[group](place):
         each, made = growth(kind, max(CALLS // kind.share, 1))

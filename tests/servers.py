@@ -32,8 +32,8 @@ PACKAGES = {
     "qemu-nbd": "qemu-utils",
 }
 
-# The socket arrives as standard input, because Popen can put it at that number on its own;
-# activation wants it as descriptor 3, and LISTEN_PID wants the process that exec keeps.
+# Popen can pass the socket as standard input.  Socket activation expects it as descriptor 3, and
+# the number of the process in LISTEN_PID: exec keeps that number.
 ACTIVATE = 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<&0 </dev/null'
 
 PATIENCE = 20  # seconds until a server that does not do what it should fails the test
@@ -201,7 +201,7 @@ class NbdServer:
     @property
     def argv(self) -> list[str]:
         """The command line, for connect_command."""
-        # Port 0 is its word for "the client is at standard input".
+        # Port 0 tells nbd-server that the client is at standard input.
         configuration = ["-C", "/dev/null"]
         return [program("nbd-server"), "-d", *configuration, "0", str(self.path), *self.options]
 

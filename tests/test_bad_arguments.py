@@ -39,7 +39,7 @@ AT_ONCE = 8  # calls on one handle
 HANG = 60  # seconds until calls on one handle count as hung
 SOCKET = "socket"  # of a good server, in the working directory
 STATES = "created", "opt mode", "connected", "shut down", "dead", "closed"
-BUFFER = "buffer"  # not a state, but nbd.Buffer in place of nbd.NBD
+BUFFER = "buffer"  # not a state of a handle: the methods of nbd.Buffer are called
 
 DOCUMENTED = (
     nbd.Error,
@@ -206,7 +206,7 @@ addresses = st.sampled_from(
     ]
 )
 
-# By name of the parameter, or of method and parameter; what is not here is arbitrary.
+# By the name of the parameter, or of method and parameter.  Others get arbitrary values.
 LIKELY: dict[str, st.SearchStrategy[Any]] = {
     "addr": addresses,
     "allow": switches,
@@ -247,7 +247,7 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
     "uri": uris,
     "verify": switches,
 }
-# Where an arbitrary integer or string would wait, or reach out of this process.
+# Here an arbitrary integer or string would wait for ever, or reach out of this process.
 DELICATE = {"argv", "addr", "cid", "fd", "hostname", "port", "sock", "timeout", "uri"}
 
 Call = tuple[str, list[Any], dict[str, Any]]
@@ -258,7 +258,7 @@ def argument(name: str) -> st.SearchStrategy[Any]:
     """Return what to pass for a parameter: mostly what it is for."""
     likely = LIKELY.get(name, texts)
     wrong = not_integers if name.rpartition(".")[2] in DELICATE else anything
-    # Not one_of, which would choose among all that is inside of the two with equal chances.
+    # Not one_of: it gives every strategy inside of the two the same chance.
     return st.sampled_from([likely, likely, likely, likely, wrong]).flatmap(lambda chosen: chosen)
 
 
@@ -380,7 +380,7 @@ def program(log: Path, wanted: int, seed: int) -> None:
     sys.unraisablehook = notice
 
     def run(example: tuple[str, list[Call]]) -> None:
-        signal.alarm(HANG)  # which ends the process: libnbd goes on waiting for less
+        signal.alarm(HANG)  # SIGALRM ends the process; libnbd would go on waiting after SIGINT
         state, calls = example
         target = target_in(state)
         for call in calls:

@@ -46,7 +46,7 @@ FAILING: dict[str, Callable[[nbd.NBD, Callback], object]] = {
     "chunk": lambda h, call: h.pread_structured(512, 0, call),
 }
 
-# The same for what libnbd's commands in flight run: the exception has nobody who waits for it.
+# The same for commands in flight: no call is left that could raise what their callbacks raise.
 IN_FLIGHT: dict[str, Callable[[nbd.NBD, Callback], int]] = {
     "completion of aio_pread": lambda h, call: h.aio_pread(bytearray(512), 0, call),
     "completion of aio_pwrite": lambda h, call: h.aio_pwrite(bytes(512), 0, call),
@@ -57,7 +57,7 @@ IN_FLIGHT: dict[str, Callable[[nbd.NBD, Callback], int]] = {
     ),
 }
 
-# Kinds whose return value libnbd ignores, so that the call succeeds; these are negotiating.
+# libnbd ignores what these return, so that the call succeeds.  They run during negotiation.
 IGNORED: dict[str, Callable[[nbd.NBD, Callback], object]] = {
     "list": lambda h, call: h.opt_list(call),
     "context": lambda h, call: h.opt_list_meta_context(call),
@@ -410,7 +410,7 @@ def test_an_exception_of_a_command_in_flight_is_reported(
 ) -> None:
     raised = ValueError("mine")
     cookie = run(disk, raiser(raised))
-    with suppress(nbd.Error):  # what becomes of the command is the next tests' matter
+    with suppress(nbd.Error):  # the next tests look at the command
         finish(disk, cookie)
     assert unraisable == [raised]
 

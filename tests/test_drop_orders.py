@@ -123,7 +123,7 @@ def test_in_the_command_s_own_callback(prompt: str, result: int) -> None:
     commands: list[Command] = []
     for order in ORDERS:
         commands[:] = [Command(prompt, result, lambda: commands[0].drop(order))]  # noqa: B023
-        while commands[0].held:  # the last reference to the handle is that of the call
+        while commands[0].held:  # until only the call refers to the handle
             commands[0].held["handle"].poll(-1)
         assert commands[0].is_gone(), order
 

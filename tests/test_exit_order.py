@@ -34,7 +34,7 @@ EVERYTHING = "b'late' 1048576\n"
 CLOSED = "ClosedHandle\n"
 READ = "bytearray(b'\\x00')\n"
 
-# What runs after the handles were closed sees closed handles, and may make new ones.
+# Functions that run after the handles were closed see closed handles, and may make new ones.
 USE = """
 def use():
     try:
@@ -121,8 +121,8 @@ def test_a_program_ends_with(nbdkit: StartServer, before: str, after: str, expec
     assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
 
 
-# PyPy runs no finalizers at the end, and CPython may have taken away what one of them needs: what
-# matters is that the program ends in order.
+# PyPy runs no finalizers at the end.  On CPython, what a finalizer needs may be gone already.  So
+# the test only asks that the program ends in order.
 FINALIZERS = {
     "reads from its handle": "self.h.pread(1, 0)",
     "closes its handle": "self.h.close()",

@@ -39,7 +39,7 @@ IN_FLIGHT = 64  # commands in flight when the server is killed
 MIB = 1 << 20
 
 FAULTY = (
-    *("--threads=16", "memory", str(SIZE)),  # answers come in another order than the commands
+    *("--threads=16", "memory", str(SIZE)),  # so replies come in another order than the commands
     *("--filter=error", "error=EIO", "error-rate=20%"),
     *("--filter=delay", "rdelay=1ms", "wdelay=1ms"),
 )
@@ -382,7 +382,7 @@ def test_failed_call_lets_go_of_its_buffer_at_once(h: nbd.NBD, method: str) -> N
         gc.enable()
 
 
-# The collector clears what is oldest first: so the view is made before the cycle.
+# The garbage collector clears the oldest objects first, so the view is made before the cycle.
 COLLECT_A_VIEW = """
 import gc, sys, nbd
 

@@ -16,8 +16,8 @@ import nbd
 
 StartServer = Callable[..., Server]
 
-# Other handles are made all the time, so that memory that was freed is used again; each keeps its
-# name, unless somebody writes where it has no business.
+# Other handles are made all the time, so that freed memory is used again.  Each handle has a name.
+# If a name changes, somebody has written to memory that is not its own.
 PROGRAM = """
 import gc, sys, nbd
 

@@ -37,7 +37,7 @@ def numbers() -> set[int]:
     """Return the descriptors that are open."""
     found = set()
     for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # that of the listing itself
+        with suppress(OSError):  # the descriptor by which the folder was listed is closed by now
             os.fstat(int(name))
             found.add(int(name))
     return found
@@ -201,7 +201,7 @@ def test_a_second_close_leaves_strangers_alone(h: nbd.NBD, strangers: Strangers)
 def test_close_wakes_a_call_whose_socket_was_not_the_first_that_was_tried(
     nbdkit: StartServer, h: nbd.NBD, tmp_path: Path
 ) -> None:
-    # Where localhost has an IPv6 address, that comes first: no server listens there.
+    # If localhost has an IPv6 address, it is tried first; no server listens there.
     plugin, asked, go = told_to_answer(tmp_path)
     server = nbdkit(*plugin, tcp=True)
     h.connect_tcp("localhost", str(server.port))

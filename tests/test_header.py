@@ -24,8 +24,8 @@ import nbd
 
 BASE = nbd.CONTEXT_BASE_ALLOCATION
 
-# What the package has no method for, because it does these itself: make a handle, close it, and
-# ask for the error of a call.
+# The package has no methods for these.  It calls them itself, to make and close a handle, and to
+# get the error of a call.
 NO_METHODS = {"create", "close", "get_error", "get_errno"}
 
 

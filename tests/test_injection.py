@@ -24,10 +24,10 @@ import nbd
 
 StartServer = Callable[..., Server]
 
-BLOCK = 1536  # a size that no other test uses: its blocks are full of OLD
+BLOCK = 1536  # no other test uses this size, so the blocks in the pool are full of OLD
 OLD = 0xA5
 MIB = 1 << 20
-KEPT = 8  # blocks of that size that were used before
+KEPT = 8  # how many blocks of that size are in the pool
 
 
 def takes(name: str) -> list[str]:
@@ -69,7 +69,7 @@ def retire(h: nbd.NBD) -> None:
     while h.aio_in_flight():
         h.poll(1000)
     while cookie := completed(h):
-        with suppress(nbd.Error):  # a callback of it was interrupted
+        with suppress(nbd.Error):  # the call fails if its callback was interrupted
             h.aio_command_completed(cookie)
 
 
@@ -135,7 +135,7 @@ def check_unpinned(buffer: Any) -> None:
     if isinstance(buffer, bytearray):
         try:
             buffer.append(0)
-        except BufferError:  # the exception's frames may have it
+        except BufferError:  # the frames of the exception may still refer to it
             gc.collect()
             buffer.append(0)
         buffer.pop()

@@ -330,8 +330,8 @@ def test_a_shared_bytearray_in_flight_cannot_be_resized(stuck: nbd.NBD) -> None:
 def test_a_resize_in_flight_is_harmless(
     nbdkit: Callable[..., Server], h: nbd.NBD, unraisable: list[Any], shared: bool
 ) -> None:
-    # CPython and PyPy 8 refuse it.  PyPy 7 does it, and then libnbd must not write where the bytes
-    # were, and what was read has no place to go.
+    # CPython and PyPy 8 refuse to resize it.  PyPy 7 resizes it.  Then libnbd must not write to
+    # where the bytes were, and what was read is lost.
     server = nbdkit("memory", "1M", "--filter=delay", "rdelay=600")
     h.connect_unix(server.socket)
     buffers = [bytearray(4096) for _ in range(32)]

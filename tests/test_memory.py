@@ -28,7 +28,7 @@ MIB = 1 << 20
 POOL = (32 if sys.implementation.name == "pypy" else 64) * MIB
 NURSERY = 4 * MIB  # PyPy would make it as large as half of the processor's cache
 
-# Programs of their own: the peak of this process is that of whatever was tested before.
+# Each is a program of its own: the peak of this process comes from the tests before.
 PEAK = """
 import sys
 import nbd
@@ -77,7 +77,7 @@ import resource
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 
-def fill(size):  # a function, since the code PyPy compiles for a loop keeps a module's variables
+def fill(size):  # a function: PyPy's compiled loops keep the variables of a module alive
     buffer = nbd.Buffer(size)
     for page in range(0, size, 4096):
         buffer[page] = 1
@@ -260,7 +260,7 @@ def test_a_failed_read_shows_nothing_of_used_memory(
 
 def test_a_read_into_used_memory_makes_no_other_call_of_libnbd(disk: nbd.NBD) -> None:
     calls: list[str] = []
-    nbd.Buffer(BLOCK)  # and dropped: the next one may have its memory
+    nbd.Buffer(BLOCK)  # dropped at once, so the next one may have its memory
     disk.set_debug_callback(lambda context, message: calls.append(context))
     disk.set_debug(True)
     disk.aio_pread(nbd.Buffer(BLOCK), 0)

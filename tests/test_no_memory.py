@@ -41,7 +41,7 @@ h = nbd.NBD()
 h.add_meta_context("base:allocation")
 h.connect_unix(sys.argv[1])
 h.pwrite(b"x" * 4096, 0)
-assert len(h.pread(1 << 20, 0)) == 1 << 20  # what is imported late is imported now
+assert len(h.pread(1 << 20, 0)) == 1 << 20  # so that late imports happen now
 nbd.Buffer(1 << 20)
 pickle.dumps(nbd.Buffer(1))
 given = bytearray(LARGE)

@@ -157,7 +157,7 @@ def fail_each(scenario: Scenario) -> int:
         try:
             scenario.run(h, room)
         except (MemoryError, nbd.Error) as reason:
-            raised = reason.with_traceback(None)  # whose frames hold the buffer
+            raised = reason.with_traceback(None)  # its frames refer to the buffer
         is_untouched = fail_malloc.fail_malloc_at(0) < failing
         check(raised, is_untouched)
         if h is not None:

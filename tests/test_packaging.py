@@ -96,7 +96,7 @@ def environment(tmp_path: Path) -> Path:
 def pip(environment: Path) -> Pip:
     """Return a function that runs pip in the fresh environment; it needs no network."""
     python = environment.parents[2] / "bin" / "python"
-    # What is built is thrown away: the compiler need not optimise it.
+    # Nobody runs what is built here, so the compiler need not optimise it.
     variables = {"NBD_CFFI_MODE": MODE.lower(), "CFLAGS": "-O0", "PIP_NO_INDEX": "1"}
 
     def run(*arguments: object) -> str:

@@ -205,7 +205,7 @@ def test_what_uninstalling_the_unrelated_package_took_away_is_named(
     failing: Failing, site: Path
 ) -> None:
     (site / "nbd" / "__init__.py").unlink()
-    # Without ours of this environment behind it, which Python would take instead.
+    # Without the site-packages of this environment, where Python would find our package.
     variables = {"PYTHONPATH": str(site), "HIDDEN": str(INSTALLED)}
     code = (
         "import os, sys, _cffi_backend; hidden = os.environ['HIDDEN']; "
@@ -253,7 +253,7 @@ def test_libnbds_own_module_in_the_systems_site_packages_changes_nothing(tmp_pat
     where = "import sysconfig; print(sysconfig.get_path('platlib'))"
     made = subprocess.run([python, "-c", where], capture_output=True, text=True, check=True)
     target = Path(made.stdout.strip())
-    for source in INSTALLED.iterdir():  # what it was built with, and ours
+    for source in INSTALLED.iterdir():  # our package, and what a build needs
         if not (target / source.name).exists():
             (target / source.name).symlink_to(source)
     code = "import nbd; print(nbd.__file__); print(hasattr(nbd, 'Buffer'))"

@@ -81,7 +81,7 @@ def test_nothing_is_left_to_wait_for(end: str, figure: Figure) -> None:
 
 
 def test_nothing_is_left_by_a_program_that_ends(tmp_path: Path) -> None:
-    # Were it not waited for, it would still run, or be a zombie that has a number.
+    # If nobody had waited for it, it would still run, or be a zombie, and have its number.
     pid = tmp_path / "pid"
     program = """
 import nbd, sys

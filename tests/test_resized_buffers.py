@@ -15,7 +15,7 @@ StartServer = Callable[..., Server]
 
 SIZE = 1 << 20
 
-# Another thread resizes `shared` all the time, as far as it is let.
+# Another thread tries to resize `shared` all the time.
 RESIZING = """
 import sys, threading, time, nbd
 
@@ -34,9 +34,9 @@ def resize():
                     shared.extend(bytes(size - len(shared)))
             except BufferError:  # in use
                 pass
-        time.sleep(0)  # PyPy counts bytecodes until another thread may run, and these take long
+        time.sleep(0)  # lets other threads run; PyPy would do that only after many bytecodes
 
-def notice(unraisable):  # what a command read on PyPy has no place in the resized bytearray
+def notice(unraisable):  # on PyPy: the bytearray was resized, and what a command read is lost
     if not isinstance(unraisable.exc_value, BufferError):
         sys.__unraisablehook__(unraisable)
 
@@ -186,5 +186,5 @@ print(refused)
 def test_resizing_what_is_behind_the_view_of_a_chunk_loses_no_data(nbdkit: StartServer) -> None:
     done = run_program(CHUNKS, nbdkit("memory", "1M").socket)
     assert (done.returncode, done.stderr) == (0, "")
-    if sys.implementation.name == "cpython":  # where all of it is refused
+    if sys.implementation.name == "cpython":  # which refuses all of it
         assert int(done.stdout) == 2 * 20 * 2 * 3

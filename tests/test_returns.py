@@ -224,7 +224,7 @@ def test_get_tls_username_returns_a_str(h: nbd.NBD) -> None:
 
 
 def test_private_data_is_never_an_error(h: nbd.NBD) -> None:
-    # The greatest value has the bits of -1, which elsewhere means failure.
+    # The bits of the greatest value are those of -1, which means failure for other types.
     greatest = (1 << 64) - 1
     h.set_private_data(greatest)
     assert h.set_private_data(0) == greatest

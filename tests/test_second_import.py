@@ -28,7 +28,7 @@ def names():
     return [name for name in sys.modules if name == "nbd" or name.startswith("nbd.")]
 
 def modules_of_nbd():
-    # cffi puts its lib into sys.modules, too, which cannot be imported by itself.
+    # cffi puts `lib` into sys.modules too; it cannot be imported by itself.
     return [name for name in names() if getattr(sys.modules[name], "__spec__", None)]
 
 def import_again():
@@ -97,7 +97,7 @@ class Flight:
         assert [bytes(buffer[:]) for buffer in self.buffers] == [self.data] * 3
 
 def exercise(module, h):
-    # Everything that calls back, and a failure of each kind.
+    # Every kind of callback, and every kind of failure.
     Flight(module, h, 7).land()
     messages = []
     h.set_debug_callback(lambda function, message: messages.append(function))

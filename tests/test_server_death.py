@@ -127,7 +127,7 @@ def test_a_completion_that_raises_at_the_death_is_reported(
     while h.aio_in_flight():
         try:
             poll(h)
-        except nbd.Error as error:  # the death may be an error of poll, which then has a cause
+        except nbd.Error as error:  # poll may be the call that finds the server dead
             causes.append(error.__cause__)
     assert [one for one in [*causes, *unraisable] if one is not None] == [raised]
 

@@ -465,7 +465,7 @@ def test_the_shell_as_a_module_imports_nothing_from_the_current_folder(
     nbdsh: Run, tmp_path: Path, options: list[str], stdin: str, status: int, last: str
 ) -> None:
     folder = shadows.make(tmp_path)
-    # python -m and `import nbd` have the folder on the path, and nothing can be done about that.
+    # python -m and `import nbd` have the folder on the path.  We cannot change that.
     before = "import runpy, sys, nbd; print(*{name.partition('.')[0] for name in sys.modules})"
     for name in printed(nbdsh(before, program=[sys.executable, "-c"])).split():
         (folder / f"{name}.py").unlink(missing_ok=True)
@@ -529,7 +529,7 @@ def in_a_folder_that_was_removed(nbdsh: Run, gone: Path, program: list[str]) -> 
     """Run a command in a folder that is removed before; returns what it printed."""
     in_it = ["sh", "-c", 'rmdir "$0" && exec "$@"', str(gone), *program]
     done = nbdsh("-c", "print(h.get_debug())", program=in_it, cwd=gone)
-    # Under sanitizers python is a script, about whose shell's start this is.
+    # Under sanitizers python is a shell script, and its start would be measured.
     printed_besides = [s for s in done.stderr.splitlines() if not s.startswith("shell-init:")]
     assert (done.returncode, printed_besides) == (0, [])
     return done.stdout

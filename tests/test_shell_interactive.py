@@ -21,7 +21,7 @@ pexpect = pytest.importorskip("pexpect", reason="pexpect drives the pseudo-termi
 SCRIPT = str(Path(sys.executable).with_name("nbdsh"))
 PROMPT = "nbd> "
 CONTROLS = re.compile(r"\r|\x1b(\[[0-9;?]*[A-Za-z]|[=>])")
-UP = "\x10"  # as an arrow, but the same byte for every line editor
+UP = "\x10"  # Ctrl-P: every line editor takes it for the arrow key
 
 Open = Callable[..., "Session"]
 
@@ -404,7 +404,7 @@ def test_a_folder_as_the_history_is_no_error(session: Open, tmp_path: Path) -> N
 
 def test_a_session_imports_nothing_from_the_current_folder(session: Open, tmp_path: Path) -> None:
     folder = shadows.make(tmp_path)
-    for _ in range(2):  # the second has a history
+    for _ in range(2):  # the second session has a history
         shell = session(cwd=folder)
         shell.prompt()
         assert "ZeroDivisionError" in shell.ask("1 / 0")

@@ -13,7 +13,7 @@ from servers import Server
 
 StartServer = Callable[..., Server]
 
-# What both programs do again and again, each time with memory that somebody else has used.
+# Both programs do this again and again, each time with memory that somebody else has used.
 OPERATIONS = """
 import gc, sys, nbd
 
@@ -99,7 +99,7 @@ def retire():
             return
         try:
             h.aio_command_completed(cookie)
-        except nbd.Error:  # its callback was interrupted
+        except nbd.Error:  # the call fails if its callback was interrupted
             pass
 
 def registered():
@@ -108,23 +108,23 @@ def registered():
     return len(nbd._core.callbacks.registry)
 """
 
-# The handler raises where the package is at work, and in the callbacks that it runs.
+# The handler raises only inside the package, and inside the callbacks that it runs.
 STORM = """
 import os, signal, time
 
 PACKAGE = os.path.dirname(nbd.__file__) + os.sep
-made = []  # what was made and has not come out
+made = []  # the exceptions that the handler has raised and no call has raised yet
 
 class Interrupt(KeyboardInterrupt):
     pass
 
 def handler(number, frame):
     if sys.implementation.name == "pypy" and lost():
-        return  # PyPy forgets one that is raised again, in `finally`, when another one comes there
+        return  # PyPy loses an exception that `finally` raises again, if another is raised there
     while frame is not None:
         if frame.f_code.co_filename.startswith(PACKAGE):
             if frame.f_code.co_name.startswith("_keep"):
-                return  # two within microseconds: cffi drops what its `onerror` raises
+                return  # two signals within microseconds: cffi drops what its `onerror` raises
             made.append(Interrupt())
             raise made[-1]
         frame = frame.f_back
@@ -141,7 +141,7 @@ def note(error):
         if one is not None and id(one) not in seen:
             seen.add(id(one))
             is_ours |= isinstance(one, Interrupt)
-            if one in made:  # else it came out before, as the context of another
+            if one in made:  # else it was seen before, as the context of another
                 came_out += 1
                 made.remove(one)
             waiting += [one.__cause__, one.__context__]
@@ -158,7 +158,7 @@ def attempt(call):
 
 def end_all():
     attempt(retire)
-    while nbd._core.errors.pending:  # each call raises one
+    while nbd._core.errors.pending:  # each call raises one of them
         attempt(h.get_size)
     attempt(retire)
 
@@ -199,11 +199,11 @@ def down():
         down()
     except RecursionError:
         pass
-    if tries < 400:  # with a frame more of room each time
+    if tries < 400:  # each time there is room for one frame more
         tries += 1
         try:
             operation()
-        except (RecursionError, nbd.Error):  # the latter of a callback that could not run
+        except (RecursionError, nbd.Error):  # nbd.Error if a callback could not run
             failures += 1
 
 use_blocks()
@@ -238,7 +238,7 @@ def test_a_full_stack_leaves_nothing_behind(
 ) -> None:
     done = run_program(OPERATIONS + DEEP, nbdkit("memory", "1M").socket, operation)
     assert done.returncode == 0, done.stderr
-    # Where there is no room to enter a callback, and none to keep why, cffi or PyPy print that.
+    # If there is no room on the stack for a callback, nor for keeping the exception, it is printed.
     told = [s for s in done.stderr.splitlines() if re.match(r"\w+(Error|Exception)\b", s)]
     assert [s for s in told if not s.startswith(("RecursionError", "SystemError: callback"))] == []
     pass_on(done.stdout, figure)

@@ -176,7 +176,7 @@ def test_one_thread_issues_and_another_polls(disk: nbd.NBD) -> None:
 def test_a_waiting_call_holds_up_no_other_thread(
     nbdkit: Callable[..., Server], h: nbd.NBD, tmp_path: Path
 ) -> None:
-    # The server answers the read only when this thread has run on, through two named pipes.
+    # Two named pipes make the server answer the read only when this thread has gone on.
     plugin, asked, go = told_to_answer(tmp_path)
     h.connect_unix(nbdkit(*plugin).socket)
     result: list[bytes] = []
@@ -310,7 +310,7 @@ def test_threads_leave_nothing(disk: nbd.NBD) -> None:
 def test_a_thread_that_looks_at_a_buffer_sees_no_old_byte_while_another_reads_into_it(
     disk: nbd.NBD, hurried: None
 ) -> None:
-    size, old = 1600, 0xA5  # a size that no other test uses: its blocks are full of old bytes
+    size, old = 1600, 0xA5  # no other test uses this size: the pool has blocks full of old bytes
     disk.pwrite(b"\1" * size, 0)
     with ThreadPoolExecutor(1) as other:
         for _ in range(20 * ROUNDS):

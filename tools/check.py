@@ -44,7 +44,7 @@ def check_here(options: Sequence[str], variables: dict[str, str]) -> list[Outcom
 
 
 def compare(outcomes: list[Outcome]) -> None:
-    """A run with fewer tests than another of the same libnbd has lost some: that is a failure."""
+    """Fail a run that has fewer tests than another run with the same libnbd: some were lost."""
     most = max(outcome.tests for outcome in outcomes)
     for outcome in outcomes:
         if outcome.tests < most and not outcome.failures:

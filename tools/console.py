@@ -37,7 +37,7 @@ def shown(path: Path) -> str:
 
 
 def show_end(log: Path) -> None:
-    """Print the last lines of a log; of an interpreter's crash the first, the innermost frames."""
+    """Print the last lines of a log; if an interpreter crashed, the innermost frames instead."""
     lines = log.read_text(errors="replace").splitlines()
     crash = next((at for at, line in enumerate(lines) if "Fatal Python error" in line), len(lines))
     start = min(crash, max(len(lines) - LAST_LINES, 0))

@@ -82,7 +82,7 @@ def source_key() -> str:
 
 @contextmanager
 def staged_sources() -> Iterator[Path]:
-    """A copy of the sources to build in: a build leaves files beside what it builds."""
+    """A copy of the sources to build in, because a build leaves files among them."""
     with tempfile.TemporaryDirectory(prefix="nbd-build-") as name:
         folder = Path(name)
         for file in source_files():

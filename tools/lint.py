@@ -39,7 +39,7 @@ def c_files(pattern: str) -> list[Path]:
 
 
 def typed_copy(python: Path) -> Path:
-    """A copy of the modules with the generated ones among them, where mypy sees all of nbd."""
+    """A copy of the package with the generated modules in it, so that mypy sees all of nbd."""
     folder = CACHE / "typed"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -54,7 +54,7 @@ def typed_copy(python: Path) -> Path:
 
 
 def python_steps(bin_folder: Path) -> Iterator[Step]:
-    """What is written in Python, and what is generated of it."""
+    """The linters of the Python code, written or generated."""
     typed = typed_copy(bin_folder / "python")
     ruff = bin_folder / "ruff"
     yield Step("ruff check", [ruff, "check", ROOT])
@@ -87,7 +87,7 @@ def stubtest(bin_folder: Path) -> Step:
 
 
 def c_steps() -> Iterator[Step]:
-    """What is written in C, and the generated glue."""
+    """The linters and compilers of the C code, written or generated."""
     glue = CACHE / "generated-abi"
     every = [*c_files("*.c"), *c_files("*.h")]
     shim = [ROOT / "csrc" / "nbdshim.c", glue / "nbdglue.c"]
@@ -103,7 +103,7 @@ def c_steps() -> Iterator[Step]:
 
 
 def shell_steps() -> Iterator[Step]:
-    """The shell scripts."""
+    """The linter of the shell scripts."""
     scripts = [ROOT / "run", ROOT / "tests" / "c" / "run", *sorted((ROOT / ".ci").glob("*"))]
     yield Step("shellcheck", ["shellcheck", *scripts])
 

@@ -28,7 +28,7 @@ SCRIPTS = Path("/usr/share/debootstrap")
 
 AS_ROOT: tuple[str, ...] = () if os.geteuid() == 0 else ("sudo",)
 
-# In namespaces of its own: the mounts are nobody else's, and end with the command.
+# The command runs in its own namespaces, so nobody else sees its mounts, and they end with it.
 _ENTER = """
 mount -t proc proc "$0/proc" && mount --rbind /dev "$0/dev" && exec chroot "$0" "$@"
 """
@@ -45,14 +45,14 @@ def cache() -> Path:
 
 @contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Keep other checkouts' commands out of a root."""
+    """Lock a root, so that a command of another checkout waits for it."""
     with (cache() / f"{name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def entering(root: Path, command: Sequence[str]) -> list[str]:
-    """The command line that runs a command in a root, with nothing but its own environment."""
+    """The command line that runs a command in a root, with a clean environment."""
     variables = {
         "HOME": "/root",
         "LANG": "C.UTF-8",
@@ -89,7 +89,7 @@ def pip_settings() -> dict[str, str]:
     pip = tools("pip") / "pip"
     listed = output([pip, "config", "list"], "pip does not say its configuration")
     settings: dict[str, str] = {}
-    # Variables last: they win.
+    # Variables come last, because they have precedence over files.
     for line in sorted(listed.splitlines(), key=lambda line: line.startswith(":env:")):
         name, _, value = line.partition("=")
         section, _, key = name.rpartition(".")
@@ -163,7 +163,7 @@ def derived(suite: str, purpose: str, packages: Sequence[str] = ()) -> Path:
 
 
 def lend_checkout(root: Path) -> None:
-    """Give a root the sources as they are now; what was built there from others stays for reuse."""
+    """Copy the sources into a root as they are now; what was built there is kept for reuse."""
     target = root / CHECKOUT
     subprocess.run([*AS_ROOT, "mkdir", "-p", str(target)], check=True)
     stale = ["-mindepth", "1", "-maxdepth", "1", "!", "-name", ".cache"]
@@ -177,7 +177,7 @@ def lend_checkout(root: Path) -> None:
 
 
 def check_in_root(suite: str, options: Sequence[str]) -> list[Outcome]:
-    """Run this same command in a Debian root, and return what came of it."""
+    """Run the command of this checkout in a Debian root, and return its outcomes."""
     root = derived(suite, "check")
     with locked(root.name):
         lend_checkout(root)

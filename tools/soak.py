@@ -29,7 +29,7 @@ def table(outcomes: list[Outcome]) -> list[str]:
 
 
 def last_lines() -> dict[str, str]:
-    """What each run has said last: the test it is at."""
+    """What each run has printed last: the test that it is at."""
     logs = {environment.name: log_path(f"suite-{environment.name}") for environment in ALL}
     texts = {name: log.read_text(errors="replace") for name, log in logs.items() if log.is_file()}
     return {name: (text.splitlines() or [""])[-1].strip() for name, text in texts.items()}
@@ -37,7 +37,7 @@ def last_lines() -> dict[str, str]:
 
 @contextmanager
 def progress() -> Iterator[None]:
-    """Say every now and then at which test the runs are that go on."""
+    """Print every now and then at which test each running suite is."""
     done = Event()
 
     def tell() -> None:

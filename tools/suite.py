@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""One run of the test suite: one interpreter, one mode, and what came of it."""
+"""One run of the test suite, with one interpreter and mode, and its outcome."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ print(json.dumps({
 
 @dataclass
 class Outcome:
-    """What one run of the suite came to."""
+    """The outcome of one run of the suite."""
 
     interpreter: str  # "cpython 3.11"
     mode: str
@@ -61,7 +61,7 @@ class Outcome:
 
 
 def folded(skipped: dict[str, int]) -> dict[str, int]:
-    """The same with one reason for all that one libnbd lacks."""
+    """The same reasons, with one for everything that this libnbd lacks."""
     counts: Counter[str] = Counter()
     lacking: dict[str, list[str]] = {}
     for reason, count in skipped.items():

@@ -20,7 +20,7 @@ from roots import AS_ROOT, derived, entering, locked
 
 PROBE = ROOT / "tools" / "probe.py"
 PYTHONS = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14")
-# nbdkit's own way to take a socket that listens: as descriptor 3, for the process that exec keeps.
+# nbdkit takes a listening socket as descriptor 3 if LISTEN_PID is its own number: exec keeps it.
 ACTIVATE = 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<&0 </dev/null'
 
 
@@ -64,7 +64,7 @@ def verify_here(distribution: Path, python: str, mode: str) -> Found:
 
 
 def failed(distribution: Path, where: str, log: Path) -> NoReturn:
-    """Show why, and end."""
+    """Show why it failed, and raise."""
     show_end(log)
     raise Failure(f"{distribution.name} does not work with {where} (log: {shown(log)})")
 
@@ -121,7 +121,7 @@ def servers(root: Path) -> Iterator[list[str]]:
         keys.write_text(f"alice:{os.urandom(32).hex()}\n")
 
         local = socket.socket(socket.AF_UNIX)
-        # A path in a root in a cache can be too long for a socket's address; a descriptor is not.
+        # A path inside a root can be too long for a socket's address.  One by a descriptor is not.
         folder = os.open(inside, os.O_PATH)
         local.bind(f"/proc/self/fd/{folder}/sock")
         os.close(folder)
