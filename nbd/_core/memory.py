@@ -220,7 +220,7 @@ def new_shown_result(size: int) -> tuple[bytearray, Any]:
         return new_result(size)
     if not 0 <= size <= _MOST_READ:
         raise _refused_size(size)
-    return bytearray(size), allocate(size, clear=True)
+    return _copy_of_zeroes(size), allocate(size)
 
 
 def shown_result_of(result: bytearray, pin: Any) -> bytearray:
@@ -366,9 +366,7 @@ _zeroes = bytearray(0 if IS_CPYTHON else 64 * 1024)
 def allocate(size: int, clear: bool = False) -> Any:
     """C memory for a block, or in place of an object; if it is not cleared, with any bytes."""
     _count(size)
-    pin = (_new if clear else _new_uncleared)(_CHARS, size)
-    add_memory_pressure(-size)
-    return pin
+    return (_new if clear else _new_uncleared)(_CHARS, size)
 
 
 def free(pin: Any) -> None:
@@ -379,8 +377,9 @@ def free(pin: Any) -> None:
 
 
 def _count(size: int) -> None:
-    """Collect garbage, if it is time, before so many bytes are allocated."""
+    """Collect garbage, if it is time, before size bytes are allocated."""
     global _allocated
+    add_memory_pressure(-size)
     if _allocated > max(_pool_limit, _LEAST_LIMIT):
         import gc
 
