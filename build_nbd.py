@@ -30,9 +30,10 @@ from generator.library import BuildError, Library, find_library  # noqa: E402
 from generator.model import Header  # noqa: E402
 from generator.preprocess import preprocess  # noqa: E402
 from generator.read import read  # noqa: E402
+from generator.waiting import stoppable  # noqa: E402
 
 CSRC = ROOT / "csrc"
-SHIM = CSRC / "nbdshim.c"
+SHIM = [CSRC / "nbdshim.c", CSRC / "wait.c"]
 INCLUDES = '#include "nbdshim.h"\n#include "nbdglue.h"\n'
 STRICT = ("-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra")
 LINKED_AT_ONCE = "-Wl,-z,now"  # a function that libnbd lacks is an error at import, not at a call
@@ -48,7 +49,7 @@ class Build(NamedTuple):
 
     @property
     def sources(self) -> list[str]:
-        return [os.path.relpath(SHIM), str(self.folder / "nbdglue.c")]
+        return [*map(os.path.relpath, SHIM), str(self.folder / "nbdglue.c")]
 
     @property
     def include_dirs(self) -> list[str]:
@@ -72,7 +73,7 @@ def prepare(folder: Path) -> Build:
         BuildError: A tool or libnbd's header is missing; the message says how to get it.
     """
     library = find_library()
-    header = read(library.header)
+    header = stoppable(read(library.header))
     for name, reason in header.unbound:
         print(f"warning: {name} is not bound: {reason}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)

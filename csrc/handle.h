@@ -6,6 +6,7 @@
 #include "nbdshim.h"
 
 #include <pthread.h>
+#include <semaphore.h>
 #include <stdatomic.h>
 
 #include <libnbd.h>
@@ -29,6 +30,13 @@ struct nbdshim {
     atomic_int socket; /* the number of libnbd's socket, which a forked child has to close */
     atomic_int owner;  /* the process that connected it */
     atomic_bool leaves_old;       /* libnbd may leave old bytes in a buffer, if a read fails */
+    sem_t turn;                   /* who has it may wait, and move the connection; see wait.h */
+    _Atomic double timeout;       /* seconds that a call may wait; 0 for ever */
+    atomic_bool is_connected;     /* it has been; libnbd's socket is the same from then on */
+    atomic_bool is_stalled;       /* a connect or an option was stopped and may be unfinished */
+    atomic_bool is_leaving;       /* the server was told that the connection ends */
+    atomic_uint orphans;          /* commands whose caller was stopped */
+    atomic_size_t orphan_bytes;   /* the sizes of their buffers */
     pthread_mutex_t lock;         /* protects `held`; nothing is called while it is locked */
     struct nbdshim_closure *held; /* the closures that libnbd has not freed yet */
 };
@@ -46,6 +54,12 @@ static inline void nbdshim_note_leaving_old(struct nbdshim *s)
 static inline bool nbdshim_leaves_old(struct nbdshim *s)
 {
     return atomic_load_explicit(&s->leaves_old, memory_order_relaxed);
+}
+
+/* The server was told that the connection ends: nbd_shutdown must not tell it a second time. */
+static inline void nbdshim_note_leaving(struct nbdshim *s)
+{
+    atomic_store_explicit(&s->is_leaving, true, memory_order_relaxed);
 }
 
 /*
@@ -71,11 +85,14 @@ void nbdshim_cut(struct nbdshim *s);
  */
 void nbdshim_note_end(struct nbdshim *s);
 
+struct nbdshim_command;
+
 /* What libnbd gets as user_data of a callback: a token, and its handle. */
 struct nbdshim_closure {
     struct nbdshim *s;
     uintptr_t token;
-    const char *buffer; /* the command's, or NULL; parts of it go up as offsets */
+    struct nbdshim_command *command; /* the one whose caller waits, or NULL */
+    const char *buffer;              /* the command's, or NULL; parts of it go up as offsets */
     struct nbdshim_closure *next, *previous; /* in s->held, or in nbdshim_released */
     bool completed; /* its completion was called: libnbd 1.22's nbd_close calls it again */
     bool released;  /* a completion that returned 1 has released the token itself */
@@ -90,11 +107,14 @@ void nbdshim_leave(struct nbdshim *s);
 
 /*
  * Make a closure for token in *closure, which libnbd owns once it is given to it.  buffer is the
- * command's, or NULL.  For token 0, *closure is NULL.  Returns 0, or NBDSHIM_NO_MEMORY: then the
- * token was not taken.
+ * command's, or NULL.  command is the one whose caller waits, or NULL.  For token 0, *closure is
+ * NULL.  Returns 0, or NBDSHIM_NO_MEMORY: then the token was not taken.
  */
 int nbdshim_closure_new(struct nbdshim *s, uintptr_t token, const void *buffer,
-                        struct nbdshim_closure **closure);
+                        struct nbdshim_command *command, struct nbdshim_closure **closure);
+
+/* Hold the token of a closure: nbdshim_closure_free is the end of that. */
+void nbdshim_closure_hold(struct nbdshim_closure *closure);
 
 /* The `free` of every callback of libnbd.  The token is handed over, if it is not released yet. */
 void nbdshim_closure_free(void *closure);

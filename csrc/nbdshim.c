@@ -77,6 +77,7 @@ void nbdshim_cut(struct nbdshim *s)
     nothing = open("/dev/null", O_RDWR | O_CLOEXEC);
     if (nothing >= 0) {
         (void)dup2(nothing, socket);
+        (void)dup2(nothing, waker);
         close(nothing);
     }
 }
@@ -93,10 +94,17 @@ struct nbdshim *nbdshim_create(void)
         free(s);
         return NULL;
     }
+    (void)sem_init(&s->turn, 0, 1); /* fails only for larger numbers */
     atomic_init(&s->users, 1);
     atomic_init(&s->waker, -1);
     atomic_init(&s->socket, -1);
     atomic_init(&s->owner, 0);
+    atomic_init(&s->timeout, 0);
+    atomic_init(&s->is_connected, false);
+    atomic_init(&s->is_stalled, false);
+    atomic_init(&s->is_leaving, false);
+    atomic_init(&s->orphans, 0);
+    atomic_init(&s->orphan_bytes, 0);
     s->held = NULL;
 #ifdef LIBNBD_HAVE_NBD_SET_PREAD_INITIALIZE
     atomic_init(&s->leaves_old, false);
@@ -106,8 +114,7 @@ struct nbdshim *nbdshim_create(void)
     return s;
 }
 
-/* Put c into the list of what libnbd holds. */
-static void link_held(struct nbdshim_closure *c)
+void nbdshim_closure_hold(struct nbdshim_closure *c)
 {
     struct nbdshim *s = c->s;
 
@@ -257,8 +264,10 @@ void nbdshim_note_socket(struct nbdshim *s)
 void nbdshim_note_end(struct nbdshim *s)
 {
     if (atomic_load_explicit(&s->waker, memory_order_relaxed) >= 0 &&
-        (nbd_aio_is_dead(s->h) == 1 || nbd_aio_is_closed(s->h) == 1))
+        (nbd_aio_is_dead(s->h) == 1 || nbd_aio_is_closed(s->h) == 1)) {
+        wake(s); /* who polls it in another thread */
         replace_waker(s, -1);
+    }
 }
 
 int nbdshim_close(struct nbdshim *s)
@@ -296,6 +305,7 @@ void nbdshim_destroy(struct nbdshim *s)
         free(c);
     }
     pthread_mutex_destroy(&s->lock);
+    sem_destroy(&s->turn);
     free(s);
 }
 
@@ -328,6 +338,27 @@ int nbdshim_check_unlocked(struct nbdshim *s)
     return nbdshim_is_debugging(s) ? NBDSHIM_REENTERED : check_closed(s);
 }
 
+int nbdshim_set_timeout(struct nbdshim *s, double seconds)
+{
+    int closed = check_closed(s);
+
+    if (closed == 0)
+        atomic_store(&s->timeout, seconds);
+    return closed;
+}
+
+double nbdshim_timeout(struct nbdshim *s)
+{
+    int closed = check_closed(s);
+
+    return closed == 0 ? atomic_load(&s->timeout) : closed;
+}
+
+unsigned nbdshim_orphans(struct nbdshim *s)
+{
+    return s == NULL ? 0 : atomic_load(&s->orphans);
+}
+
 const char *nbdshim_error(void)
 {
     return nbd_get_error();
@@ -357,7 +388,7 @@ void nbdshim_free(void *p)
 }
 
 int nbdshim_closure_new(struct nbdshim *s, uintptr_t token, const void *buffer,
-                        struct nbdshim_closure **closure)
+                        struct nbdshim_command *command, struct nbdshim_closure **closure)
 {
     *closure = NULL;
     if (token == 0)
@@ -365,8 +396,9 @@ int nbdshim_closure_new(struct nbdshim *s, uintptr_t token, const void *buffer,
     *closure = malloc(sizeof **closure);
     if (*closure == NULL)
         return NBDSHIM_NO_MEMORY;
-    **closure = (struct nbdshim_closure){.s = s, .token = token, .buffer = buffer};
-    link_held(*closure);
+    **closure =
+        (struct nbdshim_closure){.s = s, .token = token, .buffer = buffer, .command = command};
+    nbdshim_closure_hold(*closure);
     return 0;
 }
 

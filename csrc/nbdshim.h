@@ -9,8 +9,8 @@
  *
  * Return values.  A call returns what libnbd returns.  -1 (or NULL) is libnbd's failure:
  * nbdshim_error and nbdshim_errno explain it until this thread's next call of libnbd.  The other
- * negative values are the shim's own (enum nbdshim_refusal).  With all of them but the last,
- * libnbd was not called.  A call whose type has no negative numbers refuses with NULL or 0, and
+ * negative values are the shim's own (enum nbdshim_refusal).  With the first three, libnbd was not
+ * called.  A call whose type has no negative numbers refuses with NULL or 0, and
  * nbdshim_check tells why.  A null pointer is taken for a closed handle.
  *
  * Callbacks.  A callback is passed as a token: any number but 0.  It comes back as the first
@@ -23,6 +23,15 @@
  * returns 1 has released its own token.  An optional callback is followed by a bool.  If it is
  * false there is nothing to call, and the token is only to be released when the command retires.
  * Token 0 and false is no callback at all.
+ *
+ * Waiting.  A call that waits sleeps for a second at the most, or until a signal arrives.  Then it
+ * makes the upcall `interrupted`, in which the handlers of signals run; they may use the handle. If
+ * that returns something else than 0, or if the handle's timeout is over, the call is stopped.  A
+ * command that was stopped is an orphan.  Its callbacks are not called any more.  Its tokens are
+ * held and released as those of a command that does not wait.  If none stands for its buffer, the
+ * shim makes one: before the call returns, the upcall `orphaned` is given it, and has to keep the
+ * buffer in place.  A connect or an option that was stopped goes on when the next call waits.  A
+ * handle has a bounded number of orphans: then commands wait for room.
  *
  * Buffers.  The caller keeps a buffer in place until the last token of the command is released.  A
  * call that waits and is refused fills its buffer with zeroes, as libnbd does before any failure
@@ -63,7 +72,11 @@ enum nbdshim_refusal {
     NBDSHIM_NO_MEMORY = -2, /* the shim could not allocate */
     NBDSHIM_CLOSED = -3,    /* the handle is closed */
     NBDSHIM_REENTERED = -4, /* inside a callback of this handle: libnbd would deadlock */
-    NBDSHIM_TOO_LARGE = -5  /* libnbd's 64-bit result, a server's number, was below -1 */
+    NBDSHIM_TOO_LARGE = -5, /* libnbd's 64-bit result, a server's number, was below -1 */
+    NBDSHIM_STOPPED = -6,   /* a signal handler raised an exception while the call was waiting */
+    NBDSHIM_TIMED_OUT = -7, /* the handle's timeout is over */
+    NBDSHIM_SERVER_CLOSED = -8,   /* the server has ended the connection that was being made */
+    NBDSHIM_OPTION_FAILED = -1000 /* and less: the server's errno for an option is subtracted */
 };
 
 /*
@@ -125,6 +138,16 @@ bool nbdshim_holds(struct nbdshim *s, uintptr_t token);
  */
 int nbdshim_check(struct nbdshim *s);
 int nbdshim_check_unlocked(struct nbdshim *s);
+
+/*
+ * How many seconds a call on s may wait; 0 is for ever, as at the beginning.  The first function
+ * returns 0, the second the number; both return NBDSHIM_CLOSED if s is closed.
+ */
+int nbdshim_set_timeout(struct nbdshim *s, double seconds);
+double nbdshim_timeout(struct nbdshim *s);
+
+/* How many orphans s has: commands that were stopped, and that the server has not answered. */
+unsigned nbdshim_orphans(struct nbdshim *s);
 
 /* This thread's last libnbd error: its text (libnbd's, may be NULL) and its errno (may be 0). */
 const char *nbdshim_error(void);

@@ -74,9 +74,20 @@ LOCK_FREE = frozenset(
 )
 
 
-#: Names that begin like this belong to calls that only set or return something.  These calls do not
-#: change the state of the connection.
-STILL = ("set_", "get_", "is_", "can_", "add_", "clear_", "supports_", "aio_get_", "aio_is_")
+#: Names that begin like this belong to calls that only set, return or signal something.  They do
+#: not change the state of the connection.
+STILL = (
+    "set_",
+    "get_",
+    "is_",
+    "can_",
+    "add_",
+    "clear_",
+    "supports_",
+    "kill_",
+    "aio_get_",
+    "aio_is_",
+)
 
 
 def moves_connection(function: Function) -> bool:
@@ -85,6 +96,18 @@ def moves_connection(function: Function) -> bool:
     If this is wrongly true for a call, the call only takes a little longer when it fails.
     """
     return function.name not in LOCK_FREE and not function.name.startswith(STILL)
+
+
+def takes_turn(function: Function) -> bool:
+    """Whether a call is made when no other call waits on the handle.
+
+    It may wait inside of libnbd itself.  Or it asks which command has completed: then it must not
+    be told of one whose caller is just about to retire it.
+    """
+    if function.name == "aio_peek_command_completed":
+        return True
+    may_wait = moves_connection(function) and not function.is_asynchronous
+    return may_wait and function.returns == "int"
 
 
 def returned(function: Function, header: Header) -> Returns:

@@ -6,7 +6,7 @@ They come from the same headers with which the shim is compiled, so that the two
 
 from __future__ import annotations
 
-from generator.emit_glue_header import upcall_parameters
+from generator.emit_glue_header import SHIM_UPCALLS, upcall_parameters
 from generator.model import Closure, Header
 
 
@@ -17,7 +17,7 @@ def cdef(declarations: str) -> str:
 
 def extern_python(header: Header) -> str:
     """What API mode adds to the cdef: the Python functions that the shim calls."""
-    lines = ["int nbdup_release(const uintptr_t *tokens, size_t count);"]
+    lines = [f"int nbdup_{name}({parameters});" for name, parameters in SHIM_UPCALLS.items()]
     lines += [upcall(closure) for closure in header.closures]
     return 'extern "Python" {\n' + "".join(f"    {line}\n" for line in lines) + "}\n"
 

@@ -14,6 +14,13 @@ from generator.text import banner_c, wrap_c
 
 BANNER = banner_c(__name__)
 
+#: The upcalls that belong to no callback type, and their parameters.
+SHIM_UPCALLS = {
+    "release": "const uintptr_t *tokens, size_t count",
+    "interrupted": "void",
+    "orphaned": "uintptr_t token",
+}
+
 
 def glue_header(header: Header) -> str:
     """The text of nbdglue.h.  The cdef is made from it too."""
@@ -27,9 +34,9 @@ def glue_header(header: Header) -> str:
 
 
 def upcalls_struct(header: Header) -> str:
-    """The struct of upcalls: `release`, and one function pointer for each callback type."""
-    release = "    int (*release)(const uintptr_t *tokens, size_t count);"
-    lines = ["struct nbdshim_upcalls {", release]
+    """The struct of upcalls: those of the shim, and one for each callback type."""
+    lines = ["struct nbdshim_upcalls {"]
+    lines += [f"    int (*{name})({parameters});" for name, parameters in SHIM_UPCALLS.items()]
     for closure in header.closures:
         arguments = ", ".join(["uintptr_t token", *upcall_parameters(closure)])
         lines.append(wrap_c(f"    int (*{closure.name})({arguments});"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from generator.calls import LOCK_FREE, moves_connection
+from generator.calls import COUNTED, GRANTED, LOCK_FREE, moves_connection, takes_turn
 from generator.emit_glue_header import declare, prototype, returned_type
 from generator.model import (
     CallbackArgument,
@@ -19,10 +19,18 @@ from generator.model import (
     Header,
     Kind,
     Parameter,
+    Waits,
 )
 from generator.text import COLUMNS, banner_c, wrap_c
 
 BANNER = banner_c(__name__)
+INCLUDES = """\
+#include "nbdglue.h"
+#include "handle.h"
+#include "wait.h"
+
+#include <string.h>
+"""
 #: Return types that have no room for a negative number.
 UNSIGNED_64 = ("uint64_t", "uintptr_t", "size_t", "unsigned long", "unsigned long long")
 
@@ -30,13 +38,20 @@ UNSIGNED_64 = ("uint64_t", "uintptr_t", "size_t", "unsigned long", "unsigned lon
 def glue_source(header: Header) -> str:
     """The text of nbdglue.c."""
     blocks = [
-        f'{BANNER}\n#include "nbdglue.h"\n#include "handle.h"\n\n#include <string.h>\n',
+        f"{BANNER}\n{INCLUDES}",
         "/* The functions to call upwards; nbdshim_register sets them once. */\n"
         "extern struct nbdshim_upcalls nbdshim_up;\n",
         *(upcall_function(closure) for closure in header.closures),
         *(glue_function(function) for function in header.functions),
     ]
     return "\n".join(blocks)
+
+
+#: How a callback begins that may belong to a call that waits.
+ORPHAN_LINES = """\
+    if (closure->command != NULL && nbdshim_is_orphan(closure->command))
+        return 0;
+"""
 
 
 def libnbd_parameters(closure: Closure) -> Iterator[str]:
@@ -59,12 +74,17 @@ def upcall_function(closure: Closure) -> str:
     - It must not be lost if a signal handler raises in Python before the upcall has done anything.
       Then the upcall is made again.
     - If it returned 1, Python has already released the token.
+
+    The others may belong to a call that waits.  They are counted for it, and not called any more if
+    it was stopped.
     """
     name = closure.name
     passed = []
     asserts = ""
     for argument in closure.arguments:
         passed += upcall_arguments(argument)
+        if name == "debug" and argument.name == "context":
+            passed[-1] = "nbdshim_name_of_call(closure->s, context)"
         if argument.kind is CallbackKind.PAIRS:
             asserts = (
                 f"_Static_assert(sizeof({argument.ctype}) == 2 * sizeof(uint64_t),\n"
@@ -74,7 +94,8 @@ def upcall_function(closure: Closure) -> str:
         f"static int call_{name}({', '.join(['void *user_data', *libnbd_parameters(closure)])})"
     )
     call = wrap_c(f"    int ret = nbdshim_up.{name}({', '.join(['closure->token', *passed])});")
-    once = spent = ""
+    once = ORPHAN_LINES
+    spent = ""
     if name == "completion":
         again = call.replace("int ret", "    ret", 1)
         call += (
@@ -130,23 +151,59 @@ def glue_function(function: Function) -> str:
         wrap_c(prototype(function)),
         "{",
     ]
+    if function.waits is Waits.BY_HAND:
+        arguments = ["s", *(p.name for p in function.parameters)]
+        lines.append(f"    return nbdshim_{function.name}({', '.join(arguments)});")
+        return "\n".join([*lines, "}", ""])
     lines += refusal(function)
     lines += clearing(function)
     for parameter in function.closures:
         lines += closure_struct(parameter)
+    lines += waiting_call(function) if function.waits in ENDS else plain_call(function)
+    return "\n".join([*lines, "}", ""])
+
+
+def plain_call(function: Function) -> list[str]:
+    """Call libnbd's function, and leave the handle."""
     arguments = ["s->h", *(a for p in function.parameters for a in passed_on(p))]
-    # Polling may wait.  The shim needs the socket before that, or nbdshim_close in another thread
-    # could not end the waiting.
-    if function.name.startswith(("poll", "aio_notify")):
-        lines += ["    if (nbd_aio_is_connecting(s->h))", "        nbdshim_note_socket(s);"]
     result = declare(returned_type(function), "ret")
-    lines.append(wrap_c(f"    {result} = nbd_{function.name}({', '.join(arguments)});"))
+    lines = [wrap_c(f"    {result} = nbd_{function.name}({', '.join(arguments)});")]
     lines += afterwards(function)
-    checked = f'nbdshim_number(ret, "nbd_{function.name}")' if is_wide(function) else "ret"
-    if checked != "ret":
-        lines.append(f"    ret = {checked};")
-    lines += ["", "    nbdshim_leave(s);", "    return ret;", "}", ""]
-    return "\n".join(lines)
+    if is_wide(function):
+        lines.append(f'    ret = nbdshim_number(ret, "nbd_{function.name}");')
+    if takes_turn(function):
+        return [*lines, "", "    (void)nbdshim_end(&wait, ret == -1 ? -1 : 0);", "    return ret;"]
+    return [*lines, "", "    nbdshim_leave(s);", "    return ret;"]
+
+
+#: How the functions end that call nbd_aio_X and then wait, by what they wait for.
+ENDS = {
+    Waits.COMMAND: "nbdshim_end_command(&wait, ret)",
+    Waits.OPTION: "nbdshim_end_option(&wait, ret, {answer})",
+    Waits.CONNECT: "nbdshim_end_connect(&wait, ret)",
+}
+
+
+def waiting_call(function: Function) -> list[str]:
+    """Call the form of libnbd's function that does not wait, and wait for its end."""
+    arguments = ["s->h"]
+    for parameter in function.parameters:
+        if parameter.name == "flags" and function.waits is Waits.COMMAND:
+            arguments.append("nbdshim_completion(&wait)")
+        arguments += passed_on(parameter)
+    if function.waits is Waits.OPTION:
+        arguments.append("nbdshim_completion(&wait)")
+    result = "int64_t ret" if function.waits is Waits.COMMAND else "int ret"
+    call = f"    {result} = nbd_{function.aio_name}({', '.join(arguments)});"
+    end = ENDS[function.waits].format(answer=answer(function))
+    return [wrap_c(call), *afterwards(function), "", f"    return {end};"]
+
+
+def answer(function: Function) -> str:
+    """What the answer to an option means (enum nbdshim_answer)."""
+    if function.name in GRANTED:
+        return "NBDSHIM_GRANTED"
+    return "NBDSHIM_ITEMS" if function.name in COUNTED else "NBDSHIM_SUCCESS"
 
 
 def afterwards(function: Function) -> list[str]:
@@ -159,10 +216,12 @@ def afterwards(function: Function) -> list[str]:
     if function.filled_later:
         lines += ["", "    if (was_stale)"]
         lines += [f"        nbdshim_set_clean({function.filled_later.name}_state);"]
-    if function.name.startswith(("connect_", "aio_connect")):
+    if function.waits is not Waits.IN_LIBNBD or takes_turn(function):
+        return lines  # nbdshim_end and its like do it
+    if function.name.startswith("aio_connect"):
         lines += ["", "    if (ret != -1)", "        nbdshim_note_socket(s);"]
-    elif function.name == "shutdown":
-        lines += ["", "    nbdshim_note_end(s);"]
+    elif function.name == "aio_disconnect":
+        lines += ["", "    if (ret == 0)", "        nbdshim_note_leaving(s);"]
     elif moves_connection(function) and refused_value(function) == "refused":
         lines += ["", "    if (ret == -1)", "        nbdshim_note_end(s);"]
     return lines
@@ -204,15 +263,28 @@ def refusal(function: Function) -> list[str]:
 
     A refused call fills the memory for its result with zeroes, as libnbd does when it fails.
     """
-    enter = "nbdshim_enter_unlocked(s)" if function.name in LOCK_FREE else "nbdshim_enter(s)"
+    enter = entering(function)
     undo = []
     if function.buffer and function.buffer.kind is Kind.ROOM and not function.filled_later:
         undo.append(f"        memset({function.buffer.name}, 0, {function.buffer.length});")
     lines = [f"    struct nbdshim_closure *{p.name}_closure;" for p in function.closures]
-    lines += [f"    int refused = {enter};", ""]
+    if "wait" in enter:
+        lines.append("    struct nbdshim_wait wait;")
+    lines += [wrap_c(f"    int refused = {enter};"), ""]
     lines += ["    if (refused) {", *undo] if undo else ["    if (refused)"]
     lines.append(f"        return {refused_value(function)};")
     return [*lines, *(["    }"] if undo else []), *holding(function, undo)]
+
+
+def entering(function: Function) -> str:
+    """The call by which a flat function enters the handle."""
+    if function.waits in (Waits.COMMAND, Waits.OPTION):
+        length = function.buffer.length if function.buffer else 0
+        is_alone = str(function.has_buffer_alone).lower()
+        return f'nbdshim_begin_command(&wait, s, "nbd_{function.name}", {length}, {is_alone})'
+    if function.waits is Waits.CONNECT or takes_turn(function):
+        return f'nbdshim_begin(&wait, s, "nbd_{function.name}")'
+    return "nbdshim_enter_unlocked(s)" if function.name in LOCK_FREE else "nbdshim_enter(s)"
 
 
 def holding(function: Function, undo: Sequence[str]) -> list[str]:
@@ -221,14 +293,18 @@ def holding(function: Function, undo: Sequence[str]) -> list[str]:
     if not names:
         return []
     buffer = function.buffer.name if function.buffer else "NULL"
-    made = [f"nbdshim_closure_new(s, {name}, {buffer}, &{name}_closure)" for name in names]
+    waits = function.waits in (Waits.COMMAND, Waits.OPTION)
+    command = "wait.command" if waits else "NULL"
+    made = [f"nbdshim_closure_new(s, {n}, {buffer}, {command}, &{n}_closure)" for n in names]
+    leave = ["        return nbdshim_end(&wait, refused);"]
+    if not waits:
+        leave = ["        nbdshim_leave(s);", f"        return {refused_value(function)};"]
     return [
         "    refused = " + " |\n              ".join(made) + ";",
         "    if (refused) {",
         *(f"        nbdshim_closure_drop({name}_closure);" for name in names),
         *undo,
-        "        nbdshim_leave(s);",
-        f"        return {refused_value(function)};",
+        *leave,
         "    }",
     ]
 

@@ -17,7 +17,7 @@ from generator.calls import (
     in_order_of_use,
     returned,
 )
-from generator.model import Function, Header, Kind, Parameter
+from generator.model import Function, Header, Kind, Parameter, Waits
 from generator.text import banner, wrap
 
 BANNER = banner(__name__)
@@ -37,6 +37,9 @@ ANNOTATIONS = {
 #: The callback types that have a name in nbd.types.  A callback type of a newer libnbd is annotated
 #: as any callable.
 NAMED_CALLBACKS = ("chunk", "completion", "context", "debug", "extent", "extent64", "list")
+
+#: The methods of a handle that are no calls of libnbd; nbd._core.handle has them.
+OWN = ("settimeout", "gettimeout")
 
 RETURN_ANNOTATIONS = {
     Returns.NOTHING: "None",
@@ -82,6 +85,7 @@ from nbd._core.handle import Handle
 from nbd._core.memory import (
     BOUNCES,
     NEVER_STALE,
+    copy_back,
     from_buffer,
     new_result,
     new_shown_result,
@@ -131,12 +135,14 @@ def group_index(groups: Sequence[tuple[str, Sequence[Function]]]) -> str:
         )
         for group, functions in groups
     ]
+    blocks.append(f"How long calls may wait: {', '.join(OWN)}.")
     return "Methods, in the order in which a program uses them:\n\n" + "\n\n".join(blocks)
 
 
 def order_of_use(groups: Sequence[tuple[str, Sequence[Function]]]) -> str:
     """The names of the methods for the attribute _fields, by which pydoc sorts the methods."""
-    return "\n".join(f'        "{f.name}",' for _, functions in groups for f in functions)
+    names = [*(f.name for _, functions in groups for f in functions), *OWN]
+    return "\n".join(f'        "{name}",' for name in names)
 
 
 def callback_type(closure: str) -> str:
@@ -161,7 +167,8 @@ def method(function: Function, header: Header, entry: Documentation | None) -> s
 def reads_synchronously(function: Function) -> bool:
     """Whether the caller passes the number of bytes and gets them in a new bytearray."""
     buffer = function.buffer
-    return not function.is_asynchronous and buffer is not None and buffer.kind is Kind.ROOM
+    is_new = not function.filled_later
+    return is_new and buffer is not None and buffer.kind is Kind.ROOM
 
 
 def python_parameter(function: Function, parameter: Parameter) -> Iterator[str]:
@@ -169,7 +176,7 @@ def python_parameter(function: Function, parameter: Parameter) -> Iterator[str]:
     if parameter.kind is Kind.CLOSURE:
         annotation = callback_type(parameter.closure)
         yield f"{parameter.name}: {annotation}" + (" | None = None" if parameter.optional else "")
-    elif parameter.kind is Kind.ROOM and not function.is_asynchronous:
+    elif parameter.kind is Kind.ROOM and not function.filled_later:
         yield f"{parameter.length}: int"
     else:
         default = " = 0" if has_default(function, parameter) else ""
@@ -188,9 +195,23 @@ def docstring(function: Function, entry: Documentation | None) -> str:
         origin = f"C: nbd_{function.name}."
     else:
         text = entry.text
-        origin = f"C: nbd_{function.name}, since libnbd {entry.since}."
+        called = function.aio_name if function.form_of else function.name
+        origin = f"C: nbd_{called}, since libnbd {entry.since}."
+    if function.waits is not Waits.IN_LIBNBD and not function.is_asynchronous:
+        text = referring_to("settimeout", text)
     prefix = "r" if "\\" in text else ""
     return f'{prefix}"""{text}\n\n{origin}\n"""'
+
+
+def referring_to(name: str, text: str) -> str:
+    """A docstring that has one name more in its last line, "See also"."""
+    before, label, names = text.rpartition("See also: ")
+    if not label:
+        before, names = f"{text}\n\n", ""
+    listed = [*names.rstrip(".").split(", "), name] if names else [name]
+    listed = [" ".join(one.split()) for one in listed]
+    last = f"See also: {', '.join(listed)}."
+    return before + textwrap.fill(last, 72, subsequent_indent="    ", break_on_hyphens=False)
 
 
 def statements(function: Function, kind: Returns) -> Iterator[str]:
@@ -261,12 +282,14 @@ def conversions(function: Function) -> Iterator[str]:
 def memory_of(function: Function, buffer: Parameter) -> Iterator[str]:
     """Get the address and the size of a buffer, and pin it so that it stays in place.
 
+    If the call is stopped, nbd._core.upcalls.orphaned takes the variable `pin`.
+
     bytes and bytearray on CPython are the common cases.  They are handled in the method itself,
     without the call of a function.
     """
     name = buffer.name
     if buffer.kind is Kind.DATA:
-        pin = "pin" if function.is_asynchronous else "_alive"
+        pin = "_alive" if function.waits is Waits.IN_LIBNBD and not function.closures else "pin"
         yield f"if type({name}) is bytes and not BOUNCES:"
         yield f"    pointer, size, {pin} = {name}, len({name}), {name}"
         yield "else:"
@@ -282,7 +305,7 @@ def memory_of(function: Function, buffer: Parameter) -> Iterator[str]:
         yield f"if type({buffer.length}) is not int:"
         yield f'    size = as_number("{buffer.length}", {buffer.length})'
         made = "new_shown_result" if function.closures else "new_result"
-        yield f"{name}, pointer = {made}(size)"
+        yield f"{name}, pin = {made}(size)"
 
 
 def registrations(function: Function) -> Iterator[str]:
@@ -309,7 +332,7 @@ def held(function: Function) -> str:
     if buffer is None:
         return "None, None"
     if reads_synchronously(function):
-        return f"{buffer.name}, pointer"
+        return f"{buffer.name}, pin"
     return "target, pin" if buffer.kind is Kind.ROOM else "None, pin"
 
 
@@ -321,7 +344,7 @@ def c_arguments(function: Function, parameter: Parameter) -> Iterator[str]:
         if parameter.optional:
             yield f"{name} is not None" + (" or BOUNCES" if function.filled_later else "")
     elif parameter.kind in (Kind.DATA, Kind.ROOM):
-        yield "pointer"
+        yield "pin" if reads_synchronously(function) else "pointer"
         yield "size"
         if parameter is function.filled_later:
             yield "state"
@@ -353,9 +376,12 @@ def outcome(function: Function, kind: Returns) -> Iterator[str]:
     if not function.closures:
         yield "if result < 0 or pending:"
         yield "    settle(self._h, result)"
-    if reads_synchronously(function) and function.buffer:
+    if function.form_of:
+        yield "if BOUNCES and target is not None:"
+        yield "    copy_back(target, pin)"
+    elif reads_synchronously(function) and function.buffer:
         finish = "shown_result_of" if function.closures else "result_of"
-        yield f"return {finish}({function.buffer.name}, pointer)"
+        yield f"return {finish}({function.buffer.name}, pin)"
     elif kind is Returns.TRUTH:
         yield "return result != 0"
     elif kind is Returns.NUMBER:

@@ -24,6 +24,8 @@ def upcalls_module(header: Header) -> str:
 
 from __future__ import annotations
 
+from sys import _getframe
+
 from nbd._core.callbacks import (
     ErrorNumber,
     as_int,
@@ -47,6 +49,24 @@ def release(tokens: Any, count: int) -> int:
     """Remove the entries of tokens that libnbd is done with.  Some may be removed already."""
     for token in unpack(tokens, count):
         forget(token, None)
+    return 0
+
+
+@upcall("interrupted")
+def interrupted() -> int:
+    """Let the handlers of signals run while a call waits: Python runs them between bytecodes."""
+    return 0
+
+
+@upcall("orphaned")
+def orphaned(token: int) -> int:
+    """Keep the memory of a command that is being stopped, until the server has answered.
+
+    It is the variable `pin` of the method, which has called the shim.  The method itself cannot do
+    it: a signal handler may raise before and after each of its bytecodes.  The shim calls this
+    function again if a handler raises in it.
+    """
+    registry[token] = _getframe(1).f_locals["pin"]
     return 0
 '''
     return "\n\n".join([head, *functions, "install()\n"])

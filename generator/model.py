@@ -33,6 +33,16 @@ class CallbackKind(Enum):
     PAIRS = "array of structs of two integers"
 
 
+class Waits(Enum):
+    """How a call waits for the server; see generator.waiting."""
+
+    IN_LIBNBD = "not at all, or inside of libnbd, where nothing can stop it"
+    COMMAND = "for the reply to a command"
+    OPTION = "for the reply to an option"
+    CONNECT = "for the connection"
+    BY_HAND = "in a function of the shim"
+
+
 class Unbindable(Exception):
     """No rule covers a declaration.  The message is the reason; see Header.unbound."""
 
@@ -77,6 +87,9 @@ class Function:
     name: str
     returns: str
     parameters: tuple[Parameter, ...]
+    waits: Waits = Waits.IN_LIBNBD
+    #: X, if this is X_into: the same call, which reads into memory of the caller.
+    form_of: str = ""
 
     @property
     def is_asynchronous(self) -> bool:
@@ -96,9 +109,20 @@ class Function:
 
     @property
     def filled_later(self) -> Parameter | None:
-        """The caller's buffer, if libnbd still writes to it after the call has returned."""
+        """The caller's buffer, if libnbd may write to it after the call has returned."""
         buffer = self.buffer
-        return buffer if buffer and buffer.kind is Kind.ROOM and self.is_asynchronous else None
+        is_callers = self.is_asynchronous or self.form_of
+        return buffer if buffer and buffer.kind is Kind.ROOM and is_callers else None
+
+    @property
+    def aio_name(self) -> str:
+        """The call that does the same, but does not wait."""
+        return f"aio_{self.form_of or self.name}"
+
+    @property
+    def has_buffer_alone(self) -> bool:
+        """Whether no token stands for the buffer of a call that waits, as it has no callback."""
+        return self.waits is Waits.COMMAND and self.buffer is not None and not self.closures
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ PATHS = frozenset({"unixsocket", "dir", "filename"})
 #: list is for newer versions of it.
 RESERVED = frozenset(keyword.kwlist) | {
     # Variables of the C glue, and the function of C that it calls.
-    *("s", "ret", "refused", "was_stale", "memset"),
+    *("s", "ret", "refused", "was_stale", "memset", "wait"),
     # Variables of the methods.
     *("self", "raised", "result", "pointer", "size", "state", "target", "pin"),
     "_alive",
@@ -52,7 +52,16 @@ RESERVED = frozenset(keyword.kwlist) | {
     *("pending", "registry", "readable", "writable", "BOUNCES", "from_buffer"),
     *("new_result", "new_shown_result", "result_of", "shown_result_of"),
     *("address_of", "as_number", "as_path", "as_string", "as_strings", "as_text", "owned_text"),
-    *("abandon", "explain", "next_token", "not_callable", "settle", "lib", "NEVER_STALE"),
+    *(
+        "abandon",
+        "copy_back",
+        "explain",
+        "next_token",
+        "not_callable",
+        "settle",
+        "lib",
+        "NEVER_STALE",
+    ),
     # Builtins that the methods use.
     *("bool", "bytearray", "bytes", "callable", "len", "type"),
     *("BaseException", "Exception"),
@@ -64,7 +73,7 @@ RESERVED_IN_CALLBACKS = RESERVED | {
     *("closure", "upcall", "token", "callback", "i"),
     # What upcalls.py imports from the package.
     *("forget", "keep", "part", "unpack", "pairs", "string", "bring_back", "set_errno"),
-    *("as_int", "ErrorNumber"),
+    *("as_int", "ErrorNumber", "_getframe"),
     # A builtin that the functions use.
     "UnicodeDecodeError",
 }

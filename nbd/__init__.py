@@ -17,12 +17,28 @@ Where things are:
 
     nbd.NBD           the handle: one method for each call of libnbd (help(nbd.NBD))
     nbd.Error         a call failed: string, errnum and errno say why
+    nbd.Timeout       a call has waited longer than nbd.NBD.settimeout allows
     nbd.ClosedHandle  a method was called on a closed handle
     nbd.Buffer        memory for the asynchronous calls, aio_*
     nbd.CMD_FLAG_FUA, nbd.TLS_REQUIRE, ...  the constants of libnbd
     nbd.memory        how much memory is kept for new nbd.Buffers
     nbd.types         types of callbacks, for annotations
     nbdsh             the shell: type it, or python -m nbd
+
+Timeouts and Ctrl-C:
+
+    A call that waits is ended at once by Ctrl-C, or by any signal whose handler raises.  It is also
+    ended by a timeout, if there is one (help(nbd.NBD.settimeout)):
+
+    >>> h.settimeout(0.01)
+    >>> try:
+    ...     h.poll(-1)  # nothing is in flight, so nothing will come
+    ... except nbd.Timeout as late:
+    ...     print(late.errno)
+    ETIMEDOUT
+
+    A command that was stopped may still happen: NBD cannot take it back.  Its memory is kept, and
+    its answer is dropped when it comes.  The handle can be used as before.
 
 A handle is one connection.  Set it up, connect it, then read and write; each call waits for the
 server's reply.  The aio_ calls do not wait: they return a cookie, and poll drives the connection.
@@ -34,6 +50,7 @@ from nbd._core.buffer import Buffer
 from nbd._core.constants import *  # noqa: F403 - one name for each constant of libnbd.h
 from nbd._core.constants import __all__ as _constants
 from nbd._core.errors import ClosedHandle, Error
+from nbd._core.errors import Timeout as Timeout  # not in __all__, as libnbd's module has none
 from nbd._core.methods import NBD
 
 TYPE_CHECKING = False

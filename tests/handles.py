@@ -7,6 +7,11 @@ from typing import Any, Callable
 
 import nbd
 
+#: The methods of a handle that libnbd's own module has not.
+OWN_METHODS = {"gettimeout", "pread_into", "settimeout"}
+#: Those of them that make no call of libnbd.
+NO_CALLS = {"gettimeout", "settimeout"}
+
 PATIENCE = 20_000  # milliseconds until a handle on which nothing happens fails the test
 
 Extents = list[tuple[str, int, list[Any], int]]

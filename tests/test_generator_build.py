@@ -30,6 +30,9 @@ HEADER = """\
 #define LIBNBD_PLACE_BRNO "brno"
 #define LIBNBD_ODD (sizeof (int))
 
+#define LIBNBD_AIO_DIRECTION_READ 1U
+#define LIBNBD_AIO_DIRECTION_WRITE 2U
+
 struct nbd_handle;
 typedef struct { uint64_t speed; uint64_t direction; } nbd_wind;
 typedef struct {
@@ -60,6 +63,18 @@ extern const char *nbd_get_version (struct nbd_handle *h);
 extern int nbd_aio_get_fd (struct nbd_handle *h);
 extern int nbd_aio_is_dead (struct nbd_handle *h);
 extern int nbd_aio_is_closed (struct nbd_handle *h);
+extern int nbd_aio_is_connecting (struct nbd_handle *h);
+extern int nbd_aio_is_negotiating (struct nbd_handle *h);
+extern int nbd_aio_is_processing (struct nbd_handle *h);
+extern int nbd_aio_is_ready (struct nbd_handle *h);
+extern unsigned nbd_aio_get_direction (struct nbd_handle *h);
+extern int nbd_aio_notify_read (struct nbd_handle *h);
+extern int nbd_aio_notify_write (struct nbd_handle *h);
+extern int nbd_aio_command_completed (struct nbd_handle *h, uint64_t cookie);
+extern int nbd_aio_disconnect (struct nbd_handle *h, uint32_t flags);
+extern int nbd_aio_opt_abort (struct nbd_handle *h);
+extern int nbd_poll (struct nbd_handle *h, int timeout);
+extern int nbd_shutdown (struct nbd_handle *h, uint32_t flags);
 
 extern int nbd_set_umbrella (struct nbd_handle *h, bool open);
 extern int nbd_get_umbrella (struct nbd_handle *h);
@@ -101,6 +116,18 @@ const char *nbd_get_version (struct nbd_handle *h) { (void) h; return "1.99.1"; 
 int nbd_aio_get_fd (struct nbd_handle *h) { (void) h; return -1; }
 int nbd_aio_is_dead (struct nbd_handle *h) { (void) h; return 0; }
 int nbd_aio_is_closed (struct nbd_handle *h) { (void) h; return 0; }
+int nbd_aio_is_connecting (struct nbd_handle *h) { (void) h; return 0; }
+int nbd_aio_is_negotiating (struct nbd_handle *h) { (void) h; return 0; }
+int nbd_aio_is_processing (struct nbd_handle *h) { (void) h; return 0; }
+int nbd_aio_is_ready (struct nbd_handle *h) { (void) h; return 0; }
+unsigned nbd_aio_get_direction (struct nbd_handle *h) { (void) h; return 0; }
+int nbd_aio_notify_read (struct nbd_handle *h) { (void) h; return -1; }
+int nbd_aio_notify_write (struct nbd_handle *h) { (void) h; return -1; }
+int nbd_aio_command_completed (struct nbd_handle *h, uint64_t c) { (void) h; return c ? 0 : -1; }
+int nbd_aio_disconnect (struct nbd_handle *h, uint32_t flags) { (void) h; return -!!flags; }
+int nbd_aio_opt_abort (struct nbd_handle *h) { (void) h; return -1; }
+int nbd_poll (struct nbd_handle *h, int timeout) { (void) h; return -!!timeout; }
+int nbd_shutdown (struct nbd_handle *h, uint32_t flags) { (void) h; return -!!flags; }
 
 int nbd_set_umbrella (struct nbd_handle *h, bool open) { h->umbrella = open; return 0; }
 int nbd_get_umbrella (struct nbd_handle *h) { return h->umbrella; }
@@ -203,7 +230,8 @@ def made_up(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     run(
         *(*shared, "-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-pthread"),
         *(f"-I{CHECKOUT / 'csrc'}", f"-I{generated}"),
-        *(CHECKOUT / "csrc" / "nbdshim.c", generated / "nbdglue.c"),
+        *(CHECKOUT / "csrc").glob("*.c"),
+        generated / "nbdglue.c",
         *(f"-L{folder}", "-lnbd", f"-Wl,-rpath,{folder}", "-o", package / "_core" / "nbdshim.so"),
     )
     return folder, said

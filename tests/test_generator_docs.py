@@ -16,6 +16,7 @@ from checkout import CHECKOUT
 from generator.calls import Documentation, load_documentation, parse_documentation
 from generator.library import find_library
 from generator.read import read
+from generator.waiting import stoppable
 
 DOCS = CHECKOUT / "generator" / "docs"
 ENTRIES = load_documentation(DOCS)
@@ -51,13 +52,13 @@ def test_an_entry_says_enough(name: str) -> None:
 
 
 def test_every_call_of_the_installed_header_has_an_entry() -> None:
-    functions = read(find_library().header).functions
+    functions = stoppable(read(find_library().header)).functions
     assert [f.name for f in functions if f.name not in ENTRIES] == []
 
 
 def test_an_entry_is_of_the_installed_header_or_of_a_later_libnbd() -> None:
     library = find_library()
-    known = {f.name for f in read(library.header).functions}
+    known = {f.name for f in stoppable(read(library.header)).functions}
     here = version(library.version)
     strange = [
         name for name, e in ENTRIES.items() if name not in known and version(e.since) <= here
@@ -68,7 +69,7 @@ def test_an_entry_is_of_the_installed_header_or_of_a_later_libnbd() -> None:
 @pytest.mark.skipif(not EXTRA, reason="NBD_EXTRA_HEADERS names no newer libnbd.h")
 def test_entries_and_the_calls_of_all_headers_are_the_same() -> None:
     headers = [find_library().header, *EXTRA]
-    known = {f.name for path in headers for f in read(path).functions}
+    known = {f.name for path in headers for f in stoppable(read(path)).functions}
     assert set(ENTRIES) == known
 
 

@@ -28,6 +28,7 @@ from generator.library import find_library
 from generator.model import Function, Header
 from generator.read import RESERVED, RESERVED_IN_CALLBACKS, parse, read
 from generator.text import split_arguments, wrap, wrap_c
+from generator.waiting import stoppable
 
 COLUMNS = 100
 PRELUDE = """\
@@ -37,7 +38,7 @@ typedef struct { int (*callback) (void *user_data, nbd_pair *pairs_of, size_t nr
 typedef struct { int (*callback) (void *user_data, int *error); } nbd_completion_callback;
 """
 COMPLETION = ", nbd_completion_callback completion_callback"
-INSTALLED = read(find_library().header)
+INSTALLED = stoppable(read(find_library().header))
 PYTHON = {
     "build.py": build_module("ABI", "1.14.0"),
     "constants.py": constants_module(INSTALLED),
@@ -142,7 +143,13 @@ def test_the_upcalls_are_the_same_in_both_modes() -> None:
     found = header("int nbd_f (H)")
     declared = re.findall(r"int \(\*(\w+)\)\(([^)]*)\);", " ".join(glue_header(found).split()))
     external = re.findall(r"int nbdup_(\w+)\(([^)]*)\);", extern_python(found))
-    assert [name for name, _ in declared] == ["release", "pairs", "completion"]
+    assert [name for name, _ in declared] == [
+        "release",
+        "interrupted",
+        "orphaned",
+        "pairs",
+        "completion",
+    ]
     assert declared == external
 
 

@@ -41,6 +41,7 @@ ARGUMENTS: dict[str, Any] = {
     "port": "0",
     "priority": "NORMAL",
     "queries": ["base:"],
+    "seconds": 1,
     "socket_name": "x",
     "unixsocket": "/nowhere",
     "uri": "nbd://localhost",

@@ -90,7 +90,7 @@ def c_steps() -> Iterator[Step]:
     """The linters and compilers of the C code, written or generated."""
     glue = CACHE / "generated-abi"
     every = [*c_files("*.c"), *c_files("*.h")]
-    shim = [ROOT / "csrc" / "nbdshim.c", glue / "nbdglue.c"]
+    shim = [*(ROOT / "csrc").glob("*.c"), glue / "nbdglue.c"]
     includes = [f"-I{folder}" for folder in (ROOT / "csrc", glue)]
     library = output(["pkg-config", "--cflags", "libnbd"], "libnbd is missing").split()
     yield Step("clang-format", ["clang-format", "--dry-run", "--Werror", *every])

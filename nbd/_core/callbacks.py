@@ -31,11 +31,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    # The callable (None if only the end of the command matters), the handle, and for a command with
-    # a buffer: the object that has the caller's bytes, and the pin of the memory that libnbd uses.
-    Entry = tuple[Any, Any, Any, Any]
-
-registry: dict[int, Entry] = process.registry
+# An entry has the callable (None if only the end of the command matters), the handle, and for a
+# command with a buffer: the object that has the caller's bytes, and the pin of the memory that
+# libnbd uses.  Of a call that was stopped and has no callable, it is the pin alone.
+registry: dict[int, Any] = process.registry
 next_token = process.next_token
 forget = registry.pop
 

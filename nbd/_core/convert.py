@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from nbd._core.errors import Error
+from nbd._core.errors import UnknownHost
 from nbd._core.shim import as_text, ffi, lib
 
 TYPE_CHECKING = False
@@ -37,6 +37,17 @@ def as_number(name: str, value: object) -> int:
         except TypeError:
             raise TypeError(f"{name}: int is needed, not {type(value).__name__}") from None
     return int.__or__(number, 0)  # int.__index__ and int() of PyPy call the subclass's methods
+
+
+def as_seconds(name: str, value: object) -> float:
+    """A number of seconds that is more than 0; what is not a number is a TypeError."""
+    if not hasattr(type(value), "__float__") and not hasattr(type(value), "__index__"):
+        kind = type(value).__name__
+        raise TypeError(f"{name}: a number of seconds or None is needed, not {kind}")
+    seconds = float(value)  # type: ignore[arg-type]
+    if not seconds > 0:
+        raise ValueError(f"{name}: {value} is not more than 0; None is for ever")
+    return seconds
 
 
 def as_string(name: str, value: str) -> bytes:
@@ -127,7 +138,7 @@ def _internet_address(room: Any, host: str, port: int, flow: int = -1, scope: in
                 room, _SOCKADDR_SIZE, packed, number, max(flow, 0), scope or int(resolved[3])
             )
         return size
-    raise Error(f"nbd_aio_connect: {host}: {reason}", 0)
+    raise UnknownHost(f"nbd_aio_connect: {host}: {reason}")
 
 
 def owned_text(pointer: Any) -> str:

@@ -8,6 +8,8 @@ call is back in its method, in the same thread.  There `settle` decides what hap
     KeyboardInterrupt, SystemExit   are raised
     another, and the call failed    becomes the cause of the nbd.Error
     another, and the call did not   is given to sys.unraisablehook
+
+So does what a signal handler raised while the call was waiting.  That is raised, whatever it is.
 """
 
 from __future__ import annotations
@@ -15,13 +17,22 @@ from __future__ import annotations
 import sys
 from _thread import get_ident
 
-from nbd._core.shim import IS_CPYTHON, as_text, ffi, lib, one_for_all_imports, process
+from nbd._core.shim import (
+    BY_HANDLER,
+    IS_CPYTHON,
+    as_text,
+    ffi,
+    lib,
+    one_for_all_imports,
+    process,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
     # The thread in which a callback raised, the handle (None if it is not known), the exception.
+    # In place of the handle it may be BY_HANDLER.
     Waiting = tuple[int, Any, BaseException]
 
 pending = process.pending
@@ -75,6 +86,32 @@ class Error(Exception):
 
 
 @one_for_all_imports
+class Timeout(Error, TimeoutError):  # type: ignore[misc] # its errno is that of nbd.Error
+    """A call has waited as long as nbd.NBD.settimeout allows.
+
+    Its errno is "ETIMEDOUT".  What the call asked for may still happen: a command cannot be taken
+    back.  See nbd.NBD.settimeout.
+
+    Example:
+        >>> h.settimeout(0.01)
+        >>> try:
+        ...     h.poll(-1)  # nothing is in flight
+        ... except TimeoutError as late:
+        ...     print(late.errno)
+        ETIMEDOUT
+    """
+
+    __module__ = "nbd"
+
+    @property
+    def strerror(self) -> str:  # type: ignore[override] # OSError has it as a variable
+        """What its errno means."""
+        import os
+
+        return os.strerror(self.errnum)
+
+
+@one_for_all_imports
 class ClosedHandle(ValueError):
     """A method was called on a handle that is closed.
 
@@ -83,6 +120,10 @@ class ClosedHandle(ValueError):
     """
 
     __module__ = "nbd"
+
+
+class UnknownHost(Exception):
+    """An address names a host that cannot be found; `explain` makes an nbd.Error of it."""
 
 
 def settle(handle: Any, result: Any) -> None:
@@ -98,10 +139,12 @@ def explain(handle: Any, raised: BaseException, **numbers: tuple[object, str]) -
         raised: What was raised.  cffi's OverflowError tells the value, but not which argument.
         numbers: The value and the C type of each argument that is a number, by its name.
     """
-    if not isinstance(raised, Exception) or isinstance(raised, ClosedHandle):
+    if not isinstance(raised, Exception) or isinstance(raised, (ClosedHandle, Error)):
         return
     if lib.nbdshim_check(handle) == lib.NBDSHIM_CLOSED:
         raise no_handle(handle)
+    if isinstance(raised, UnknownHost):
+        raise Error(str(raised), 0) from None
     if not isinstance(raised, OverflowError):
         return
     for name, (value, ctype) in numbers.items():
@@ -124,10 +167,17 @@ def no_handle(handle: Any) -> Exception:
     return ClosedHandle("the handle is closed; make a new one with nbd.NBD()")
 
 
-def last_error() -> Error:
-    """This thread's last libnbd error."""
+def last_error(method: str) -> Error:
+    """This thread's last libnbd error, as that of the call that was made.
+
+    libnbd names the function in which it failed.  For a call that waits this is another one.
+    """
     message = lib.nbdshim_error()
-    failure = Error(as_text(message) if message else "unknown error", lib.nbdshim_errno())
+    text = as_text(message) if message else "unknown error"
+    name, colon, reason = text.partition(":")
+    if colon and name.startswith("nbd_"):
+        text = f"nbd_{method}:{reason}"
+    failure = Error(text, lib.nbdshim_errno())
     if not IS_CPYTHON and failure.errno == "EMFILE":
         import gc
 
@@ -169,13 +219,21 @@ def _failure(handle: Any, result: Any, method: str) -> Exception | None:
             return None
         code = lib.nbdshim_check(handle) or -1
     if code == -1:
-        return last_error()
+        return last_error(method)
     if code == lib.NBDSHIM_CLOSED:
         return no_handle(handle)
     if code == lib.NBDSHIM_NO_MEMORY:
-        return MemoryError(f"nbd_{method}: no memory for a callback")
+        return MemoryError(f"nbd_{method}: no memory for the call")
     import errno
 
+    if code == lib.NBDSHIM_TIMED_OUT:
+        return Timeout(_late(handle, method), errno.ETIMEDOUT)
+    if code == lib.NBDSHIM_STOPPED:
+        return Error(f"nbd_{method}: stopped by a signal handler", errno.EINTR)
+    if code == lib.NBDSHIM_SERVER_CLOSED:
+        return Error(f"nbd_{method}: connection is closed", 0)
+    if code <= lib.NBDSHIM_OPTION_FAILED:
+        return _refused_option(method, lib.NBDSHIM_OPTION_FAILED - code)
     if code == lib.NBDSHIM_REENTERED:
         return Error(
             f"nbd_{method}: called from inside a callback of the same handle, where libnbd would "
@@ -185,16 +243,44 @@ def _failure(handle: Any, result: Any, method: str) -> Exception | None:
     return Error(f"nbd_{method}: the server's number is too large", errno.EOVERFLOW)
 
 
+def _late(handle: Any, method: str) -> str:
+    """What nbd.Timeout says."""
+    seconds = lib.nbdshim_timeout(handle)
+    return (
+        f"nbd_{method}: the server has not answered within {seconds:g} seconds; "
+        "try again, allow more time with settimeout, or close the handle"
+    )
+
+
+def _refused_option(method: str, errnum: int) -> Error:
+    """The exception for an option that the server refuses."""
+    import os
+
+    asked = method
+    if "meta_context" in method:
+        is_old = not hasattr(lib, "nbdcall_opt_set_meta_context")
+        asked = "list meta context" if is_old else "meta context"
+    elif method == "opt_list":
+        asked = "list"
+    reason = os.strerror(errnum)
+    return Error(f"nbd_{method}: server replied with error to {asked} request: {reason}", errnum)
+
+
 def _waiting(handle: Any) -> list[Waiting]:
     """What callbacks of this handle raised in this thread."""
     # Of a copy: another thread may remove its own from the list while this one goes through it.
-    return [one for one in list(pending) if one[0] == get_ident() and one[1] in (handle, None)]
+    return [
+        one
+        for one in list(pending)
+        if one[0] == get_ident() and one[1] in (handle, None, BY_HANDLER)
+    ]
 
 
 def _raise(handle: Any, failure: BaseException | None) -> None:
-    """Raise the failure, or a KeyboardInterrupt or SystemExit of a callback; report the rest.
+    """Raise the failure, or what is urgent; report the rest.
 
-    Of several KeyboardInterrupts, one is raised now.  The others wait for the next calls.
+    What a signal handler raised is urgent, and so is a KeyboardInterrupt or SystemExit of a
+    callback.  Of several, one is raised now.  The others wait for the next calls.
 
     A signal handler may raise at any bytecode here.  So an exception is taken out of `pending` only
     once it is being raised: until then, the next call finds it.
@@ -203,8 +289,8 @@ def _raise(handle: Any, failure: BaseException | None) -> None:
     be a cycle, which keeps the caller's buffer pinned until the next garbage collection.
     """
     waiting = _waiting(handle)
-    urgent = [one for one in waiting if not isinstance(one[2], Exception)]
-    others = [one for one in waiting if isinstance(one[2], Exception)]
+    urgent = [one for one in waiting if _is_urgent(one)]
+    others = [one for one in waiting if not _is_urgent(one)]
     try:
         if urgent:
             _raise_waiting(urgent[0])
@@ -215,6 +301,10 @@ def _raise(handle: Any, failure: BaseException | None) -> None:
     finally:
         _report(others)
         del failure, waiting, urgent, others
+
+
+def _is_urgent(one: Waiting) -> bool:
+    return one[1] is BY_HANDLER or not isinstance(one[2], Exception)
 
 
 def _raise_waiting(one: Waiting) -> None:

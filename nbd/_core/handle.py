@@ -7,7 +7,8 @@ import atexit
 import os
 from sys import is_finalizing
 
-from nbd._core.errors import end_other_threads, pending, report_pending, settle
+from nbd._core.convert import as_seconds
+from nbd._core.errors import end_other_threads, explain, pending, report_pending, settle
 from nbd._core.shim import IS_CPYTHON, ffi, lib
 
 TYPE_CHECKING = False
@@ -87,6 +88,62 @@ class Handle:
             _open.discard(self._h)
         if result < 0 or pending:
             settle(self._h, result)
+
+    def settimeout(self, seconds: float | None) -> None:
+        """Bound how long each later call on this handle may wait.
+
+        It is for every call that waits for the server: connect_*, opt_*, pread,
+        flush, poll, shutdown and so on. A call raises nbd.Timeout when its time
+        is over. The time of a connect is that of the whole handshake. What
+        libnbd itself cannot end goes on: the look-up of a host's name in
+        connect_tcp and connect_uri, the wait for the end of a server's process
+        in close, and a shutdown that abandons commands in flight.
+
+        A command that was sent cannot be taken back: a write that was stopped
+        may have happened, wholly or in part. Its answer is dropped when it
+        comes, and the handle can be used as before. After 64 such commands, or
+        64 MiB, the next one waits for an answer first. A connect that was
+        stopped goes on: the next call that waits finishes it first.
+
+        Args:
+            seconds: More than 0; None, as at the beginning, is for ever.
+
+        Raises:
+            ValueError: seconds is 0, negative or NaN.
+            nbd.ClosedHandle: The handle is closed.
+
+        Example:
+            >>> h.settimeout(2.5)
+            >>> h.gettimeout()
+            2.5
+
+        See also: gettimeout, nbd.Timeout.
+        """
+        try:
+            limit = 0.0 if seconds is None else as_seconds("seconds", seconds)
+        except Exception as raised:
+            explain(self._h, raised)
+            raise
+        result = lib.nbdshim_set_timeout(self._h, limit)
+        if result < 0:
+            settle(self._h, result)
+
+    def gettimeout(self) -> float | None:
+        """Return how many seconds a call on this handle may wait.
+
+        Returns:
+            The number that settimeout was given, as a float; None if there is
+            no bound, as at the beginning.
+
+        Raises:
+            nbd.ClosedHandle: The handle is closed.
+
+        See also: settimeout.
+        """
+        limit: float = lib.nbdshim_timeout(self._h)
+        if limit < 0:
+            settle(self._h, int(limit))
+        return limit or None
 
     def __enter__(self: Self) -> Self:
         return self

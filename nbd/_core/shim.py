@@ -28,6 +28,7 @@ except ModuleNotFoundError:
     ) from None
 
 __all__ = [
+    "BY_HANDLER",
     "IS_CPYTHON",
     "LIBNBD",
     "MODE",
@@ -40,6 +41,9 @@ __all__ = [
     "process",
     "upcall",
 ]
+
+#: Stands in `pending` in place of the handle, with what a signal handler raised.
+BY_HANDLER = "by a signal handler"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -171,7 +175,7 @@ def upcall(name: str) -> Callable[[Function], Function]:
     def decorate(function: Function) -> Function:
         if name in process.upcalls:  # of an earlier import; it serves all of them
             return function
-        keep = _keep_of_completion if name == "completion" else _keep_unexpected
+        keep = _KEEPERS.get(name, _keep_unexpected)
         options = {"error": -1, "onerror": keep}
         if MODE == "API":
             ffi.def_extern(name=f"nbdup_{name}", **options)(function)
@@ -192,6 +196,14 @@ def _keep_of_completion(exc_type: object, exception: BaseException, traceback: A
     _keep_unexpected(exc_type, exception, traceback)
     is_called = traceback is not None and "error_cell" in traceback.tb_frame.f_locals
     return -1 if is_called else int(lib.NBDSHIM_NOT_DONE)
+
+
+def _keep_of_handler(exc_type: object, exception: BaseException, traceback: Any) -> None:
+    """The same for what a signal handler raised while a call was waiting, which will raise it."""
+    process.pending.append((get_ident(), BY_HANDLER, exception.with_traceback(traceback)))
+
+
+_KEEPERS = {"completion": _keep_of_completion, "interrupted": _keep_of_handler}
 
 
 def install() -> None:

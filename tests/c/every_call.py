@@ -17,6 +17,7 @@ from generator.emit_glue_source import UNSIGNED_64  # noqa: E402
 from generator.library import find_library  # noqa: E402
 from generator.model import Function, Kind, Parameter  # noqa: E402
 from generator.read import read  # noqa: E402
+from generator.waiting import stoppable  # noqa: E402
 
 #: What each kind of parameter is given; integers are 0 but for these.
 VALUES = {
@@ -84,7 +85,7 @@ def row(function: Function) -> str:
 
 def main() -> None:
     """Write the table for the libnbd.h that pkg-config names."""
-    functions = read(find_library().header).functions
+    functions = stoppable(read(find_library().header)).functions
     table = "".join(map(row, functions))
     text = '#include "call.h"\n\n' + "\n".join(map(maker, functions))
     text += f"\nstatic const struct call calls[] = {{\n{table}}};\n"

@@ -3,6 +3,9 @@
 
 #include "nbdglue.h"
 
+#include <pthread.h>
+#include <stdbool.h>
+
 #include <libnbd.h>
 
 static int called(uintptr_t token, size_t size, int error)
@@ -25,6 +28,51 @@ void fail_releases(int times)
     failing_releases = times;
 }
 
+/* The tokens of the buffers that are kept, 0 where there is none. */
+static uintptr_t kept[256];
+static pthread_mutex_t kept_lock = PTHREAD_MUTEX_INITIALIZER;
+static atomic_int failing_keeps;
+
+void fail_to_keep(int times)
+{
+    failing_keeps = times;
+}
+
+/* Put one token in the place of another; returns whether that one was there. */
+static bool replace_kept(uintptr_t token, uintptr_t other)
+{
+    bool found = false;
+
+    pthread_mutex_lock(&kept_lock);
+    for (size_t i = 0; i < sizeof kept / sizeof kept[0] && !found; i++) {
+        found = kept[i] == token;
+        if (found)
+            kept[i] = other;
+    }
+    pthread_mutex_unlock(&kept_lock);
+    return found;
+}
+
+int kept_buffers(void)
+{
+    int count = 0;
+
+    pthread_mutex_lock(&kept_lock);
+    for (size_t i = 0; i < sizeof kept / sizeof kept[0]; i++)
+        count += kept[i] != 0;
+    pthread_mutex_unlock(&kept_lock);
+    return count;
+}
+
+static int orphaned(uintptr_t token)
+{
+    if (atomic_load(&failing_keeps) > 0) {
+        failing_keeps--;
+        return -1;
+    }
+    return replace_kept(0, token) ? 0 : -1;
+}
+
 static int release(const uintptr_t *tokens, size_t count)
 {
     if (failing_releases > 0) {
@@ -34,11 +82,25 @@ static int release(const uintptr_t *tokens, size_t count)
     for (size_t i = 0; i < count; i++) {
         struct token *t = (struct token *)tokens[i];
 
+        if (replace_kept(tokens[i], 0))
+            continue;
         t->releases++;
         if (t->released)
             t->released(t);
     }
     return 0;
+}
+
+static atomic_int answer_to_interrupts;
+
+void answer_interrupts(int answer)
+{
+    answer_to_interrupts = answer;
+}
+
+static int interrupted(void)
+{
+    return answer_to_interrupts;
 }
 
 static int chunk(uintptr_t token, size_t subbuf_at, size_t count, uint64_t offset, unsigned status,
@@ -92,6 +154,8 @@ void own_tokens(void)
 {
     const struct nbdshim_upcalls upcalls = {
         .release = release,
+        .interrupted = interrupted,
+        .orphaned = orphaned,
         .chunk = chunk,
         .completion = completion,
         .debug = debug,

@@ -21,6 +21,15 @@ struct token {
 /* Let the next calls of `release` in this thread fail. */
 void fail_releases(int times);
 
+/* How many buffers `orphaned` has kept and `release` has not let go yet. */
+int kept_buffers(void);
+
+/* Let the next calls of `orphaned` fail. */
+void fail_to_keep(int times);
+
+/* What `interrupted` returns from now on: not 0 if a signal handler has raised an exception. */
+void answer_interrupts(int answer);
+
 /* Make the functions that count the shim's upcalls. */
 void own_tokens(void);
 

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: LGPL-2.0-or-later
+/*
+ * How a call waits for the server so that a signal handler, or the handle's timeout, can stop it.
+ *
+ * libnbd's own calls that wait cannot be stopped.  So nbdglue.c calls the form that does not wait,
+ * nbd_aio_X, and waits here:
+ *
+ *   nbdshim_begin           enters the handle and takes its turn
+ *   nbd_aio_X               with nbdshim_completion, if X is a command or an option
+ *   nbdshim_end_command     waits for the reply, gives the turn back and leaves the handle; or
+ *                           nbdshim_end_option, nbdshim_end_connect
+ *
+ * Turn.  One thread at a time waits on a handle, and moves its connection.  It polls the socket and
+ * then tells libnbd of what poll has said.  Nobody else may tell libnbd something in between: a
+ * nbd_aio_notify_read with nothing to read leaves libnbd in a state in which it reads no more.
+ *
+ * Orphans.  NBD cannot take a command back.  One whose caller was stopped is an orphan: its
+ * callbacks are not called any more, its buffer stays in place until libnbd retires it, and then
+ * its tokens are released.
+ */
+#ifndef NBDSHIM_WAIT_H
+#define NBDSHIM_WAIT_H
+
+#include "handle.h"
+
+#include <limits.h>
+
+/* What the server's answer to an option means for the call that waits for it. */
+enum nbdshim_answer {
+    NBDSHIM_SUCCESS, /* 0, or a failure */
+    NBDSHIM_GRANTED, /* 1, or 0 if the server refuses; neither is a failure */
+    NBDSHIM_ITEMS    /* how many items its callback got, or a failure */
+};
+
+/* Bits of the state of a command. */
+#define NBDSHIM_DONE 1U   /* the server has answered, or never will */
+#define NBDSHIM_ORPHAN 2U /* its caller was stopped */
+
+/* A command or an option whose caller waits.  It is freed by the last who refers to it. */
+struct nbdshim_command {
+    struct nbdshim_closure buffer; /* its token stands for the buffer of an orphan; must be first */
+    atomic_uint references;        /* libnbd's, and the caller's */
+    atomic_uint state;
+    size_t size;           /* of the buffer */
+    bool has_buffer_alone; /* no other token stands for the buffer */
+    int error;             /* what its completion was told */
+    int items;             /* how often its other callback was called */
+};
+
+/* Whether the caller of a command was stopped; if not, one item more has arrived for it. */
+static inline bool nbdshim_is_orphan(struct nbdshim_command *c)
+{
+    if (atomic_load(&c->state) & NBDSHIM_ORPHAN)
+        return true;
+    if (c->items < INT_MAX)
+        c->items++;
+    return false;
+}
+
+/* A call that waits, from nbdshim_begin to nbdshim_end_X. */
+struct nbdshim_wait {
+    struct nbdshim *s;
+    const char *name;
+    struct nbdshim_wait *outer;      /* the call of this thread in which a handler made this one */
+    struct nbdshim_command *command; /* NULL if the call is neither a command nor an option */
+    int64_t deadline;                /* of the monotonic clock, in nanoseconds */
+    bool has_turn;
+    bool has_waited; /* another thread had the turn */
+    bool has_moved;  /* it has let libnbd go on at least once */
+};
+
+/* The innermost call that waits in this thread; NULL while handlers run. */
+extern _Thread_local struct nbdshim_wait *nbdshim_waiting NBDSHIM_TLS;
+
+/*
+ * The function that a debug callback of s is told of.  Inside of a call that waits, these are the
+ * functions that it is made of; the caller knows the call itself.
+ */
+static inline const char *nbdshim_name_of_call(const struct nbdshim *s, const char *function)
+{
+    const struct nbdshim_wait *w = nbdshim_waiting;
+
+    return w != NULL && w->s == s ? w->name : function;
+}
+
+/*
+ * Begin a call that waits, nbd_NAME: enter the handle, and wait for the turn.  If it returns not 0
+ * but a refusal, nothing has begun.
+ */
+int nbdshim_begin(struct nbdshim_wait *w, struct nbdshim *s, const char *name);
+
+/*
+ * The same for a command or an option, with a buffer of size bytes.  has_buffer_alone says that no
+ * token of a callback stands for the buffer.  Waits also for the end of a connect or option that
+ * was stopped, and for room for one orphan more.
+ */
+int nbdshim_begin_command(struct nbdshim_wait *w, struct nbdshim *s, const char *name, size_t size,
+                          bool has_buffer_alone);
+
+/* The completion callback of the command; libnbd frees it. */
+nbd_completion_callback nbdshim_completion(struct nbdshim_wait *w);
+
+/* End a call that has done nothing to wait for; returns ret. */
+int nbdshim_end(struct nbdshim_wait *w, int ret);
+
+/*
+ * End a command: cookie is what nbd_aio_X has returned.  Waits for the reply and retires the
+ * command.  Returns 0, -1 with libnbd's last error, or a refusal.
+ */
+int nbdshim_end_command(struct nbdshim_wait *w, int64_t cookie);
+
+/* End an option: ret is what nbd_aio_opt_X has returned. */
+int nbdshim_end_option(struct nbdshim_wait *w, int ret, enum nbdshim_answer answer);
+
+/* End a connect: ret is what nbd_aio_connect_X has returned. */
+int nbdshim_end_connect(struct nbdshim_wait *w, int ret);
+
+/* The same calls of libnbd, from beginning to end. */
+int nbdshim_aio_notify_read(struct nbdshim *s);
+int nbdshim_aio_notify_write(struct nbdshim *s);
+int nbdshim_poll(struct nbdshim *s, int timeout);
+int nbdshim_poll2(struct nbdshim *s, int fd, int timeout);
+int nbdshim_opt_abort(struct nbdshim *s);
+
+/* The same for nbd_shutdown.  With LIBNBD_SHUTDOWN_ABANDON_PENDING it may be one that cannot be
+ * stopped. */
+int nbdshim_shutdown(struct nbdshim *s, uint32_t flags);
+
+#endif
