@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -119,6 +121,17 @@ class Server:
         self.process.kill()
         self.process.wait(PATIENCE)
 
+    def pause(self) -> None:
+        """Stop all threads of the server, so that it answers nothing until it is resumed."""
+        self.process.send_signal(signal.SIGSTOP)
+        threads = Path(f"/proc/{self.process.pid}/task")
+        while any(state(thread / "stat") != "T" for thread in threads.iterdir()):
+            time.sleep(0.001)
+
+    def resume(self) -> None:
+        """Let the server go on."""
+        self.process.send_signal(signal.SIGCONT)
+
     def stop(self) -> int:
         """Ask the server to end (SIGTERM), wait, and return its exit status.
 
@@ -153,6 +166,12 @@ class Server:
     def __str__(self) -> str:
         """Return the command line, for the message of a failed assertion."""
         return shlex.join(self.argv)
+
+
+def state(stat: Path) -> str:
+    """Return the state of a process or thread: a letter, from its file in /proc."""
+    _, _, rest = stat.read_text(errors="replace").rpartition(")")
+    return rest.split()[0]
 
 
 def nbdkit_argv(

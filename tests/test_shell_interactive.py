@@ -201,6 +201,21 @@ def test_control_c_stops_what_runs_and_returns_to_the_prompt(session: Open) -> N
     assert "42" in shell.ask("6 * 7")
 
 
+def test_control_c_stops_a_read_that_hangs_and_the_handle_can_be_used(
+    session: Open, nbdkit: Callable[..., Any]
+) -> None:
+    server = nbdkit("memory", "1M")
+    shell = session("-u", server.uri)
+    shell.prompt()
+    server.pause()
+    shell.child.sendline("print('rea' + 'ds'); h.pread(512, 0)")
+    shell.child.expect_exact("reads")
+    assert "KeyboardInterrupt" in shell.interrupt()
+    assert "1048576" in shell.ask("h.get_size()")
+    server.resume()
+    assert r"\x00\x00\x00\x00" in shell.ask("h.pread(4, 0)")
+
+
 # ---- bytes
 
 

@@ -322,3 +322,26 @@ def test_a_thread_that_looks_at_a_buffer_sees_no_old_byte_while_another_reads_in
             assert old not in seen.result()
             finish(disk, cookie)
             assert bytes(buffer) == b"\1" * size
+
+
+def test_a_thread_that_reaps_does_not_take_the_command_that_another_waits_for(
+    nbdkit: Callable[..., Server], h: nbd.NBD
+) -> None:
+    h.connect_unix(nbdkit("memory", "1M").socket)
+    over = threading.Event()
+    stolen: list[int] = []
+
+    def reap() -> None:
+        while not over.is_set():
+            with suppress(nbd.Error):
+                cookie = h.aio_peek_command_completed()
+                if cookie and h.aio_command_completed(cookie):
+                    stolen.append(cookie)
+
+    thread = threading.Thread(target=reap)
+    thread.start()
+    for _ in range(20_000):
+        assert h.pread(512, 0) == bytes(512)
+    over.set()
+    thread.join()
+    assert stolen == []
