@@ -353,6 +353,7 @@ static const struct kind {
     {"getter", getter},
     {"debug-callback", debug_callback},
     {"pread", sync_read},
+    {"pread-into", sync_read},
     {"pwrite", sync_write},
     {"aio-pread", pipelined_read},
     {"aio-pread-bytearray", pipelined_read},

@@ -62,6 +62,8 @@ _ALL = (
     Workload("pread-64k", "pread", 7_000, NULL, 64 * KIB),
     Workload("pread-1m", "pread", 1_000, NULL, MIB),
     Workload("pread-32m", "pread", 20, NULL, 32 * MIB, fresh=True),
+    Workload("pread-into-64k", "pread-into", 7_000, NULL, 64 * KIB),
+    Workload("pread-into-1m", "pread-into", 1_000, NULL, MIB),
     Workload("pwrite-64k", "pwrite", 7_000, NULL, 64 * KIB),
     Workload("pwrite-1m", "pwrite", 1_500, NULL, MIB),
     Workload("aio-pread-4k", "aio-pread", 30_000, NULL, 4 * KIB, 64, fresh=True),

@@ -39,6 +39,8 @@ TARGETS = {
     "pread-64k": Row(pypy=1.1),
     "pread-1m": Row(pypy=1.1),
     "pread-32m": Row(api=0.55, limit=1.4, pypy=1.1),
+    "pread-into-64k": Row(api=1.0, pypy=1.1),
+    "pread-into-1m": Row(api=1.0, pypy=1.1),
     "pwrite-64k": Row(pypy=1.1),
     "pwrite-1m": Row(pypy=1.1),
     "aio-pread-4k": Row(api=0.75, limit=1.35, pypy=0.7),

@@ -89,6 +89,17 @@ def pread(job: Job) -> None:
         h.pread(job.size, offset)
 
 
+def pread_into(job: Job) -> None:
+    """Read into one buffer, one command at a time; libnbd's module can only pread."""
+    h = job.handle
+    if not hasattr(h, "pread_into"):
+        return pread(job)
+    buffer = nbd.Buffer(job.size)
+    for offset in job.offsets:
+        h.pread_into(buffer, offset)
+    return None
+
+
 def pwrite(job: Job) -> None:
     """Write, one command at a time."""
     h = job.handle
@@ -253,6 +264,7 @@ KINDS: dict[str, Callable[[Job], None]] = {
     "getter": getter,
     "debug-callback": debug_callback,
     "pread": pread,
+    "pread-into": pread_into,
     "pwrite": pwrite,
     "aio-pread": aio_pread,
     "aio-pread-bytearray": aio_pread_bytearray,
