@@ -213,6 +213,19 @@ static int finish_connecting(struct nbdshim_wait *w)
     return ret;
 }
 
+/* Finish what was stopped and goes on: a connect, an option.  Returns as move does. */
+static int finish_stalled(struct nbdshim_wait *w)
+{
+    int ret = 0;
+
+    if (atomic_load_explicit(&w->s->is_stalled, memory_order_relaxed)) {
+        ret = finish_connecting(w);
+        if (ret == 0)
+            atomic_store(&w->s->is_stalled, false);
+    }
+    return ret;
+}
+
 /* Let go of a command, for libnbd or for the caller.  The last one frees it. */
 static void drop(struct nbdshim_command *c)
 {
@@ -332,11 +345,7 @@ int nbdshim_begin_command(struct nbdshim_wait *w, struct nbdshim *s, const char 
 
     if (ret != 0)
         return ret;
-    if (atomic_load_explicit(&s->is_stalled, memory_order_relaxed)) {
-        ret = finish_connecting(w);
-        if (ret == 0)
-            atomic_store(&s->is_stalled, false);
-    }
+    ret = finish_stalled(w);
     while (ret == 0 && is_full(s, size))
         ret = move(w);
     if (ret != 0)
@@ -517,8 +526,7 @@ int nbdshim_opt_abort(struct nbdshim *s)
 
     if (ret != 0)
         return ret;
-    if (atomic_load(&s->is_stalled))
-        ret = finish_connecting(&w);
+    ret = finish_stalled(&w);
     if (ret == 0)
         ret = nbd_aio_opt_abort(s->h);
     if (ret == 0)
@@ -558,8 +566,7 @@ int nbdshim_shutdown(struct nbdshim *s, uint32_t flags)
 
     if (ret != 0)
         return ret;
-    if (atomic_load(&s->is_stalled))
-        ret = finish_connecting(&w);
+    ret = finish_stalled(&w);
     if (ret == 0)
         ret = can_say_good_bye(s->h, flags) ? say_good_bye(s) : nbd_shutdown(s->h, flags);
     while (ret == 0 && nbd_aio_is_closed(s->h) != 1 && nbd_aio_is_dead(s->h) != 1)
