@@ -325,3 +325,17 @@ def test_a_signal_that_arrives_while_connecting_stops_it(nbdkit: StartServer) ->
     assert h.pread(4, 0) == bytes(4)
     assert orphans(h) == 0
     h.close()
+
+
+def test_a_handle_that_is_dropped_meanwhile_does_not_take_what_a_handler_raised(
+    server: Server, slow: nbd.NBD, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle = nbd._core.errors._failure
+
+    def drop_another(*arguments: Any) -> Any:
+        nbd.NBD().__del__()
+        return settle(*arguments)
+
+    monkeypatch.setattr(nbd._core.errors, "_failure", drop_another)
+    with paused(server), alarm(Handler(raise_stop)), pytest.raises(Stop):
+        slow.pread(BLOCK, 0)

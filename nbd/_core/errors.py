@@ -187,7 +187,7 @@ def last_error(method: str) -> Error:
 
 def report_pending(handle: Any) -> None:
     """Give what callbacks raised to sys.unraisablehook: no call is left that could raise it."""
-    _report(_waiting(handle))
+    _report(_waiting(handle, None))
 
 
 def end_other_threads() -> None:
@@ -266,14 +266,10 @@ def _refused_option(method: str, errnum: int) -> Error:
     return Error(f"nbd_{method}: server replied with error to {asked} request: {reason}", errnum)
 
 
-def _waiting(handle: Any) -> list[Waiting]:
-    """What callbacks of this handle raised in this thread."""
+def _waiting(*origins: Any) -> list[Waiting]:
+    """What was raised in this thread: by callbacks of a handle, of an unknown one, BY_HANDLER."""
     # Of a copy: another thread may remove its own from the list while this one goes through it.
-    return [
-        one
-        for one in list(pending)
-        if one[0] == get_ident() and one[1] in (handle, None, BY_HANDLER)
-    ]
+    return [one for one in list(pending) if one[0] == get_ident() and one[1] in origins]
 
 
 def _raise(handle: Any, failure: BaseException | None) -> None:
@@ -288,7 +284,7 @@ def _raise(handle: Any, failure: BaseException | None) -> None:
     An exception refers to the frames that it passes.  No frame may refer to it in turn: that would
     be a cycle, which keeps the caller's buffer pinned until the next garbage collection.
     """
-    waiting = _waiting(handle)
+    waiting = _waiting(handle, None, BY_HANDLER)
     urgent = [one for one in waiting if _is_urgent(one)]
     others = [one for one in waiting if not _is_urgent(one)]
     try:
