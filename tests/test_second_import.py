@@ -25,7 +25,7 @@ unraisable = []
 sys.unraisablehook = lambda args: unraisable.append(args.exc_value)
 
 def names():
-    return [name for name in sys.modules if name == "nbd" or name.startswith("nbd.")]
+    return [name for name in list(sys.modules) if name == "nbd" or name.startswith("nbd.")]
 
 def modules_of_nbd():
     # cffi puts `lib` into sys.modules too; it cannot be imported by itself.
