@@ -29,7 +29,7 @@ struct nbdshim {
     atomic_int waker;  /* a duplicate of the socket, or -1; its shutdown ends calls that wait */
     atomic_int socket; /* the number of libnbd's socket, which a forked child has to close */
     atomic_int owner;  /* the process that connected it */
-    atomic_bool leaves_old;       /* libnbd may leave old bytes in a buffer, if a read fails */
+    atomic_bool initializes;      /* calls that do not wait clear the buffer for a read */
     sem_t turn;                   /* who has it may wait, and move the connection; see wait.h */
     _Atomic double timeout;       /* seconds that a call may wait; 0 for ever */
     atomic_bool is_connected;     /* it has been; libnbd's socket is the same from then on */
@@ -42,18 +42,18 @@ struct nbdshim {
 };
 
 /*
- * Called before libnbd is told not to clear the buffers of reads.  The shim remembers it, and does
- * not ask libnbd at every read: libnbd would write each question to its debug log.
+ * libnbd is told not to clear the buffers of reads: the shim does it where it is needed, and not
+ * for a call that waits, whose buffer is clear.  So these two are not libnbd's.
  */
-static inline void nbdshim_note_leaving_old(struct nbdshim *s)
+static inline int nbdshim_set_pread_initialize(struct nbdshim *s, bool initialize)
 {
-    atomic_store_explicit(&s->leaves_old, true, memory_order_relaxed);
+    atomic_store_explicit(&s->initializes, initialize, memory_order_relaxed);
+    return 0;
 }
 
-/* Whether libnbd does not clear the buffers of reads, so that the shim has to. */
-static inline bool nbdshim_leaves_old(struct nbdshim *s)
+static inline int nbdshim_get_pread_initialize(struct nbdshim *s)
 {
-    return atomic_load_explicit(&s->leaves_old, memory_order_relaxed);
+    return atomic_load_explicit(&s->initializes, memory_order_relaxed);
 }
 
 /* The server was told that the connection ends: nbd_shutdown must not tell it a second time. */

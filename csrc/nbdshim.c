@@ -106,10 +106,9 @@ struct nbdshim *nbdshim_create(void)
     atomic_init(&s->orphans, 0);
     atomic_init(&s->orphan_bytes, 0);
     s->held = NULL;
+    atomic_init(&s->initializes, true);
 #ifdef LIBNBD_HAVE_NBD_SET_PREAD_INITIALIZE
-    atomic_init(&s->leaves_old, false);
-#else
-    atomic_init(&s->leaves_old, true);
+    (void)nbd_set_pread_initialize(s->h, false);
 #endif
     return s;
 }
@@ -484,6 +483,11 @@ int nbdshim_clear_stale(int *state, void *p, size_t size)
         nanosleep(&a_millisecond, NULL);
     }
     return -1;
+}
+
+void nbdshim_clear(void *p, size_t size)
+{
+    memset(p, 0, size);
 }
 
 void nbdshim_advise_huge(void *p, size_t size)

@@ -33,12 +33,11 @@
  * buffer in place.  A connect or an option that was stopped goes on when the next call waits.  A
  * handle has a bounded number of orphans: then commands wait for room.
  *
- * Buffers.  The caller keeps a buffer in place until the last token of the command is released.  A
- * call that waits and is refused fills its buffer with zeroes, as libnbd does before any failure
- * of its own.  The buffer of a call that waits, and a stale buffer (enum nbdshim_state), have
- * bytes that nobody may see: they are cleared even where libnbd is told not to.  A part of a
- * buffer goes up as an offset in it.  An errno goes up by value, together with its address, for
- * changing it.
+ * Buffers.  The caller keeps a buffer in place until the last token of the command is released.
+ * Where a read fails, bytes of its buffer stay as they were.  So a call that waits and makes its
+ * result is given a buffer of zeroes; and a stale buffer (enum nbdshim_state), which has bytes that
+ * nobody may see, is cleared first.  A part of a buffer goes up as an offset in it.  An errno goes
+ * up by value, together with its address, for changing it.
  *
  * Calls from inside a callback.  On its own handle they are refused, because libnbd holds its
  * lock.  The few calls that take no lock are refused inside debug callbacks only, because every
@@ -46,7 +45,7 @@
  *
  * Threads.  Every function may be called from any thread.  nbdshim_close may run while other
  * threads are inside calls: it ends the connection, so that they come back, and the last one to
- * leave closes libnbd's handle.  A call that is still connecting comes back by itself.
+ * leave closes libnbd's handle.
  *
  * Descriptors.  A handle has a duplicate of its connection's socket.  nbdshim_close shuts the
  * duplicate down, because the number of libnbd's own socket may be a stranger's by then.  It is
@@ -175,6 +174,9 @@ bool nbdshim_is_zero(const void *p, size_t size);
  * than a second.
  */
 int nbdshim_clear_stale(int *state, void *p, size_t size);
+
+/* Fill size bytes at p with zeroes. */
+void nbdshim_clear(void *p, size_t size);
 
 /* Tell the kernel that the pages inside [p, p + size) may be huge.  Advice: failure is ignored. */
 void nbdshim_advise_huge(void *p, size_t size);

@@ -7,7 +7,7 @@ The file also has the callbacks that libnbd calls.  They pass their arguments on
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from generator.calls import COUNTED, GRANTED, LOCK_FREE, moves_connection, takes_turn
 from generator.emit_glue_header import declare, prototype, returned_type
@@ -163,11 +163,18 @@ def glue_function(function: Function) -> str:
     return "\n".join([*lines, "}", ""])
 
 
+#: Calls that the shim does itself, in place of libnbd.
+OF_THE_SHIM = ("set_pread_initialize", "get_pread_initialize")
+
+
 def plain_call(function: Function) -> list[str]:
     """Call libnbd's function, and leave the handle."""
     arguments = ["s->h", *(a for p in function.parameters for a in passed_on(p))]
     result = declare(returned_type(function), "ret")
-    lines = [wrap_c(f"    {result} = nbd_{function.name}({', '.join(arguments)});")]
+    call = f"nbd_{function.name}({', '.join(arguments)})"
+    if function.name in OF_THE_SHIM:
+        call = f"nbdshim_{function.name}({', '.join(['s', *arguments[1:]])})"
+    lines = [wrap_c(f"    {result} = {call};")]
     lines += afterwards(function)
     if is_wide(function):
         lines.append(f'    ret = nbdshim_number(ret, "nbd_{function.name}");')
@@ -259,21 +266,14 @@ def comment(text: str) -> str:
 
 
 def refusal(function: Function) -> list[str]:
-    """Enter the handle and hold the tokens.  Return if the shim refuses one of these.
-
-    A refused call fills the memory for its result with zeroes, as libnbd does when it fails.
-    """
+    """Enter the handle and hold the tokens.  Return if the shim refuses one of these."""
     enter = entering(function)
-    undo = []
-    if function.buffer and function.buffer.kind is Kind.ROOM and not function.filled_later:
-        undo.append(f"        memset({function.buffer.name}, 0, {function.buffer.length});")
     lines = [f"    struct nbdshim_closure *{p.name}_closure;" for p in function.closures]
     if "wait" in enter:
         lines.append("    struct nbdshim_wait wait;")
     lines += [wrap_c(f"    int refused = {enter};"), ""]
-    lines += ["    if (refused) {", *undo] if undo else ["    if (refused)"]
-    lines.append(f"        return {refused_value(function)};")
-    return [*lines, *(["    }"] if undo else []), *holding(function, undo)]
+    lines += ["    if (refused)", f"        return {refused_value(function)};"]
+    return [*lines, *holding(function)]
 
 
 def entering(function: Function) -> str:
@@ -287,8 +287,8 @@ def entering(function: Function) -> str:
     return "nbdshim_enter_unlocked(s)" if function.name in LOCK_FREE else "nbdshim_enter(s)"
 
 
-def holding(function: Function, undo: Sequence[str]) -> list[str]:
-    """Hold the tokens of a call that has entered.  Without memory for that, undo it and leave."""
+def holding(function: Function) -> list[str]:
+    """Hold the tokens of a call that has entered.  Without memory for that, leave it again."""
     names = [p.name for p in function.closures]
     if not names:
         return []
@@ -303,7 +303,6 @@ def holding(function: Function, undo: Sequence[str]) -> list[str]:
         "    refused = " + " |\n              ".join(made) + ";",
         "    if (refused) {",
         *(f"        nbdshim_closure_drop({name}_closure);" for name in names),
-        *undo,
         *leave,
         "    }",
     ]
@@ -320,24 +319,21 @@ def refused_value(function: Function) -> str:
 
 
 def clearing(function: Function) -> list[str]:
-    """Fill the memory that libnbd reads into with zeroes, if libnbd does not do it.
+    """Fill the caller's buffer with zeroes before a read, in place of libnbd.
 
-    The memory may hold old bytes that Python code must not see when the read fails.  Libnbd clears
-    it by default, but set_pread_initialize(False) stops that; from then on the shim does it.
+    A stale buffer has old bytes that Python code must not see when the read fails.  Besides,
+    set_pread_initialize says that the calls that do not wait clear any buffer.
     """
-    if function.name == "set_pread_initialize":
-        (initialize,) = function.parameters
-        return [f"    if (!{initialize.name})", "        nbdshim_note_leaving_old(s);"]
-    filled = function.buffer
-    if filled is None or filled.kind is not Kind.ROOM:
+    filled = function.filled_later
+    if filled is None:
         return []
-    clear = f"        memset({filled.name}, 0, {filled.length});"
-    if filled is not function.filled_later:
-        return ["    if (nbdshim_leaves_old(s))", clear]
+    is_cleared = "was_stale"
+    if function.is_asynchronous:
+        is_cleared += " || nbdshim_get_pread_initialize(s)"
     return [
         f"    bool was_stale = nbdshim_claim_stale({filled.name}_state);",
-        "    if (was_stale && nbdshim_leaves_old(s))",
-        clear,
+        f"    if ({is_cleared})",
+        f"        memset({filled.name}, 0, {filled.length});",
     ]
 
 

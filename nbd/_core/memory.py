@@ -193,7 +193,7 @@ def _pooled() -> int:
 
 
 def new_result(size: int) -> tuple[bytearray, Any]:
-    """A bytearray for what a call reads that waits, and its pin; result_of ends the pin.
+    """A bytearray of zeroes for what a call reads that waits, and its pin; result_of ends it.
 
     Raises:
         nbd.Error: It is more than libnbd reads at once.
@@ -201,8 +201,11 @@ def new_result(size: int) -> tuple[bytearray, Any]:
     """
     if not 0 <= size <= _MOST_READ:
         raise _refused_size(size)
-    result, _ = _new_bytearray(size)
-    return result, from_buffer(result)
+    result, is_clean = _new_bytearray(size)
+    pin = from_buffer(result)
+    if not is_clean:
+        lib.nbdshim_clear(pin, size)
+    return result, pin
 
 
 def result_of(result: bytearray, pin: Any) -> bytearray:
@@ -220,7 +223,7 @@ def new_shown_result(size: int) -> tuple[bytearray, Any]:
         return new_result(size)
     if not 0 <= size <= _MOST_READ:
         raise _refused_size(size)
-    return _copy_of_zeroes(size), allocate(size)
+    return _copy_of_zeroes(size), allocate(size, clear=True)
 
 
 def shown_result_of(result: bytearray, pin: Any) -> bytearray:

@@ -21,8 +21,6 @@ struct call {
     int64_t (*make)(struct nbdshim *s, struct arguments *a);
     int tokens;          /* how many it takes */
     bool refuses_with_0; /* it returns a pointer or an unsigned number */
-    bool reads;          /* into room */
-    bool reads_later;    /* after the call has returned */
     bool is_lock_free;   /* callbacks may make it */
 };
 

@@ -72,8 +72,7 @@ def maker(function: Function) -> str:
 def row(function: Function) -> str:
     """Its row of the table."""
     has_zero = function.returns.endswith("*") or function.returns in UNSIGNED_64
-    has_room = function.buffer is not None and function.buffer.kind is Kind.ROOM
-    flags = (has_zero, has_room, bool(function.filled_later), function.name in LOCK_FREE)
+    flags = (has_zero, function.name in LOCK_FREE)
     fields = [
         f'"{function.name}"',
         f"make_{function.name}",

@@ -226,20 +226,6 @@ static void closing_needs_none_but_its_commands(void)
     CHECK(fail_each(connected, close_with_commands_in_flight) == 2);
 }
 
-static void a_read_that_was_refused_for_memory_leaves_zeroes(void)
-{
-    struct scenario sc = {.s = connected()};
-
-    memset(sc.room, 'x', sizeof sc.room);
-    allocations = 0;
-    failing = 1;
-    CHECK(read_structured(&sc) == NBDSHIM_NO_MEMORY);
-    failing = 0;
-    CHECK(nbdshim_is_zero(sc.room, sizeof sc.room));
-    nbdshim_destroy(sc.s);
-}
-
 RUN_TESTS(TEST(a_handle_needs_one_allocation), TEST(a_handle_that_libnbd_cannot_make_is_not_made),
           TEST(a_callback_needs_one_allocation), TEST(a_call_that_waits_needs_one_more),
-          TEST(two_callbacks_need_two_allocations), TEST(closing_needs_none_but_its_commands),
-          TEST(a_read_that_was_refused_for_memory_leaves_zeroes))
+          TEST(two_callbacks_need_two_allocations), TEST(closing_needs_none_but_its_commands))
