@@ -30,7 +30,9 @@ struct nbdshim {
     atomic_int socket; /* the number of libnbd's socket, which a forked child has to close */
     atomic_int owner;  /* the process that connected it */
     atomic_bool initializes;      /* calls that do not wait clear the buffer for a read */
+    atomic_uint owners;           /* who keeps this struct in place: its maker, and queues */
     sem_t turn;                   /* who has it may wait, and move the connection; see wait.h */
+    atomic_uint waiting;          /* threads that wait for the turn */
     _Atomic double timeout;       /* seconds that a call may wait; 0 for ever */
     atomic_bool is_connected;     /* it has been; libnbd's socket is the same from then on */
     atomic_bool is_stalled;       /* a connect or an option was stopped and may be unfinished */
@@ -118,6 +120,16 @@ void nbdshim_closure_hold(struct nbdshim_closure *closure);
 
 /* The `free` of every callback of libnbd.  The token is handed over, if it is not released yet. */
 void nbdshim_closure_free(void *closure);
+
+/* Have the token of a closure that libnbd holds no more handed over when a call on its handle ends.
+ */
+void nbdshim_push_released(struct nbdshim_closure *closure);
+
+/* Hand over the tokens of s that libnbd has freed in this thread.  Those not taken are kept. */
+void nbdshim_hand_over(struct nbdshim *s);
+
+/* Let go of the memory of s; the last owner frees it. */
+void nbdshim_disown(struct nbdshim *s);
 
 /* Free a closure that was never given to libnbd; NULL is ignored. */
 void nbdshim_closure_drop(struct nbdshim_closure *closure);

@@ -94,7 +94,9 @@ struct nbdshim *nbdshim_create(void)
         free(s);
         return NULL;
     }
+    atomic_init(&s->owners, 1);
     (void)sem_init(&s->turn, 0, 1); /* fails only for larger numbers */
+    atomic_init(&s->waiting, 0);
     atomic_init(&s->users, 1);
     atomic_init(&s->waker, -1);
     atomic_init(&s->socket, -1);
@@ -140,9 +142,7 @@ static void unlink_held(struct nbdshim_closure *c)
     pthread_mutex_unlock(&s->lock);
 }
 
-/* Note a closure that libnbd has freed: its token is handed over when a call of this thread ends.
- */
-static void push_released(struct nbdshim_closure *c)
+void nbdshim_push_released(struct nbdshim_closure *c)
 {
     c->next = nbdshim_released;
     nbdshim_released = c;
@@ -180,8 +180,7 @@ static bool are_taken(const uintptr_t *tokens, size_t count)
     return false;
 }
 
-/* Hand over the tokens of s that libnbd has freed in this thread.  Those not taken are kept. */
-static void hand_over(struct nbdshim *s)
+void nbdshim_hand_over(struct nbdshim *s)
 {
     struct nbdshim_closure *list = take_released(s), *next;
 
@@ -199,7 +198,7 @@ static void hand_over(struct nbdshim *s)
             if (taken)
                 free(list);
             else
-                push_released(list);
+                nbdshim_push_released(list);
         }
     }
 }
@@ -221,7 +220,7 @@ void nbdshim_leave(struct nbdshim *s)
         nbd_close(s->h);
     }
     if (nbdshim_released != NULL && !nbdshim_is_reentry(s))
-        hand_over(s);
+        nbdshim_hand_over(s);
 }
 
 /* Shut the connection down, so that the calls that wait in other threads come back. */
@@ -297,6 +296,13 @@ void nbdshim_destroy(struct nbdshim *s)
     if (s == NULL)
         return;
     (void)nbdshim_close(s);
+    nbdshim_disown(s);
+}
+
+void nbdshim_disown(struct nbdshim *s)
+{
+    if (atomic_fetch_sub(&s->owners, 1) != 1)
+        return;
     if (atomic_load(&s->users) != NBDSHIM_CLOSING)
         return;
     for (struct nbdshim_closure *c = take_released(s), *next; c != NULL; c = next) {
@@ -411,7 +417,7 @@ void nbdshim_closure_free(void *closure)
     if (c->released || nbdshim_is_silent())
         free(c);
     else
-        push_released(c);
+        nbdshim_push_released(c);
 }
 
 void nbdshim_closure_drop(struct nbdshim_closure *closure)

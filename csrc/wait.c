@@ -10,14 +10,10 @@
 #include <string.h>
 #include <time.h>
 
-#define SECOND INT64_C(1000000000)
-#define MILLISECOND INT64_C(1000000)
-#define NEVER INT64_MAX
-/*
- * No wait is longer at a time.  A signal that arrives just before poll does not end it: then the
- * handler runs after so long.
- */
-#define SLICE SECOND
+#define SECOND NBDSHIM_SECOND
+#define MILLISECOND NBDSHIM_MILLISECOND
+#define NEVER NBDSHIM_NEVER
+#define SLICE NBDSHIM_SLICE
 
 /* A handle has so many orphans at the most, and so many bytes in their buffers. */
 #define MOST_ORPHANS 64
@@ -37,8 +33,7 @@ static int64_t nanoseconds(clockid_t clock)
     return now.tv_sec * SECOND + now.tv_nsec;
 }
 
-/* How long to wait at once, until `until`; 0 if that is past. */
-static int64_t slice(int64_t until)
+int64_t nbdshim_slice(int64_t until)
 {
     int64_t left = until == NEVER ? SLICE : until - nanoseconds(CLOCK_MONOTONIC);
 
@@ -47,9 +42,16 @@ static int64_t slice(int64_t until)
     return left < SLICE ? left : SLICE;
 }
 
+int64_t nbdshim_deadline(double seconds)
+{
+    if (seconds < 0 || seconds >= (double)(NEVER / SECOND / 2))
+        return NEVER;
+    return nanoseconds(CLOCK_MONOTONIC) + (int64_t)(seconds * (double)SECOND);
+}
+
 static bool is_past(int64_t time)
 {
-    return time != NEVER && slice(time) == 0;
+    return time != NEVER && nbdshim_slice(time) == 0;
 }
 
 static bool is_done(const struct nbdshim_wait *w)
@@ -57,23 +59,49 @@ static bool is_done(const struct nbdshim_wait *w)
     return w->command != NULL && (atomic_load(&w->command->state) & NBDSHIM_DONE);
 }
 
-/*
- * Let Python run the handlers of signals that have arrived.  Returns 0 or, if one of them has
- * raised an exception, NBDSHIM_STOPPED.
- */
-static int run_handlers(struct nbdshim_wait *w)
+int nbdshim_run_handlers(bool *has_forked)
 {
     unsigned forks = atomic_load(&nbdshim_forks);
+    struct nbdshim_wait *w = nbdshim_waiting;
     int ret;
 
+    *has_forked = false;
     if (nbdshim_is_silent())
         return NBDSHIM_STOPPED;
     nbdshim_waiting = NULL;
     ret = nbdshim_up.interrupted();
     nbdshim_waiting = w;
-    if (atomic_load(&nbdshim_forks) != forks)
-        nbdshim_cut(w->s);
+    *has_forked = atomic_load(&nbdshim_forks) != forks;
     return ret == 0 ? 0 : NBDSHIM_STOPPED;
+}
+
+static int run_handlers(struct nbdshim_wait *w)
+{
+    bool has_forked;
+    int ret = nbdshim_run_handlers(&has_forked);
+
+    if (has_forked)
+        nbdshim_cut(w->s);
+    return ret;
+}
+
+bool nbdshim_wait_for(sem_t *turn, int64_t deadline)
+{
+    int64_t until = nanoseconds(CLOCK_REALTIME) + nbdshim_slice(deadline);
+    struct timespec end = {.tv_sec = until / SECOND, .tv_nsec = until % SECOND};
+
+    return sem_timedwait(turn, &end) == 0;
+}
+
+/* The same, seen by a queue that moves the handle too: it lets those go first who wait for it. */
+static bool wait_in_line(struct nbdshim *s, int64_t deadline)
+{
+    bool has_turn;
+
+    atomic_fetch_add(&s->waiting, 1);
+    has_turn = nbdshim_wait_for(&s->turn, deadline);
+    atomic_fetch_sub(&s->waiting, 1);
+    return has_turn;
 }
 
 /*
@@ -83,12 +111,10 @@ static int run_handlers(struct nbdshim_wait *w)
 static int take_turn(struct nbdshim_wait *w)
 {
     while (sem_trywait(&w->s->turn) != 0) {
-        int64_t until = nanoseconds(CLOCK_REALTIME) + slice(w->deadline);
-        struct timespec end = {.tv_sec = until / SECOND, .tv_nsec = until % SECOND};
         int ret;
 
         w->has_waited = true;
-        if (sem_timedwait(&w->s->turn, &end) == 0)
+        if (wait_in_line(w->s, w->deadline))
             break;
         if (is_done(w))
             return 0;
@@ -119,11 +145,7 @@ static int pause_for_handlers(struct nbdshim_wait *w)
     return ret != 0 ? ret : take_turn(w);
 }
 
-/*
- * The descriptor to poll: our own duplicate, since libnbd's number may be a stranger's by now.
- * While libnbd is connecting, it may try one socket after the other.
- */
-static int socket_of(struct nbdshim *s)
+int nbdshim_socket_of(struct nbdshim *s)
 {
     int waker;
 
@@ -152,13 +174,13 @@ static int wait_for_socket(struct nbdshim_wait *w, struct pollfd fds[2], int64_t
 
         if (direction == 0)
             return -1;
-        fds[0].fd = socket_of(s);
+        fds[0].fd = nbdshim_socket_of(s);
         fds[0].events = 0;
         if (direction & LIBNBD_AIO_DIRECTION_READ)
             fds[0].events |= POLLIN;
         if (direction & LIBNBD_AIO_DIRECTION_WRITE)
             fds[0].events |= POLLOUT;
-        ready = poll(fds, 2, (int)((slice(end) + MILLISECOND - 1) / MILLISECOND));
+        ready = poll(fds, 2, (int)((nbdshim_slice(end) + MILLISECOND - 1) / MILLISECOND));
         if (ready > 0)
             return 1;
         if (ready == -1 && errno != EINTR)
@@ -173,17 +195,13 @@ static int wait_for_socket(struct nbdshim_wait *w, struct pollfd fds[2], int64_t
     }
 }
 
-/*
- * Tell libnbd what poll has said.  Of reading and writing only one is told: the first may change
- * what libnbd waits for.  Returns libnbd's result.
- */
-static int notify(struct nbdshim_wait *w, short events)
+int nbdshim_notify(struct nbdshim *s, short events)
 {
     if (events & (POLLIN | POLLHUP))
-        return nbd_aio_notify_read(w->s->h);
+        return nbd_aio_notify_read(s->h);
     if (events & POLLOUT)
-        return nbd_aio_notify_write(w->s->h);
-    return events == 0 ? 0 : nbd_poll(w->s->h, 0); /* an error, and libnbd's words for it */
+        return nbd_aio_notify_write(s->h);
+    return events == 0 ? 0 : nbd_poll(s->h, 0); /* an error, and libnbd's words for it */
 }
 
 /* Wait for the socket and let libnbd go on.  Returns 0, -1 (libnbd's failure) or a refusal. */
@@ -197,7 +215,7 @@ static int move(struct nbdshim_wait *w)
     w->has_moved = true;
     ret = wait_for_socket(w, fds, NEVER);
     if (ret == 1)
-        ret = notify(w, fds[0].revents);
+        ret = nbdshim_notify(w->s, fds[0].revents);
     else if (ret == -1)
         ret = nbd_poll(w->s->h, 0); /* fails, and says why */
     return ret > 0 ? 0 : ret;
@@ -322,8 +340,8 @@ int nbdshim_begin(struct nbdshim_wait *w, struct nbdshim *s, const char *name)
     timeout = atomic_load_explicit(&s->timeout, memory_order_relaxed);
     *w = (struct nbdshim_wait){.s = s, .name = name, .outer = nbdshim_waiting, .deadline = NEVER};
     nbdshim_waiting = w;
-    if (timeout > 0 && timeout < (double)(NEVER / SECOND / 2))
-        w->deadline = nanoseconds(CLOCK_MONOTONIC) + (int64_t)(timeout * (double)SECOND);
+    if (timeout > 0)
+        w->deadline = nbdshim_deadline(timeout);
     ret = take_turn(w);
     return ret == 0 ? 0 : finish(w, ret);
 }
@@ -474,7 +492,7 @@ static int poll_both(struct nbdshim *s, const char *name, int fd, int timeout)
         until = nanoseconds(CLOCK_MONOTONIC) + timeout * MILLISECOND;
     ret = wait_for_socket(&w, fds, until);
     if (ret == 1)
-        ret = notify(&w, fds[0].revents) == -1 ? -1 : 1;
+        ret = nbdshim_notify(s, fds[0].revents) == -1 ? -1 : 1;
     else if (ret == -1)
         ret = poll_at_once(s->h, fd);
     return finish(&w, ret);
@@ -502,7 +520,7 @@ static int notify_of(struct nbdshim *s, const char *name, short event)
 
     if (ret != 0)
         return ret;
-    fd.fd = socket_of(s);
+    fd.fd = nbdshim_socket_of(s);
     if (w.has_waited && poll(&fd, 1, 0) == 0)
         return finish(&w, 0);
     ret = event == POLLIN ? nbd_aio_notify_read(s->h) : nbd_aio_notify_write(s->h);

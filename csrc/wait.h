@@ -25,6 +25,15 @@
 
 #include <limits.h>
 
+#define NBDSHIM_SECOND INT64_C(1000000000)
+#define NBDSHIM_MILLISECOND INT64_C(1000000)
+#define NBDSHIM_NEVER INT64_MAX
+/*
+ * No wait is longer at a time.  A signal that arrives just before poll does not end it: then the
+ * handler runs after so long.
+ */
+#define NBDSHIM_SLICE NBDSHIM_SECOND
+
 /* What the server's answer to an option means for the call that waits for it. */
 enum nbdshim_answer {
     NBDSHIM_SUCCESS, /* 0, or a failure */
@@ -114,6 +123,38 @@ int nbdshim_end_option(struct nbdshim_wait *w, int ret, enum nbdshim_answer answ
 
 /* End a connect: ret is what nbd_aio_connect_X has returned. */
 int nbdshim_end_connect(struct nbdshim_wait *w, int ret);
+
+/*
+ * The parts of waiting, which a queue needs too.
+ *
+ * A time of the monotonic clock, in nanoseconds, after so many seconds; less than 0 is never.
+ */
+int64_t nbdshim_deadline(double seconds);
+
+/* How many nanoseconds to wait at once, until `until`; 0 if that is past. */
+int64_t nbdshim_slice(int64_t until);
+
+/* Wait a slice for a turn, at the most until the deadline.  Returns whether it was taken. */
+bool nbdshim_wait_for(sem_t *turn, int64_t deadline);
+
+/*
+ * Let Python run the handlers of signals that have arrived.  Returns 0 or, if one of them has
+ * raised an exception, NBDSHIM_STOPPED.  *has_forked says that this is the child of a fork now: the
+ * caller cuts its connections.
+ */
+int nbdshim_run_handlers(bool *has_forked);
+
+/*
+ * The descriptor to poll: our own duplicate, since libnbd's number may be a stranger's by now.
+ * While libnbd is connecting, it may try one socket after the other.
+ */
+int nbdshim_socket_of(struct nbdshim *s);
+
+/*
+ * Tell libnbd what poll has said.  Of reading and writing only one is told: the first may change
+ * what libnbd waits for.  Returns libnbd's result.
+ */
+int nbdshim_notify(struct nbdshim *s, short events);
 
 /* The same calls of libnbd, from beginning to end. */
 int nbdshim_aio_notify_read(struct nbdshim *s);

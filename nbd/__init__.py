@@ -21,6 +21,7 @@ Where things are:
     nbd.ClosedHandle  a method was called on a closed handle
     nbd.Buffer        memory for the asynchronous calls, aio_*
     nbd.CMD_FLAG_FUA, nbd.TLS_REQUIRE, ...  the constants of libnbd
+    nbd.queue         many commands in flight, over one handle or several
     nbd.memory        how much memory is kept for new nbd.Buffers
     nbd.types         types of callbacks, for annotations
     nbdsh             the shell: type it, or python -m nbd
@@ -56,6 +57,7 @@ from nbd._core.methods import NBD
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nbd import memory as memory
+    from nbd import queue as queue
     from nbd import types as types
 
     #: "libnbd".
@@ -67,7 +69,7 @@ del TYPE_CHECKING
 __all__ = ["NBD", "Buffer", "ClosedHandle", "Error", "nbd", "package_name", *_constants]
 
 # Few programs use these names: they are made when they are first asked for.
-_MODULES = ("memory", "types")
+_MODULES = ("memory", "queue", "types")
 _LATER = ("__version__", "package_name", *_MODULES)
 
 

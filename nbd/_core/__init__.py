@@ -10,8 +10,11 @@ Each module imports only from those above it:
     memory      results, blocks and their pool, pins and bounce buffers
     buffer      nbd.Buffer, and what libnbd is given of a buffer argument
     callbacks   the registry of what libnbd still needs
+    lifetime    what the shim has made is freed when Python cannot name it any more
     handle      how a handle begins and ends
     upcalls     the functions that the shim calls, one for each type of callback (generated)
     methods     nbd.NBD: one method for each call of libnbd.h (generated)
     constants   the constants of libnbd.h (generated)
+    engine      the shim's queue
+    queue       nbd.queue.Queue
 """

@@ -9,6 +9,7 @@ from sys import is_finalizing
 
 from nbd._core.convert import as_seconds
 from nbd._core.errors import end_other_threads, explain, pending, report_pending, settle
+from nbd._core.lifetime import owned
 from nbd._core.shim import IS_CPYTHON, ffi, lib
 
 TYPE_CHECKING = False
@@ -58,7 +59,7 @@ class Handle:
             raise MemoryError("no memory for a handle")
         # Closing does not free the memory of the shim's handle: as long as the cdata lives, a call
         # may be made with it.
-        self._h = made = _owned(made)
+        self._h = made = owned(made, nbdshim_destroy)
         _open.add(made)
 
     def close(self) -> None:
@@ -174,37 +175,6 @@ def _close_quietly(h: Any) -> None:
         _open.discard(h)
     if pending:
         report_pending(h)
-
-
-if IS_CPYTHON:
-    from _weakref import ref  # weakref itself takes much longer to import
-
-    # The shim's handles, by a weak reference to the cdata that Python has of each; and the weak
-    # references whose cdata is gone.  list.append is told that a cdata is gone, and not a function:
-    # if a signal handler raised at a bytecode of such a function, the exception would be lost.
-    _named: dict[ref[Any], Any] = {}
-    _gone: list[ref[Any]] = []
-    _pointer = ffi.typeof("struct nbdshim *")
-
-    def _owned(made: Any) -> Any:
-        """Free the handles whose cdata is gone.  A later call does the same for this one.
-
-        Not by ffi.gc: CPython may finalize the cdata of a garbage cycle before other objects of the
-        cycle that still use it.  A cdata without a finalizer lives until nothing refers to it.
-        """
-        while _gone:
-            try:
-                nbdshim_destroy(_named.pop(_gone.pop()))
-            except IndexError:  # another thread has freed the last one
-                break
-        _named[ref(made, _gone.append)] = ffi.cast(_pointer, made)
-        return made
-
-else:
-
-    def _owned(made: Any) -> Any:
-        """Have the memory of a handle freed when its cdata is gone."""
-        return ffi.gc(made, nbdshim_destroy)
 
 
 def _collect_dropped() -> None:

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: LGPL-2.0-or-later
+/*
+ * nbdqueue: many commands in flight, over one handle or several, without an upcall for each.
+ *
+ * Requests.  A request is given to the queue by nbdqueue_submit.  It is cut into pieces: commands
+ * as large as the queue's piece and the server's block size constraints allow.  So many commands as
+ * the queue's depth are in flight, in the order of the requests; the server may answer them in any
+ * order.  When all pieces of a request are done, nbdqueue_wait tells of it, once, with its first
+ * error.  After an error no more pieces of that request are sent.
+ *
+ * Ends.  A queue has a target, and for NBDQUEUE_COPY also a source.  All requests but the copy's
+ * read are made to the target.  An end is one file, or one handle or several of the same export.
+ *
+ * Alignment.  If the target has a minimum block size, a read that is not aligned is read wider.  A
+ * write that is not aligned is read, merged and written; the queue sends no other write to these
+ * blocks meanwhile.  A zero is merged at its edges; a trim leaves its edges out.  A copy has to be
+ * aligned to both ends, except for the end of the source.  A block at the end of the export is as
+ * short as the export.  Where the server has no command for zeroes, they are written.
+ *
+ * Buffers.  The caller keeps a buffer in place until its request was told of.  When a queue is
+ * dropped, commands in flight become orphans (see wait.h).  Then the token of the queue is handed
+ * over by the upcall `release` when no command can use a buffer any more.
+ *
+ * Threads.  Any thread may call any function, except nbdqueue_add and nbdqueue_destroy.  One thread
+ * at a time waits.
+ * It moves the connections, and it lets calls that wait on one of the handles go first.
+ */
+#ifndef NBDQUEUE_H
+#define NBDQUEUE_H
+
+#include "nbdshim.h"
+
+/* A queue has so many handles at the most. */
+#define NBDQUEUE_MOST_HANDLES 64
+
+enum nbdqueue_end { NBDQUEUE_TARGET, NBDQUEUE_SOURCE };
+
+enum nbdqueue_operation {
+    NBDQUEUE_READ,
+    NBDQUEUE_WRITE,
+    NBDQUEUE_ZERO,
+    NBDQUEUE_TRIM,
+    NBDQUEUE_CACHE,
+    NBDQUEUE_FLUSH,
+    NBDQUEUE_COPY /* read from the source, and write to the target */
+};
+
+/* A request that is done. */
+struct nbdqueue_done {
+    uintptr_t token;
+    uint64_t offset; /* where the first command failed */
+    int error;       /* its errno, or 0 */
+    int end;         /* enum nbdqueue_end: where it failed */
+};
+
+struct nbdqueue;
+
+/*
+ * A new queue, to be ended by nbdqueue_destroy; NULL if there is no memory.  depth is how many
+ * commands are in flight, piece the size of the largest in bytes.  token stands for the buffers of
+ * all requests.
+ */
+struct nbdqueue *nbdqueue_create(unsigned depth, uint32_t piece, uintptr_t token);
+
+/*
+ * Give the queue a handle that is connected, before the first request.  The queue keeps its memory
+ * in place.  Returns 0, -1 (libnbd's failure, such as that the handle is not connected), or a
+ * refusal.
+ */
+int nbdqueue_add(struct nbdqueue *q, enum nbdqueue_end end, struct nbdshim *s);
+
+/*
+ * The same for a file of size bytes, which begins at base in the file.  The caller owns the
+ * descriptor, and keeps it open.
+ */
+void nbdqueue_add_file(struct nbdqueue *q, enum nbdqueue_end end, int fd, uint64_t base,
+                       uint64_t size);
+
+/* The size of an end in bytes, and its minimum block size. */
+uint64_t nbdqueue_size(const struct nbdqueue *q, enum nbdqueue_end end);
+uint32_t nbdqueue_minimum(const struct nbdqueue *q, enum nbdqueue_end end);
+
+/*
+ * Add a request.  Never waits.  token comes back in struct nbdqueue_done.  Returns 0 or a refusal:
+ * NBDSHIM_NO_MEMORY, NBDSHIM_CLOSED if the queue was dropped, NBDSHIM_REENTERED.
+ */
+int nbdqueue_submit(struct nbdqueue *q, enum nbdqueue_operation operation, uintptr_t token,
+                    char *buffer, uint64_t length, uint64_t offset, uint32_t flags);
+
+/*
+ * Wait until `least` requests are done, until none is left to wait for, or for so many seconds;
+ * less than 0 is for ever, 0 does not sleep.  Writes at most `room` of those that are done to
+ * `done`, and returns how many; they are told of again until nbdqueue_take.  Returns NBDSHIM_STOPPED
+ * if the handler of a signal has raised an exception, NBDSHIM_CLOSED if the queue was dropped, or
+ * NBDSHIM_REENTERED.  Then everything stays as it is.
+ */
+int nbdqueue_wait(struct nbdqueue *q, struct nbdqueue_done *done, int room, int least,
+                  double timeout);
+
+/* The first `count` requests that nbdqueue_wait has told of are taken: forget them. */
+void nbdqueue_take(struct nbdqueue *q, int count);
+
+/* End the wait of another thread, or the next one. */
+void nbdqueue_wake(struct nbdqueue *q);
+
+/* How many requests were not taken yet. */
+unsigned nbdqueue_length(struct nbdqueue *q);
+
+/* How many bytes were copied, or were set to zero, in all requests for that. */
+uint64_t nbdqueue_copied(struct nbdqueue *q);
+uint64_t nbdqueue_zeroed(struct nbdqueue *q);
+
+/* Forget all requests.  Commands in flight become orphans.  Does not wait for the server. */
+void nbdqueue_drop(struct nbdqueue *q);
+
+/* Drop the queue, and free it when no command is in flight any more.  q may be NULL. */
+void nbdqueue_destroy(struct nbdqueue *q);
+
+#endif
