@@ -36,10 +36,10 @@
 /* A handle of the queue. */
 struct member {
     struct nbdshim *s;
-    unsigned flying;  /* commands that libnbd has */
-    int error;        /* of the connection, if it is lost */
-    bool is_lost;     /* it is closed, or its connection has ended */
-    bool is_entered;  /* by the thread that has the queue's turn, as has_turn */
+    unsigned flying; /* commands that libnbd has */
+    int error;       /* of the connection, if it is lost */
+    bool is_lost;    /* it is closed, or its connection has ended */
+    bool is_entered; /* by the thread that has the queue's turn, as has_turn */
     bool has_turn;
 };
 
@@ -91,8 +91,8 @@ struct nbdqueue {
     pthread_mutex_t lock;
     atomic_uint references; /* the caller's, and one for each command in flight */
     int waker;              /* an eventfd, which ends the poll of the thread that waits */
-    bool is_sleeping; /* the thread that waits is in poll */
-    bool has_news;    /* requests were added while another thread had the turn */
+    bool is_sleeping;       /* the thread that waits is in poll */
+    bool has_news;          /* requests were added while another thread had the turn */
     bool is_woken, is_dropped;
     unsigned depth, flying;
     uint32_t piece;
@@ -321,7 +321,8 @@ static void retire(void *user_data)
 static int move_bytes(int fd, bool writes, char *data, uint64_t length, uint64_t at)
 {
     while (length > 0) {
-        ssize_t n = writes ? pwrite(fd, data, length, (off_t)at) : pread(fd, data, length, (off_t)at);
+        ssize_t n =
+            writes ? pwrite(fd, data, length, (off_t)at) : pread(fd, data, length, (off_t)at);
 
         if (n == 0)
             return EIO; /* the file is shorter than it was */
@@ -497,10 +498,12 @@ static uint64_t end_of_piece(const struct nbdqueue *q, const struct request *r)
     uint64_t block = round_down(r->cut, end->minimum);
     uint64_t last = smaller(r->end, block + (has_payload(q, r->operation) ? q->piece : LARGEST));
 
-    if (r->operation != NBDQUEUE_ZERO || last == end->size)
+    if (r->operation != NBDQUEUE_ZERO)
         return last;
     if (r->cut != block) /* the edges of a zero are pieces of their own */
         return smaller(last, block + end->minimum);
+    if (last == end->size)
+        return last;
     return last - block > end->minimum ? round_down(last, end->minimum) : last;
 }
 
@@ -970,7 +973,8 @@ static bool is_over(struct nbdqueue *q, unsigned least)
     bool is_over;
 
     pthread_mutex_lock(&q->lock);
-    is_over = q->done_length >= least || q->done_length == q->length || q->is_woken || q->is_dropped;
+    is_over =
+        q->done_length >= least || q->done_length == q->length || q->is_woken || q->is_dropped;
     pthread_mutex_unlock(&q->lock);
     return is_over;
 }

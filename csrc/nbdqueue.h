@@ -90,9 +90,9 @@ int nbdqueue_submit(struct nbdqueue *q, enum nbdqueue_operation operation, uintp
 /*
  * Wait until `least` requests are done, until none is left to wait for, or for so many seconds;
  * less than 0 is for ever, 0 does not sleep.  Writes at most `room` of those that are done to
- * `done`, and returns how many; they are told of again until nbdqueue_take.  Returns NBDSHIM_STOPPED
- * if the handler of a signal has raised an exception, NBDSHIM_CLOSED if the queue was dropped, or
- * NBDSHIM_REENTERED.  Then everything stays as it is.
+ * `done`, and returns how many; they are told of again until nbdqueue_take.  Returns
+ * NBDSHIM_STOPPED if the handler of a signal has raised an exception, NBDSHIM_CLOSED if the queue
+ * was dropped, or NBDSHIM_REENTERED.  Then everything stays as it is.
  */
 int nbdqueue_wait(struct nbdqueue *q, struct nbdqueue_done *done, int room, int least,
                   double timeout);
