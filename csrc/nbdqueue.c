@@ -94,6 +94,7 @@ struct nbdqueue {
     bool is_sleeping;       /* the thread that waits is in poll */
     bool has_news;          /* requests were added while another thread had the turn */
     bool is_woken, is_dropped;
+    bool is_forgotten; /* dropped, and no request is left */
     unsigned depth, flying;
     uint32_t piece;
     struct end ends[2];
@@ -249,7 +250,7 @@ static void list_answered(struct slot *slot)
 {
     struct nbdqueue *q = slot->q;
 
-    if (slot->is_listed)
+    if (slot->is_listed || q->is_forgotten)
         return;
     slot->is_listed = true;
     slot->next = q->answered;
@@ -278,7 +279,10 @@ static int complete(void *user_data, int *error)
     return is_retired;
 }
 
-/* The queue was dropped, and no command in flight is left: nobody uses the buffers any more. */
+/*
+ * All was forgotten, and no command is in flight: nobody uses the buffers any more.  A queue that
+ * was only dropped may have a piece that is not sent yet, or is not copied yet to its buffer.
+ */
 static void release_buffers(struct nbdqueue *q, struct nbdshim *s)
 {
     struct nbdshim_closure *keeper = q->keeper;
@@ -311,7 +315,7 @@ static void retire(void *user_data)
         slot->error = ENOTCONN; /* the handle was closed */
     if (slot->is_issued || slot->is_answered)
         list_answered(slot);
-    if (q->is_dropped && q->flying == 0)
+    if (q->is_forgotten && q->flying == 0)
         release_buffers(q, s);
     pthread_mutex_unlock(&q->lock);
     unrefer(q);
@@ -1047,6 +1051,8 @@ static void forget(struct nbdqueue *q)
     free_requests(q->done);
     q->queued = q->done = NULL;
     q->length = q->done_length = 0;
+    q->answered = NULL;
+    q->is_forgotten = true;
     for (unsigned i = 0; i < q->depth; i++)
         orphan(&q->slots[i]);
     if (q->flying == 0)
