@@ -288,7 +288,7 @@ static void release_buffers(struct nbdqueue *q, struct nbdshim *s)
     struct nbdshim_closure *keeper = q->keeper;
 
     q->keeper = NULL;
-    if (keeper == NULL || s == NULL || nbdshim_is_silent()) {
+    if (keeper == NULL || nbdshim_is_silent()) {
         free(keeper);
         return;
     }
@@ -795,15 +795,23 @@ static int enter_all(struct nbdqueue *q)
     return 0;
 }
 
-static void leave_all(struct nbdqueue *q)
+/*
+ * Give the turn back and leave the handles.  In this order: leaving hands tokens over, and that may
+ * run functions which use the queue, and which would wait for the turn.
+ */
+static void end_turn(struct nbdqueue *q)
 {
-    for (size_t i = 0; i < q->count; i++) {
-        bool was_entered = q->members[i].is_entered;
+    struct nbdshim *entered[NBDQUEUE_MOST_HANDLES];
+    size_t count = 0;
 
+    for (size_t i = 0; i < q->count; i++) {
+        if (q->members[i].is_entered)
+            entered[count++] = q->members[i].s;
         q->members[i].is_entered = false;
-        if (was_entered)
-            nbdshim_leave(q->members[i].s);
     }
+    sem_post(&q->turn);
+    while (count > 0)
+        nbdshim_leave(entered[--count]);
 }
 
 /* Whether this thread is in a callback of one of the handles, where libnbd's lock is held. */
@@ -853,8 +861,7 @@ static int pause_for_handlers(struct nbdqueue *q)
 {
     int ret;
 
-    leave_all(q);
-    sem_post(&q->turn);
+    end_turn(q);
     ret = run_handlers(q);
     if (ret != 0)
         return ret;
@@ -1042,7 +1049,17 @@ static void free_requests(struct request *list)
     }
 }
 
-/* The end of a queue that was dropped: the caller has the turn, or nobody else uses the queue. */
+/* The handle whose call in this thread hands the token over when it ends. */
+static struct nbdshim *releaser(const struct nbdqueue *q)
+{
+    for (size_t i = 0; i < q->count; i++) {
+        if (nbdshim_is_reentry(q->members[i].s))
+            return q->members[i].s;
+    }
+    return q->count > 0 ? q->members[0].s : NULL;
+}
+
+/* The end of all requests of a queue that was dropped.  The caller has the turn. */
 static void forget(struct nbdqueue *q)
 {
     retire_answered(q);
@@ -1056,8 +1073,17 @@ static void forget(struct nbdqueue *q)
     for (unsigned i = 0; i < q->depth; i++)
         orphan(&q->slots[i]);
     if (q->flying == 0)
-        release_buffers(q, q->count > 0 ? q->members[0].s : NULL);
+        release_buffers(q, releaser(q));
     pthread_mutex_unlock(&q->lock);
+}
+
+/* Forget everything, give the turn back, and hand the token over if that is the end of it. */
+static void forget_and_leave(struct nbdqueue *q)
+{
+    forget(q);
+    end_turn(q);
+    if (!is_reentry(q))
+        nbdshim_hand_over(releaser(q));
 }
 
 int nbdqueue_wait(struct nbdqueue *q, struct nbdqueue_done *done, int room, int least,
@@ -1084,11 +1110,11 @@ int nbdqueue_wait(struct nbdqueue *q, struct nbdqueue_done *done, int room, int 
                 break;
         }
         ret = tell(q, done, room);
-        if (ret == NBDSHIM_CLOSED)
-            forget(q);
-        leave_all(q);
     }
-    sem_post(&q->turn);
+    if (ret == NBDSHIM_CLOSED)
+        forget_and_leave(q);
+    else
+        end_turn(q);
     return ret;
 }
 
@@ -1187,11 +1213,9 @@ int nbdqueue_submit(struct nbdqueue *q, enum nbdqueue_operation operation, uintp
     q->length++;
     pthread_mutex_unlock(&q->lock);
     if (sem_trywait(&q->turn) == 0) {
-        if (enter_all(q) == 0) {
+        if (enter_all(q) == 0)
             pump(q);
-            leave_all(q);
-        }
-        sem_post(&q->turn);
+        end_turn(q);
     } else {
         pthread_mutex_lock(&q->lock);
         q->has_news = true;
@@ -1242,18 +1266,6 @@ static bool mark_dropped(struct nbdqueue *q)
     return !was_dropped;
 }
 
-/* Forget everything, and hand over the token if that is the end of it. */
-static void forget_and_leave(struct nbdqueue *q)
-{
-    bool is_entered = enter_all(q) == 0;
-
-    forget(q);
-    if (is_entered)
-        leave_all(q);
-    if (q->count > 0 && !is_reentry(q))
-        nbdshim_hand_over(q->members[0].s);
-}
-
 void nbdqueue_drop(struct nbdqueue *q)
 {
     /* In a callback of a handle this thread may have the turn: then nbdqueue_wait forgets. */
@@ -1261,8 +1273,8 @@ void nbdqueue_drop(struct nbdqueue *q)
         return;
     while (sem_wait(&q->turn) != 0)
         ; /* interrupted by a signal; who has the turn gives it back at once */
+    (void)enter_all(q);
     forget_and_leave(q);
-    sem_post(&q->turn);
 }
 
 void nbdqueue_destroy(struct nbdqueue *q)
@@ -1270,6 +1282,9 @@ void nbdqueue_destroy(struct nbdqueue *q)
     if (q == NULL)
         return;
     (void)mark_dropped(q);
+    while (sem_wait(&q->turn) != 0)
+        ;
+    (void)enter_all(q);
     forget_and_leave(q);
     unrefer(q);
 }
