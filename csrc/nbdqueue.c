@@ -96,6 +96,7 @@ struct nbdqueue {
     bool is_woken, is_dropped;
     bool is_forgotten; /* dropped, and no request is left */
     unsigned depth, flying;
+    unsigned forks; /* nbdshim_forks of the process that made the queue */
     uint32_t piece;
     struct end ends[2];
     struct member members[NBDQUEUE_MOST_HANDLES];
@@ -132,6 +133,7 @@ struct nbdqueue *nbdqueue_create(unsigned depth, uint32_t piece, uintptr_t token
     atomic_init(&q->references, 1);
     q->depth = depth;
     q->piece = piece;
+    q->forks = atomic_load(&nbdshim_forks);
     q->keeper->token = token;
     q->last_queued = &q->queued;
     q->last_done = &q->done;
@@ -1266,13 +1268,24 @@ static bool mark_dropped(struct nbdqueue *q)
     return !was_dropped;
 }
 
+/*
+ * Take the turn for the last time.  Who has it gives it back at once.  But in the child of a fork,
+ * a thread of the parent may have it: then this returns false.
+ */
+static bool take_last_turn(struct nbdqueue *q)
+{
+    if (atomic_load(&nbdshim_forks) != q->forks)
+        return sem_trywait(&q->turn) == 0;
+    while (sem_wait(&q->turn) != 0)
+        ; /* interrupted by a signal */
+    return true;
+}
+
 void nbdqueue_drop(struct nbdqueue *q)
 {
     /* In a callback of a handle this thread may have the turn: then nbdqueue_wait forgets. */
-    if (!mark_dropped(q) || is_reentry(q))
+    if (!mark_dropped(q) || is_reentry(q) || !take_last_turn(q))
         return;
-    while (sem_wait(&q->turn) != 0)
-        ; /* interrupted by a signal; who has the turn gives it back at once */
     (void)enter_all(q);
     forget_and_leave(q);
 }
@@ -1282,8 +1295,8 @@ void nbdqueue_destroy(struct nbdqueue *q)
     if (q == NULL)
         return;
     (void)mark_dropped(q);
-    while (sem_wait(&q->turn) != 0)
-        ;
+    if (!take_last_turn(q))
+        return; /* its memory stays: it is in the middle of a wait */
     (void)enter_all(q);
     forget_and_leave(q);
     unrefer(q);
