@@ -298,6 +298,14 @@ static void release_buffers(struct nbdqueue *q, struct nbdshim *s)
     nbdshim_push_released(keeper);
 }
 
+/* How many bytes of memory a command in flight needs. */
+static size_t bytes_of(const struct slot *slot)
+{
+    bool has_data = slot->command == NBDQUEUE_READ || slot->command == NBDQUEUE_WRITE;
+
+    return has_data ? slot->wide_length : 0;
+}
+
 /* libnbd's `free` callback: it has no more use for the command. */
 static void retire(void *user_data)
 {
@@ -311,7 +319,7 @@ static void retire(void *user_data)
     q->flying--;
     if (slot->is_orphan) {
         atomic_fetch_sub(&s->orphans, 1);
-        atomic_fetch_sub(&s->orphan_bytes, slot->wide_length);
+        atomic_fetch_sub(&s->orphan_bytes, bytes_of(slot));
     }
     if (!slot->is_answered && slot->is_issued)
         slot->error = ENOTCONN; /* the handle was closed */
@@ -1033,10 +1041,10 @@ static void orphan(struct slot *slot)
     struct request *r = slot->request;
 
     slot->request = NULL;
-    if (slot->is_flying && !slot->is_orphan) {
+    if (slot->is_flying && !slot->is_answered && !slot->is_orphan) {
         slot->is_orphan = true;
         atomic_fetch_add(&slot->member->s->orphans, 1);
-        atomic_fetch_add(&slot->member->s->orphan_bytes, slot->wide_length);
+        atomic_fetch_add(&slot->member->s->orphan_bytes, bytes_of(slot));
     }
     if (r != NULL && --r->flying == 0)
         free(r);
