@@ -644,6 +644,7 @@ static void start(struct slot *slot)
     enum nbdqueue_operation operation = slot->request->operation;
 
     slot->command = operation;
+    slot->member = NULL;
     if (operation == NBDQUEUE_COPY || slot->merges)
         slot->command = NBDQUEUE_READ;
     else if (operation == NBDQUEUE_ZERO && !q->ends[NBDQUEUE_TARGET].has_zero)
@@ -739,15 +740,19 @@ static void retire_read(struct slot *slot)
         slot->error = nbd_get_errno() != 0 ? nbd_get_errno() : EIO;
 }
 
-/* Commands that a dead connection has never sent fail with EINVAL: tell the connection's error. */
+/*
+ * Commands that a dead connection has not sent fail with EINVAL, and those that it has sent with
+ * ENOTCONN: tell the connection's error.  Any other error is the server's answer.
+ */
 static void explain(struct slot *slot)
 {
     struct member *m = slot->member;
+    bool is_answer = slot->is_answered && slot->error != ENOTCONN;
 
     if (!m->is_lost && m->is_entered &&
         (nbd_aio_is_dead(m->s->h) == 1 || nbd_aio_is_closed(m->s->h) == 1))
-        lose(m, slot->error != EINVAL ? slot->error : 0);
-    if (m->is_lost && m->error != 0)
+        lose(m, ENOTCONN);
+    if (m->is_lost && !is_answer)
         slot->error = m->error;
 }
 
