@@ -36,6 +36,7 @@
 /* A handle of the queue. */
 struct member {
     struct nbdshim *s;
+    enum nbdqueue_end end;
     unsigned flying; /* commands that libnbd has */
     int error;       /* of the connection, if it is lost */
     bool is_lost;    /* it is closed, or its connection has ended */
@@ -44,9 +45,8 @@ struct member {
 };
 
 struct end {
-    struct member *members;
-    size_t count;
-    int fd; /* a file; -1 if the end has handles */
+    size_t count; /* of its handles */
+    int fd;       /* a file; -1 if the end has handles */
     uint64_t base, size;
     uint32_t minimum, maximum; /* of the server's block size constraints; maximum 0 is none */
     bool has_zero;             /* it has a command for zeroes */
@@ -212,9 +212,8 @@ int nbdqueue_add(struct nbdqueue *q, enum nbdqueue_end which, struct nbdshim *s)
     ret = note_export(end, s);
     if (ret == 0) {
         atomic_fetch_add(&s->owners, 1);
-        if (end->count++ == 0)
-            end->members = &q->members[q->count];
-        q->members[q->count++] = (struct member){.s = s};
+        end->count++;
+        q->members[q->count++] = (struct member){.s = s, .end = which};
     }
     nbdshim_leave(s);
     return ret;
@@ -391,23 +390,28 @@ static int use_file(const struct slot *slot, const struct end *end)
 }
 
 /* The handle of an end that has the fewest commands in flight; NULL if all are lost. */
-static struct member *least_busy(const struct end *end)
+static struct member *least_busy(struct nbdqueue *q, enum nbdqueue_end end)
 {
     struct member *found = NULL;
 
-    for (size_t i = 0; i < end->count; i++) {
-        struct member *m = &end->members[i];
+    for (size_t i = 0; i < q->count; i++) {
+        struct member *m = &q->members[i];
 
-        if (m->is_entered && !m->is_lost && (found == NULL || m->flying < found->flying))
+        if (m->end == end && m->is_entered && !m->is_lost &&
+            (found == NULL || m->flying < found->flying))
             found = m;
     }
     return found;
 }
 
 /* The errno for a command for which there is no connection left. */
-static int lost_error(const struct end *end)
+static int lost_error(const struct nbdqueue *q, enum nbdqueue_end end)
 {
-    return end->count > 0 && end->members[0].error != 0 ? end->members[0].error : ENOTCONN;
+    for (size_t i = 0; i < q->count; i++) {
+        if (q->members[i].end == end && q->members[i].error != 0)
+            return q->members[i].error;
+    }
+    return ENOTCONN;
 }
 
 /* Make the call of libnbd for a slot.  Returns its cookie, or -1. */
@@ -448,7 +452,8 @@ static enum nbdqueue_end end_of(const struct slot *slot)
 static void send_command(struct slot *slot)
 {
     struct nbdqueue *q = slot->q;
-    struct end *end = &q->ends[end_of(slot)];
+    enum nbdqueue_end which = end_of(slot);
+    const struct end *end = &q->ends[which];
     int64_t cookie;
 
     slot->is_flying = slot->is_issued = slot->is_answered = false;
@@ -456,10 +461,10 @@ static void send_command(struct slot *slot)
     slot->error = end->fd >= 0 ? use_file(slot, end) : 0;
     pthread_mutex_lock(&q->lock);
     if (end->fd < 0)
-        slot->member = least_busy(end);
+        slot->member = least_busy(q, which);
     if (slot->member == NULL) {
         if (end->fd < 0)
-            slot->error = lost_error(end);
+            slot->error = lost_error(q, which);
         list_answered(slot);
         pthread_mutex_unlock(&q->lock);
         return;
