@@ -1126,7 +1126,8 @@ int nbdqueue_wait(struct nbdqueue *q, struct nbdqueue_done *done, int room, int 
             if (ret < 0)
                 return ret; /* without a turn */
             pump(q);
-            if (ret == 0 && nbdshim_slice(until) == 0)
+            /* 0 seconds: as long as something has happened; else the time is the limit */
+            if ((ret == 0 || timeout > 0) && nbdshim_slice(until) == 0)
                 break;
         }
         ret = tell(q, done, room);
