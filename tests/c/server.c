@@ -75,6 +75,34 @@ int connect_to_silence(struct nbdshim *s, uint64_t size)
     return ends[1];
 }
 
+struct command receive_command(int server)
+{
+    struct {
+        uint32_t magic;
+        uint16_t flags, type;
+        uint64_t cookie, offset;
+        uint32_t size;
+    } __attribute__((packed)) wire = {0};
+
+    CHECK(recv(server, &wire, sizeof wire, MSG_WAITALL) == sizeof wire);
+    return (struct command){.flags = be16toh(wire.flags),
+                            .type = be16toh(wire.type),
+                            .cookie = wire.cookie,
+                            .offset = be64toh(wire.offset),
+                            .size = be32toh(wire.size)};
+}
+
+void answer(int server, struct command command, uint32_t error, const void *data, size_t size)
+{
+    struct {
+        uint32_t magic, error;
+        uint64_t cookie;
+    } __attribute__((packed)) wire = {htobe32(0x67446698), htobe32(error), command.cookie};
+
+    CHECK(send(server, &wire, sizeof wire, 0) == sizeof wire);
+    CHECK(send(server, data, size, 0) == (ssize_t)size);
+}
+
 int64_t start_read(struct nbdshim *s, void *buf, size_t count, uint64_t offset, uintptr_t token,
                    bool is_called)
 {

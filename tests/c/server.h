@@ -25,6 +25,17 @@ void kill_server(pid_t server);
  */
 int connect_to_silence(struct nbdshim *s, uint64_t size);
 
+/* A command as a server receives it. */
+struct command {
+    uint16_t flags, type;
+    uint64_t cookie, offset;
+    uint32_t size;
+};
+
+/* What stands at the server's end of connect_to_silence: take the next command, and answer one. */
+struct command receive_command(int server);
+void answer(int server, struct command command, uint32_t error, const void *data, size_t size);
+
 /* Start a read of `count` bytes that calls the token back if is_called, and only frees it if not.
  */
 int64_t start_read(struct nbdshim *s, void *buf, size_t count, uint64_t offset, uintptr_t token,

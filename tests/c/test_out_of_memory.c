@@ -5,12 +5,15 @@
  */
 #include "check.h"
 #include "handle.h"
+#include "nbdqueue.h"
 #include "owner.h"
 #include "server.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 /* How many allocations there were, and the one that fails; 0 for none. */
 static int allocations, failing;
@@ -153,6 +156,46 @@ static int64_t list_contexts(struct scenario *sc)
     return nbdcall_opt_list_meta_context(sc->s, give(&sc->tokens[0]));
 }
 
+/* Give the queue a request, and wait for it.  Returns 0, or NBDSHIM_NO_MEMORY. */
+static int64_t ask(struct nbdqueue *q, enum nbdqueue_operation operation, uint64_t length)
+{
+    struct nbdqueue_done done;
+    int ret = nbdqueue_submit(q, operation, 1, NULL, length, 0, 0);
+
+    if (ret != 0)
+        return ret;
+    CHECK(nbdqueue_wait(q, &done, 1, 1, -1) == 1);
+    nbdqueue_take(q, 1);
+    CHECK(done.error == 0 || done.error == ENOMEM);
+    return done.error == 0 ? 0 : NBDSHIM_NO_MEMORY;
+}
+
+/* Copy a file to the handle, and set a file to zero. */
+static int64_t use_queues(struct scenario *sc)
+{
+    struct token tokens[2] = {{0}};
+    struct nbdqueue *copy = nbdqueue_create(2, 512, give(&tokens[0]));
+    struct nbdqueue *zero = nbdqueue_create(2, 512, give(&tokens[1]));
+    int fd = memfd_create("file", MFD_CLOEXEC);
+    int64_t result = copy && zero ? 0 : NBDSHIM_NO_MEMORY;
+
+    CHECK(ftruncate(fd, 512) == 0);
+    if (result == 0) {
+        CHECK(nbdqueue_add(copy, NBDQUEUE_TARGET, sc->s) == 0);
+        nbdqueue_add_file(copy, NBDQUEUE_SOURCE, fd, 0, 512);
+        nbdqueue_add_file(zero, NBDQUEUE_TARGET, fd, 0, 512);
+        result = ask(copy, NBDQUEUE_COPY, 512);
+        if (result == 0)
+            result = ask(zero, NBDQUEUE_ZERO, 512);
+    }
+    CHECK(tokens[0].releases == 0 && tokens[1].releases == 0);
+    nbdqueue_destroy(copy);
+    nbdqueue_destroy(zero);
+    CHECK(tokens[0].releases == (copy != NULL) && tokens[1].releases == (zero != NULL));
+    close(fd);
+    return result;
+}
+
 /* Fail its allocations one after the other, each on a new handle; returns how many there are. */
 static int fail_each(struct nbdshim *(*make)(void), step *run)
 {
@@ -221,6 +264,11 @@ static void two_callbacks_need_two_allocations(void)
     CHECK(fail_each(negotiating, list_exports_later) == 2);
 }
 
+static void a_queue_needs_three_allocations_and_each_request_one_and_its_memory(void)
+{
+    CHECK(fail_each(connected, use_queues) == 2 * (3 + 1 + 1));
+}
+
 static void closing_needs_none_but_its_commands(void)
 {
     CHECK(fail_each(connected, close_with_commands_in_flight) == 2);
@@ -228,4 +276,6 @@ static void closing_needs_none_but_its_commands(void)
 
 RUN_TESTS(TEST(a_handle_needs_one_allocation), TEST(a_handle_that_libnbd_cannot_make_is_not_made),
           TEST(a_callback_needs_one_allocation), TEST(a_call_that_waits_needs_one_more),
-          TEST(two_callbacks_need_two_allocations), TEST(closing_needs_none_but_its_commands))
+          TEST(two_callbacks_need_two_allocations),
+          TEST(a_queue_needs_three_allocations_and_each_request_one_and_its_memory),
+          TEST(closing_needs_none_but_its_commands))
