@@ -107,7 +107,8 @@ def test_an_import_loads_only_what_a_connection_and_a_read_need() -> None:
         [sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True
     )
     found = {m for m in done.stdout.split() if not re.match(r"nbd\._core\.(abi|api)", m)}
-    assert found == {"nbd", "nbd._core", *(f"nbd._core.{module}" for module in ORDER)}
+    needed = ORDER[: ORDER.index("constants") + 1]  # the others are loaded when first asked for
+    assert found == {"nbd", "nbd._core", *(f"nbd._core.{module}" for module in needed)}
 
 
 def test_the_source_says_in_one_line_that_it_is_not_built(tmp_path: Path) -> None:

@@ -36,7 +36,4 @@ if IS_CPYTHON:
         return made
 
 else:
-
-    def owned(made: Any, destroy: Callable[[Any], None]) -> Any:
-        """Have something freed when its cdata is gone."""
-        return ffi.gc(made, destroy)
+    owned = ffi.gc
