@@ -26,6 +26,7 @@ import pytest
 
 PACKAGES = {
     "certtool": "gnutls-bin",
+    "mke2fs": "e2fsprogs",
     "nbd-server": "nbd-server",
     "nbdkit": "nbdkit",
     "psktool": "gnutls-bin",

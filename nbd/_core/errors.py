@@ -112,6 +112,39 @@ class Timeout(Error, TimeoutError):  # type: ignore[misc] # its errno is that of
 
 
 @one_for_all_imports
+class DiskError(Error, OSError):
+    """A read or write of a file of nbd.open has failed.
+
+    It is an nbd.Error, and an OSError for programs that only know files: its errno is a number,
+    the same as its errnum.
+
+    Example:
+        >>> isinstance(nbd.DiskError("writing failed", 28), OSError)
+        True
+    """
+
+    __module__ = "nbd"
+
+    @property
+    def errno(self) -> int:  # type: ignore[override] # that of OSError, as programs expect
+        """The errno."""
+        return self.errnum
+
+    @property
+    def strerror(self) -> str:  # type: ignore[override] # OSError has it as a variable
+        """What its errno means."""
+        import os
+
+        return os.strerror(self.errnum)
+
+    def __str__(self) -> str:
+        import errno
+
+        name = errno.errorcode.get(self.errnum)
+        return f"{self.string} ({name})" if name else self.string
+
+
+@one_for_all_imports
 class ClosedHandle(ValueError):
     """A method was called on a handle that is closed.
 
