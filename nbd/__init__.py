@@ -21,6 +21,10 @@ Where things are:
     nbd.ClosedHandle  a method was called on a closed handle
     nbd.Buffer        memory for the asynchronous calls, aio_*
     nbd.CMD_FLAG_FUA, nbd.TLS_REQUIRE, ...  the constants of libnbd
+    nbd.open          a disk as a binary file
+    nbd.copy          copy a disk, a file or a stream to another
+    nbd.extents       where a disk has data, holes, or what has changed
+    nbd.connect       a connected handle, also of a server that is still starting
     nbd.queue         many commands in flight, over one handle or several
     nbd.memory        how much memory is kept for new nbd.Buffers
     nbd.types         types of callbacks, for annotations
@@ -51,7 +55,8 @@ from nbd._core.buffer import Buffer
 from nbd._core.constants import *  # noqa: F403 - one name for each constant of libnbd.h
 from nbd._core.constants import __all__ as _constants
 from nbd._core.errors import ClosedHandle, Error
-from nbd._core.errors import Timeout as Timeout  # not in __all__, as libnbd's module has none
+from nbd._core.errors import DiskError as DiskError  # not in __all__, as libnbd's module has none
+from nbd._core.errors import Timeout as Timeout  # nor this
 from nbd._core.methods import NBD
 
 TYPE_CHECKING = False
@@ -59,6 +64,13 @@ if TYPE_CHECKING:
     from nbd import memory as memory
     from nbd import queue as queue
     from nbd import types as types
+    from nbd._core.connecting import connect as connect
+    from nbd._core.copying import Copied as Copied
+    from nbd._core.copying import copy as copy
+    from nbd._core.extents import Extent as Extent
+    from nbd._core.extents import Extents as Extents
+    from nbd._core.extents import extents as extents
+    from nbd._core.file import open as open
 
     #: "libnbd".
     package_name: str
@@ -70,7 +82,16 @@ __all__ = ["NBD", "Buffer", "ClosedHandle", "Error", "nbd", "package_name", *_co
 
 # Few programs use these names: they are made when they are first asked for.
 _MODULES = ("memory", "queue", "types")
-_LATER = ("__version__", "package_name", *_MODULES)
+_FUNCTIONS = {
+    "Copied": "copying",
+    "Extent": "extents",
+    "Extents": "extents",
+    "connect": "connecting",
+    "copy": "copying",
+    "extents": "extents",
+    "open": "file",
+}
+_LATER = ("__version__", "package_name", *_MODULES, *_FUNCTIONS)
 
 
 def nbd() -> NBD:
@@ -91,6 +112,12 @@ def __getattr__(name: str) -> object:
         from importlib import import_module
 
         return import_module(f"{__name__}.{name}")
+    if name in _FUNCTIONS:
+        from importlib import import_module
+
+        found: object = getattr(import_module(f"nbd._core.{_FUNCTIONS[name]}"), name)
+        globals()[name] = found
+        return found
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with NBD() as handle:

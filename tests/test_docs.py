@@ -38,7 +38,10 @@ ROWS, COLUMNS = 24, 80
 
 METHODS: dict[str, Callable[..., Any]] = dict(public_methods(nbd.NBD))
 TEXTS = {name: documentation(method) for name, method in METHODS.items()}
-OWN = ("NBD", "Buffer", "Error", "Timeout", "ClosedHandle", "nbd")
+OWN = (
+    *("NBD", "Buffer", "Error", "Timeout", "DiskError", "ClosedHandle"),
+    *("nbd", "connect", "copy", "extents", "open"),
+)
 SERVER = ["nbdkit", "-s", "--exit-with-parent", "memory", "size=1M"]
 
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)

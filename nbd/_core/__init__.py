@@ -17,4 +17,14 @@ Each module imports only from those above it:
     constants   the constants of libnbd.h (generated)
     engine      the shim's queue
     queue       nbd.queue.Queue
+    connecting  nbd.connect
+    extents     nbd.extents
+    readahead   the window of a file that is read in order
+    writes      the writes of a file that are in flight
+    diskfile    a disk as an unbuffered file
+    openfiles   the open files, closed when the program ends
+    file        nbd.open
+    ends        what a copy reads from and writes to
+    streaming   copies from and to streams
+    copying     nbd.copy
 """

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""What nbd.copy reads from and writes to: disks, files, and streams.
+
+A disk is one NBD export, over one handle or several.  A file has a descriptor, which the shim reads
+and writes by itself; it may be a block device.  A stream is anything else that a program can read
+or write from its beginning to its end: a pipe, an io.BytesIO, a gzip.GzipFile.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+import stat
+
+from nbd._core.connecting import connect
+from nbd._core.constants import CONTEXT_BASE_ALLOCATION, STATE_ZERO
+from nbd._core.engine import SOURCE
+from nbd._core.errors import Error
+from nbd._core.extents import extents
+from nbd._core.methods import NBD
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from typing import Any, Union
+
+    from nbd._core.engine import Engine
+
+    Anything = Union[str, "os.PathLike[str]", bytes, Sequence[str], NBD, Any]
+    End = Union["Disk", "File", "Stream"]
+
+_IS_URI = re.compile(r"nbds?(\+\w+)?:").match
+_CONNECTIONS = 4
+
+
+class Disk:
+    """An NBD export.
+
+    Attributes:
+        handles: Its connections.
+        size: In bytes.
+    """
+
+    def __init__(self, handles: list[NBD], is_ours: bool) -> None:
+        self.handles = handles
+        self.is_ours = is_ours
+        self.size: int = handles[0].get_size()
+
+    @property
+    def most_workers(self) -> int:
+        """By so many threads it can be used: each needs a handle of its own."""
+        return len(self.handles)
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether the server refuses writes."""
+        return self.handles[0].is_read_only()
+
+    def add_to(self, engine: Engine, end: int, worker: int, workers: int) -> None:
+        """Give an engine the handles of one worker."""
+        for handle in self.handles[worker::workers]:
+            engine.add(end, handle)
+
+    def zeroes(self, start: int, stop: int, worker: int) -> Iterator[tuple[int, int]]:
+        """The parts of a range that read as zeroes, as far as the server tells: start and stop."""
+        handle = self.handles[worker]
+        if not handle.can_meta_context(CONTEXT_BASE_ALLOCATION):
+            return
+        for extent in extents(handle, start=start, end=stop):
+            if extent.flags & STATE_ZERO:
+                yield extent.offset, extent.offset + extent.length
+
+    def flush(self) -> None:
+        """Have the server write everything to its disk, if it has a command for that."""
+        if self.handles[0].can_flush():
+            self.handles[0].flush()
+
+    def close(self) -> None:
+        """Close our handles at once; calls of other threads on them come back."""
+        if self.is_ours:
+            for handle in self.handles:
+                handle.__exit__(None, None, None)
+
+    def say_goodbye(self, count: int) -> None:
+        """End our connections in order."""
+        for handle in self.handles if self.is_ours else ():
+            try:
+                handle.shutdown()
+            except Error:  # all is written and flushed
+                continue
+
+
+class File:
+    """A file or block device, by its descriptor.
+
+    Attributes:
+        size: In bytes, from `base` on.
+    """
+
+    most_workers = 2**31
+    is_read_only = False
+
+    def __init__(self, fd: int, base: int, is_ours: bool, owner: Any = None) -> None:
+        self.fd = fd
+        self.base = base
+        self.is_ours = is_ours
+        self.owner = owner  # the caller's file object
+        self.is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        whole = os.fstat(fd).st_size if self.is_regular else os.lseek(fd, 0, os.SEEK_END)
+        self.size = max(0, whole - base)
+
+    def add_to(self, engine: Engine, end: int, worker: int, workers: int) -> None:
+        """Give an engine the file."""
+        engine.add_file(end, self.fd, self.base, self.size)
+
+    def zeroes(self, start: int, stop: int, worker: int) -> Iterator[tuple[int, int]]:
+        """The holes in a range, as far as the file system tells: start and stop."""
+        at, last = self.base + start, self.base + stop
+        while at < last:
+            try:
+                data = os.lseek(self.fd, at, _SEEK_DATA)
+            except OSError as reason:
+                if reason.errno == errno.ENXIO:  # no data follows
+                    yield at - self.base, stop
+                return
+            if data > at:
+                yield at - self.base, min(data, last) - self.base
+            if data >= last:
+                return
+            at = os.lseek(self.fd, data, _SEEK_HOLE)
+
+    def grow(self, size: int) -> None:
+        """Make the file as large as what is copied to it, and empty a file that we have opened."""
+        if self.is_regular and self.is_ours:
+            os.ftruncate(self.fd, 0)
+            self.size = 0
+        if self.is_regular and self.size < size:
+            os.ftruncate(self.fd, self.base + size)
+            self.size = size
+
+    def flush(self) -> None:
+        """Have the system write everything to its disk."""
+        os.fdatasync(self.fd)
+
+    def close(self) -> None:
+        """Close the descriptor, if it is ours."""
+        if self.is_ours:
+            self.is_ours = False
+            os.close(self.fd)
+
+    def say_goodbye(self, count: int) -> None:
+        """Leave the caller's file object behind the bytes that were copied."""
+        if self.owner is not None:
+            self.owner.seek(self.base + count)
+
+
+class Stream:
+    """A binary file object that is read or written in order.
+
+    Attributes:
+        file: The object.
+        size: In bytes; None if that is not known.
+    """
+
+    is_read_only = False
+
+    def __init__(self, file: Any, is_ours: bool, is_source: bool) -> None:
+        self.file = file
+        self.is_ours = is_ours
+        self.size = _rest_of(file) if is_source else None
+
+    def flush(self) -> None:
+        """Write what the object has buffered."""
+        if hasattr(self.file, "flush"):
+            self.file.flush()
+
+    def close(self) -> None:
+        """Close the object, if it is ours."""
+        if self.is_ours:
+            self.file.close()
+
+    def say_goodbye(self, count: int) -> None:
+        """Nothing is left to do."""
+
+
+def _rest_of(file: Any) -> int | None:
+    """How many bytes follow the position of a file object; None if it cannot tell."""
+    try:
+        at = file.tell()
+        size = file.seek(0, os.SEEK_END)
+        file.seek(at)
+    except (AttributeError, OSError, ValueError):
+        return None
+    return max(0, int(size) - int(at))
+
+
+def open_end(what: Anything, end: int, connections: int | None, timeout: float | None) -> End:
+    """Open the source or target of a copy, as its caller has named it.
+
+    Raises:
+        nbd.Error, OSError: It cannot be connected or opened.
+        TypeError: It is nothing that can be copied.
+    """
+    if isinstance(what, NBD):
+        return Disk([what], is_ours=False)
+    if isinstance(what, (list, tuple)) or (isinstance(what, str) and _IS_URI(what)):
+        return _connected(what, connections, timeout)
+    if isinstance(what, (str, bytes, os.PathLike)):
+        return _opened(os.fspath(what), end)
+    if isinstance(what, io.TextIOBase):
+        raise TypeError(
+            f"{_name(end)}: a text file cannot be copied; open it with mode 'rb' or 'wb'"
+        )
+    wanted = "read" if end == SOURCE else "write"
+    if not hasattr(what, wanted):
+        raise TypeError(
+            f"{_name(end)}: a URI, nbd.NBD, path or binary file is needed, "
+            f"not {type(what).__name__}"
+        )
+    return _of_object(what, end)
+
+
+def _name(end: int) -> str:
+    return "source" if end == SOURCE else "target"
+
+
+def _connected(what: Any, connections: int | None, timeout: float | None) -> Disk:
+    """A disk over as many connections as are asked for and the server allows."""
+    handles = [connect(what, timeout=timeout)]
+    try:
+        if isinstance(what, str) and handles[0].can_multi_conn():
+            wanted = _CONNECTIONS if connections is None else connections
+            handles += (connect(what, timeout=timeout) for _ in range(wanted - 1))
+        return Disk(handles, is_ours=True)
+    except BaseException:
+        for handle in handles:
+            handle.__exit__(None, None, None)
+        raise
+
+
+def _opened(path: str | bytes, end: int) -> File | Stream:
+    """A file or block device; a stream if the path names something else, as a pipe."""
+    flags = os.O_RDONLY if end == SOURCE else os.O_WRONLY | os.O_CREAT
+    fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    try:
+        if _is_seekable(fd):
+            return File(fd, 0, is_ours=True)
+        file: Any = io.FileIO(fd, "r" if end == SOURCE else "w")
+    except BaseException:
+        os.close(fd)
+        raise
+    return Stream(file, True, end == SOURCE)
+
+
+def _of_object(file: Any, end: int) -> File | Stream:
+    """A file object of the caller: its descriptor, where that has the bytes of the object."""
+    raw = getattr(file, "raw", file)
+    if type(raw) is io.FileIO and isinstance(file, (io.FileIO, *_BUFFERED)):
+        fd = raw.fileno()
+        is_usable = raw.readable() if end == SOURCE else raw.writable() and "a" not in raw.mode
+        if is_usable and _is_seekable(fd):
+            if end != SOURCE:
+                file.flush()
+            return File(fd, file.tell(), is_ours=False, owner=file)
+    return Stream(file, False, end == SOURCE)
+
+
+def _is_seekable(fd: int) -> bool:
+    mode = os.fstat(fd).st_mode
+    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
+
+
+def is_same(source: End, target: End) -> bool:
+    """Whether both are one file, which the copy would destroy."""
+    return (
+        isinstance(source, File)
+        and isinstance(target, File)
+        and os.path.sameopenfile(source.fd, target.fd)
+    )
+
+
+_BUFFERED = (io.BufferedReader, io.BufferedWriter, io.BufferedRandom)
+# Linux's, which PyPy's os does not name.
+_SEEK_DATA, _SEEK_HOLE = 3, 4
