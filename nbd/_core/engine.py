@@ -7,6 +7,7 @@ csrc/nbdqueue.h is its manual.
 from __future__ import annotations
 
 import os
+from sys import is_finalizing
 
 from nbd._core.callbacks import forget, next_token, registry
 from nbd._core.errors import Error, pending, report_pending, settle
@@ -123,6 +124,12 @@ class Engine:
         lib.nbdqueue_drop(self.q)
         if pending:
             report_pending(self._handles[0]._h if self._handles else None)
+
+    def __del__(self) -> None:
+        if is_finalizing():  # too late for upcalls: Python has ended
+            lib.nbdshim_end_upcalls()
+        if self.q:
+            self.drop()
 
     def refused(self, result: int) -> Exception:
         """The exception for a refusal of the shim, unless a better one is raised here."""

@@ -292,10 +292,6 @@ class Queue:
     ) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if "_engine" in self.__dict__:
-            self._engine.drop()
-
     def _submit(
         self,
         operation: int,
