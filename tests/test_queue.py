@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, cast
 
 import pytest
 from servers import Server
@@ -140,8 +140,10 @@ def test_several_handles_share_the_work(nbdkit: Nbdkit, tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [MIB, MIB - 4096, 1_000_003])
 def test_a_disk_with_blocks_is_as_bytes_are(nbdkit: Nbdkit, h: nbd.NBD, size: int) -> None:
     blocks = 4096 if size % 4096 == 0 else 1
-    policy = (f"blocksize-minimum={blocks}", "blocksize-preferred=4096", "blocksize-maximum=64K")
-    policy = (*policy, "blocksize-error-policy=error")
+    policy = (
+        *(f"blocksize-minimum={blocks}", "blocksize-preferred=4096", "blocksize-maximum=64K"),
+        "blocksize-error-policy=error",
+    )
     h.connect_uri(nbdkit("--filter=blocksize-policy", "memory", str(size), *policy).uri)
     chosen = random.Random(size)
     model = bytearray(size)
@@ -345,8 +347,8 @@ def test_a_closed_queue_says_so(queue: Queue) -> None:
     [
         (lambda h: Queue([]), ValueError, "at least one"),
         (lambda h: Queue([h, h]), ValueError, "twice"),
-        (lambda h: Queue(5), TypeError, "not iterable"),
-        (lambda h: Queue(["uri"]), TypeError, "nbd.NBD is needed"),
+        (lambda h: Queue(cast("Any", 5)), TypeError, "not iterable"),
+        (lambda h: Queue(cast("Any", ["uri"])), TypeError, "nbd.NBD is needed"),
         (lambda h: Queue(h, depth=0), ValueError, "depth: 0"),
         (lambda h: Queue(h, piece=2**40), ValueError, "piece: "),
         (lambda h: Queue(nbd.NBD()), nbd.Error, "nbd_"),
