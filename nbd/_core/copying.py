@@ -114,7 +114,7 @@ def copy(
         else:
             if isinstance(target_end, File):
                 target_end.grow(source_end.size)
-            done = _Copy(source_end, target_end, settings, ends).run()
+            done = _Copy(source_end, target_end, settings).run()
         if flush or isinstance(target_end, Stream):
             target_end.flush()
         source_end.say_goodbye(sum(done))
@@ -183,13 +183,10 @@ def _check(source: End, target: End) -> None:
 class _Copy:
     """A copy between disks and files, and what its threads share."""
 
-    def __init__(
-        self, source: Disk | File, target: Disk | File, settings: Settings, ends: _Ends
-    ) -> None:
+    def __init__(self, source: Disk | File, target: Disk | File, settings: Settings) -> None:
         self._source = source
         self._target = target
         self._settings = settings
-        self._ends = ends
         self._workers = min(_processors(), source.most_workers, target.most_workers)
         self._engines: list[Engine] = []
         self._failures: list[BaseException] = []
@@ -255,8 +252,10 @@ class _Copy:
         self._is_stopped = True
         for engine in self._engines:
             engine.wake()
-        if self._workers > 1:  # then all handles are ours
-            self._ends.close()
+        # Not files: another worker may be using the number.
+        for end in (self._source, self._target):
+            if self._workers > 1 and isinstance(end, Disk):  # then all handles are ours
+                end.close()
 
     def _work_beside(self, worker: int) -> None:
         """The work of another thread than the calling one."""
