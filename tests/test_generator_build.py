@@ -32,6 +32,9 @@ HEADER = """\
 
 #define LIBNBD_AIO_DIRECTION_READ 1U
 #define LIBNBD_AIO_DIRECTION_WRITE 2U
+#define LIBNBD_CMD_FLAG_FUA 1U
+#define LIBNBD_SIZE_MINIMUM 0
+#define LIBNBD_SIZE_MAXIMUM 2
 
 struct nbd_handle;
 typedef struct { uint64_t speed; uint64_t direction; } nbd_wind;
@@ -75,6 +78,21 @@ extern int nbd_aio_disconnect (struct nbd_handle *h, uint32_t flags);
 extern int nbd_aio_opt_abort (struct nbd_handle *h);
 extern int nbd_poll (struct nbd_handle *h, int timeout);
 extern int nbd_shutdown (struct nbd_handle *h, uint32_t flags);
+extern int64_t nbd_get_size (struct nbd_handle *h);
+extern int nbd_can_zero (struct nbd_handle *h);
+extern int64_t nbd_aio_pread (struct nbd_handle *h, void *buf, size_t count, uint64_t offset,
+                              nbd_completion_callback completion_callback, uint32_t flags);
+extern int64_t nbd_aio_pwrite (struct nbd_handle *h, const void *buf, size_t count,
+                               uint64_t offset, nbd_completion_callback completion_callback,
+                               uint32_t flags);
+extern int64_t nbd_aio_zero (struct nbd_handle *h, uint64_t count, uint64_t offset,
+                             nbd_completion_callback completion_callback, uint32_t flags);
+extern int64_t nbd_aio_trim (struct nbd_handle *h, uint64_t count, uint64_t offset,
+                             nbd_completion_callback completion_callback, uint32_t flags);
+extern int64_t nbd_aio_cache (struct nbd_handle *h, uint64_t count, uint64_t offset,
+                              nbd_completion_callback completion_callback, uint32_t flags);
+extern int64_t nbd_aio_flush (struct nbd_handle *h, nbd_completion_callback completion_callback,
+                              uint32_t flags);
 
 extern int nbd_set_umbrella (struct nbd_handle *h, bool open);
 extern int nbd_get_umbrella (struct nbd_handle *h);
@@ -128,6 +146,46 @@ int nbd_aio_disconnect (struct nbd_handle *h, uint32_t flags) { (void) h; return
 int nbd_aio_opt_abort (struct nbd_handle *h) { (void) h; return -1; }
 int nbd_poll (struct nbd_handle *h, int timeout) { (void) h; return -!!timeout; }
 int nbd_shutdown (struct nbd_handle *h, uint32_t flags) { (void) h; return -!!flags; }
+int64_t nbd_get_size (struct nbd_handle *h) { (void) h; return -1; }
+int nbd_can_zero (struct nbd_handle *h) { (void) h; return -1; }
+
+static int64_t refuse (nbd_completion_callback done)
+{
+  if (done.free)
+    done.free (done.user_data);
+  return fail ("not connected", ENOTCONN);
+}
+
+int64_t nbd_aio_pread (struct nbd_handle *h, void *buf, size_t count, uint64_t offset,
+                       nbd_completion_callback done, uint32_t flags)
+{
+  (void) h, (void) buf, (void) count, (void) offset, (void) flags;
+  return refuse (done);
+}
+
+int64_t nbd_aio_pwrite (struct nbd_handle *h, const void *buf, size_t count, uint64_t offset,
+                        nbd_completion_callback done, uint32_t flags)
+{
+  (void) h, (void) buf, (void) count, (void) offset, (void) flags;
+  return refuse (done);
+}
+
+#define NO_DATA(name)                                                                    \
+  int64_t name (struct nbd_handle *h, uint64_t count, uint64_t offset,                   \
+                nbd_completion_callback done, uint32_t flags)                            \
+  {                                                                                      \
+    (void) h, (void) count, (void) offset, (void) flags;                                 \
+    return refuse (done);                                                                \
+  }
+NO_DATA (nbd_aio_zero)
+NO_DATA (nbd_aio_trim)
+NO_DATA (nbd_aio_cache)
+
+int64_t nbd_aio_flush (struct nbd_handle *h, nbd_completion_callback done, uint32_t flags)
+{
+  (void) h, (void) flags;
+  return refuse (done);
+}
 
 int nbd_set_umbrella (struct nbd_handle *h, bool open) { h->umbrella = open; return 0; }
 int nbd_get_umbrella (struct nbd_handle *h) { return h->umbrella; }
@@ -275,7 +333,7 @@ def test_an_unknown_libnbd_is_what_is_loaded(does: Does) -> None:
 
 
 def test_what_the_header_lacks_is_absent(does: Does) -> None:
-    names = ("pread", "connect_uri", "aio_pread", "odd", "TLS_REQUIRE", "ODD")
+    names = ("pread", "connect_uri", "aio_block_status", "odd", "TLS_REQUIRE", "ODD")
     lines = f"out.update((n, hasattr(nbd.NBD, n) or hasattr(nbd, n)) for n in {names})"
     assert does(lines) == dict.fromkeys(names, False)
 
