@@ -18,7 +18,7 @@ from servers import PATIENCE, program
 from test_reference import SYSTEM_PYTHON, system
 
 PROGRAM = """
-import json, os, signal, threading
+import contextlib, json, os, signal, threading
 import nbd
 
 out = {}
@@ -116,7 +116,8 @@ note("after opt_abort: opt_go", lambda: h.opt_go())
 
 def children():
     for process in filter(str.isdigit, os.listdir("/proc")):
-        with open(f"/proc/{process}/stat") as stat:
+        # Of all processes of the machine, some end meanwhile.
+        with contextlib.suppress(OSError), open(f"/proc/{process}/stat") as stat:
             if stat.read().rpartition(")")[2].split()[1] == str(os.getpid()):
                 yield int(process)
 
