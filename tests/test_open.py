@@ -11,6 +11,7 @@ import pickle
 import random
 import re
 import threading
+from array import array
 from pathlib import Path
 from typing import Any, Callable, cast
 
@@ -532,6 +533,19 @@ def test_threads_that_read_the_same_file_get_each_byte_once(nbdkit: Nbdkit, imag
     data = image.read_bytes()
     assert sum(map(len, parts)) == len(data)
     assert sorted(b"".join(parts)) == sorted(data)
+
+
+@pytest.mark.parametrize("size", [100, 2 * MIB], ids=["small", "large"])
+@pytest.mark.parametrize("kind", ["B", "i"])
+@pytest.mark.parametrize("method", ["readinto", "write"])
+def test_memory_of_the_caller_can_be_resized_at_once(
+    nbdkit: Nbdkit, image: Path, method: str, kind: str, size: int
+) -> None:
+    with nbd.open(nbdkit("file", str(image)).uri, "r+b", buffering=0) as disk:
+        for buffer in (array(kind, bytes(size)), bytearray(size)):
+            disk.seek(0)
+            getattr(disk, method)(buffer)
+            buffer.extend(buffer[:1])
 
 
 def test_import_of_nbd_does_not_load_it() -> None:

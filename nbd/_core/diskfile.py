@@ -8,6 +8,8 @@ A call that an exception has stopped (Ctrl-C, a timeout) leaves commands in flig
 window and of the writes are known.  A call that sends others notes that before, in _is_stopped, and
 takes the note back at its end.  The next call that finds the note waits for everything first.
 
+Every view of the caller's memory is released at once: memory that has one cannot be resized.
+
 The memory that io's buffers read into has no owner who could keep it: it may be gone when a late
 answer comes.  So the server's answers only go to memory with an owner, else to memory of our own.
 """
@@ -132,18 +134,32 @@ class DiskFile(io.RawIOBase):
         self._check_open()
         raise io.UnsupportedOperation("truncate: a disk has a fixed size")
 
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read at most so many bytes, with one wait at the most; without a size, all to the end."""
+        count = -1 if size is None else as_number("size", size)
+        if count < 0:
+            return self.readall()
+        self._check_read()
+        with self._lock:
+            self._settle()
+            at = self._at
+            memory = bytearray(max(0, min(count, self._size - at)))
+            with memoryview(memory) as view:
+                filled = self._read(view, at)
+            del memory[filled:]
+            data = bytes(memory)
+            # At last: what a signal handler stops before can be read again.
+            self._at = self._read_to = at + filled
+            return data
+
     def readinto(self, buffer: WriteableBuffer, /) -> int:
         """Read into writable memory what can be had with one wait at the most; 0 is the end."""
-        self._check_open()
-        if not self._readable:
-            raise io.UnsupportedOperation("read: the disk was opened for writing; use mode 'r+b'")
-        self._check_entry()
+        self._check_read()
         with self._lock, as_bytes(buffer) as view:
             self._settle()
             at = self._at
-            count = max(0, min(len(view), self._size - at))
-            if count:
-                count = self._read(view[:count], at)
+            with view[: max(0, self._size - at)] as room:
+                count = self._read(room, at)
             self._at = self._read_to = at + count
             return count
 
@@ -178,7 +194,8 @@ class DiskFile(io.RawIOBase):
             self._ahead.forget(at, at + count)
             self._is_stopped = self._is_dirty = True
             for start in range(0, count, PIECE):
-                self._behind.add(view[start : start + PIECE], at + start)
+                with view[start : start + PIECE] as piece:
+                    self._behind.add(piece, at + start)
             self._is_stopped = False
             self._at = at + count
             return count
@@ -244,6 +261,12 @@ class DiskFile(io.RawIOBase):
         if self.closed:
             raise ValueError("I/O operation on closed file")
 
+    def _check_read(self) -> None:
+        self._check_open()
+        if not self._readable:
+            raise io.UnsupportedOperation("read: the disk was opened for writing; use mode 'r+b'")
+        self._check_entry()
+
     def _check_entry(self) -> None:
         if self.is_inherited:
             raise ValueError("the disk belongs to the parent process; open it again after a fork")
@@ -265,7 +288,9 @@ class DiskFile(io.RawIOBase):
                 handle.__exit__(None, None, None)
 
     def _read(self, view: memoryview, at: int) -> int:
-        """Read into view, at least one byte."""
+        """Read into view, which ends on the disk; at least one byte, if it has room."""
+        if not view:
+            return 0
         is_next = at == self._read_to or self._ahead.covers(at)
         if not is_next:
             self._ahead.stop()
@@ -310,7 +335,8 @@ class DiskFile(io.RawIOBase):
             if piece.request.error is not None:
                 self._ahead.stop()
                 _raise_error(piece.request)
-            filled += self._ahead.take(piece, view[filled:], at + filled)
+            with view[filled:] as rest:
+                filled += self._ahead.take(piece, rest, at + filled)
         return filled
 
     def _settle(self) -> None:

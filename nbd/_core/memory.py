@@ -293,7 +293,8 @@ def as_bytes(buffer: Any) -> memoryview:
     view = memoryview(buffer)
     if view.format == "B" and view.ndim == 1:
         return view
-    return view.cast("B") if view.nbytes else memoryview(b"")
+    with view:  # else it would be released at PyPy's next collection
+        return view.cast("B") if view.nbytes else memoryview(b"")
 
 
 # To look at an object, and to copy from it or to it, is one operation of a memoryview below: no
