@@ -20,7 +20,10 @@ _ACTIVATE = 'exec env LISTEN_PID=$$ LISTEN_FDS=1 "$@" 3<&0 </dev/null'
 def _plugin(name: str, memory_size: int) -> list[str]:
     return {
         "null": ["null", "size=1T"],
+        "late": ["--filter=delay", "--threads=32", "null", "size=1T", "rdelay=1ms"],
         "memory": ["memory", f"size={memory_size}"],
+        "sparse": ["memory", f"size={memory_size}"],
+        "target": ["memory", f"size={memory_size}"],
         # Runs of one block each: data and hole take turns, 100,000 extents in all.
         "extents": ["sparse-random", "size=409600000", "percent=50", "runlength=4096", "seed=1"],
     }[name]

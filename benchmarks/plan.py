@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 
 KIB = 1024
 MIB = 1024 * KIB
+GIB = 1024 * MIB
 
 QUICK_DIVISOR = 10
 #: PyPy compiles a loop when it has run a thousand times, and then the ways out of it.
@@ -28,7 +29,8 @@ class Workload:
     entry for each handle to connect.  ``warm_up`` operations run before the clock starts, for
     caches and just-in-time compilers.  ``clock`` tells whether the figure is elapsed time
     (``wall``) or the client's own processor time (``cpu``).  ``fresh`` says that each operation
-    has a buffer of its own.
+    has a buffer of its own.  ``is_ours`` says that only this package has it: libnbd's own module
+    does the same in another way, and there is nothing to compare with in C.
     """
 
     name: str
@@ -40,6 +42,12 @@ class Workload:
     clock: str = "wall"
     warm_up: int = 0
     fresh: bool = False
+    is_ours: bool = False
+
+    @property
+    def is_whole_copy(self) -> bool:
+        """Whether whole processes are timed that copy a whole disk."""
+        return self.kind == WHOLE_COPY
 
     @property
     def fresh_bytes(self) -> int:
@@ -53,6 +61,8 @@ class Workload:
 
 
 NULL = ("null",)
+#: The kind of the workloads that copies.py runs.
+WHOLE_COPY = "whole-copy"
 
 _ALL = (
     Workload("import", "import", 10),
@@ -80,16 +90,29 @@ _ALL = (
     Workload("threads-8", "threads", 8_000, NULL * 8, 64 * KIB),
     Workload("handles", "handles", 300_000),
     Workload("copy", "copy", 4_096, ("memory", "null"), 256 * KIB, 16, fresh=True),
+    Workload("queue-4k", "queue", 60_000, NULL, 4 * KIB, 64, is_ours=True),
+    Workload("queue-64k", "queue", 20_000, NULL, 64 * KIB, 16, is_ours=True),
+    Workload("random-4k-1ms", "random", 4_000, ("late",) * 8, 4 * KIB, 16, is_ours=True),
+    Workload("file-64k-1ms", "file", 4_096, ("late",), 64 * KIB, is_ours=True),
+    Workload("file-sha256", "checksum", 4_096, ("memory",), 256 * KIB, is_ours=True),
+    Workload("copy-memory-null", WHOLE_COPY, 1, ("memory", "null"), GIB),
+    Workload("copy-memory-memory", WHOLE_COPY, 1, ("memory", "target"), GIB),
+    Workload("copy-sparse-memory", WHOLE_COPY, 1, ("sparse", "target"), GIB),
+    Workload("copy-memory-file", WHOLE_COPY, 1, ("memory", "file"), GIB),
 )
 
 
 def workloads(only: list[str], quick: bool) -> list[Workload]:
     """The workloads whose name matches one of the patterns ``only`` (all, if there is none)."""
     chosen = [w for w in _ALL if not only or any(fnmatchcase(w.name, p) for p in only)]
-    return [_sized(w, quick) for w in chosen]
+    sized = [_sized(w, quick) for w in chosen]
+    size = memory_size(sized)
+    return [replace(w, size=size) if w.is_whole_copy else w for w in sized]
 
 
 def _sized(workload: Workload, quick: bool) -> Workload:
+    if workload.is_whole_copy:
+        return replace(workload, size=workload.size // (QUICK_DIVISOR if quick else 1))
     operations = max(workload.operations // (QUICK_DIVISOR if quick else 1), 2)
     warm_up = workload.operations // (QUICK_DIVISOR if quick else 4)
     if workload.size:
@@ -104,12 +127,25 @@ def of_length(workload: Workload, operations: int) -> Workload:
 
 
 def memory_size(chosen: list[Workload]) -> int:
-    """How large the source of the copy has to be."""
+    """How large the servers are that have contents."""
     return max(
-        (max(w.operations, w.warm_up) * w.size for w in chosen if w.kind == "copy"), default=0
+        (
+            -(-max(w.operations, w.warm_up) * w.size // MIB) * MIB
+            for w in chosen
+            if {"memory", "sparse"}.intersection(w.servers)
+        ),
+        default=0,
     )
 
 
-def fill(size: int) -> Workload:
-    """The work that gives the source of the copy its contents, before anything is measured."""
-    return Workload("fill", "pwrite", size // MIB, ("memory",), MIB)
+#: Of so many blocks of 1 MiB one has data.
+_SPARSENESS = {"memory": 1, "sparse": 8}
+
+
+def fills(names: set[str], size: int) -> list[Workload]:
+    """The work that gives servers their contents, before anything is measured."""
+    return [
+        Workload("fill", "fill", size // MIB // every, (name,), MIB, every)
+        for name, every in _SPARSENESS.items()
+        if name in names
+    ]

@@ -9,10 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from results import Figure, Results
-from subjects import Subject
-from targets import TARGETS
+from plan import Workload
+from results import API, Figure, Results
+from subjects import NBDCOPY, Subject
+from targets import COPY_TARGETS, TARGETS
 
+COPY_CLOCKS = ("wall", "cpu")
 _UNITS = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9))
 
 
@@ -52,7 +54,7 @@ def align(rows: list[list[str]]) -> list[str]:
 def times_table(results: Results, columns: list[str]) -> list[str]:
     """Time per operation, one row for each workload."""
     rows = [["per operation", *columns]]
-    for workload in results.workloads:
+    for workload in results.rows:
         name = workload.name + (" (cpu)" if workload.clock == "cpu" else "")
         figures = [results.time(workload, subject) for subject in columns]
         rows.append([name, *(seconds(f.value) if f else "-" for f in figures)])
@@ -63,7 +65,7 @@ def ratios_table(results: Results) -> list[str]:
     """Ratios beside their targets, one row for each workload."""
     pairs = results.pairs()
     rows = [["ratio", *(f"{a}/{b}" for a, b in pairs)]]
-    for workload in results.workloads:
+    for workload in results.rows:
         row = TARGETS[workload.name]
         rows.append(
             [workload.name, *(_cell(results.ratio(workload, *p), row.at_most(*p)) for p in pairs)]
@@ -74,29 +76,54 @@ def ratios_table(results: Results) -> list[str]:
 def missed(results: Results) -> list[str]:
     """One line for each target that was not met."""
     lines = []
-    for workload in results.workloads:
+    for workload in results.rows:
         for subject, other in results.pairs():
             at_most = TARGETS[workload.name].at_most(subject, other)
             figure = results.ratio(workload, subject, other)
             if figure and verdict(figure, at_most) == "MISS":
                 lines.append(f"{workload.name}: {subject}/{other} {_cell(figure, at_most)}")
+    for workload in results.whole_copies:
+        for clock in COPY_CLOCKS:
+            at_most = getattr(COPY_TARGETS[workload.name], clock)
+            figure = results.ratio(workload, API, NBDCOPY, clock)
+            if figure and verdict(figure, at_most) == "MISS":
+                lines.append(f"{workload.name}: {clock} {API}/{NBDCOPY} {_cell(figure, at_most)}")
     return lines
+
+
+def copies_table(results: Results, subjects: list[Subject]) -> list[str]:
+    """Wall and processor time, their ratios to nbdcopy, and peak memory of whole copies."""
+    rows = [["whole copy", "", "wall", "cpu", "wall ratio", "cpu ratio", "memory"]]
+    for workload in results.whole_copies:
+        for subject in (s.name for s in subjects if s.runs(workload)):
+            times = [results.time(workload, subject, clock) for clock in COPY_CLOCKS]
+            row = [workload.name, subject, *(seconds(f.value) if f else "-" for f in times)]
+            for clock in COPY_CLOCKS:
+                target = COPY_TARGETS[workload.name] if subject == API else None
+                figure = results.ratio(workload, subject, NBDCOPY, clock)
+                row.append(_cell(figure, getattr(target, clock, None)))
+            peak = results.peak(workload, subject)
+            rows.append([*row, f"{peak:.0f} MiB" if peak else "-"])
+    return ["", *align(rows)] if len(rows) > 1 else []
 
 
 def text(results: Results, subjects: list[Subject], rounds: int) -> str:
     """Everything that is printed at the end."""
-    columns = [s.name for s in subjects if not s.copies_only]
+    columns = [s.name for s in subjects if not s.copies]
     lines = [f"{key}: {value}" for key, value in machine().items()]
     lines += [f"{s.name}: {', '.join(s.about.values())}" for s in subjects]
-    lines += ["", *times_table(results, columns)]
+    if results.rows:
+        lines += ["", *times_table(results, columns)]
     for workload in results.workloads:
-        for subject in (s for s in subjects if s.copies_only and s.runs(workload)):
+        for subject in (s for s in subjects if s.copies == "copy" and s.runs(workload)):
             figure = results.time(workload, subject.name)
             if figure:
                 lines.append(f"{workload.name}, {subject.name}: {seconds(figure.value)}")
-    if results.pairs():
-        misses = missed(results)
-        lines += ["", *ratios_table(results), "", f"targets missed: {len(misses)}", *misses]
+    if results.rows and results.pairs():
+        lines += ["", *ratios_table(results)]
+    lines += copies_table(results, subjects)
+    misses = missed(results)
+    lines += ["", f"targets missed: {len(misses)}", *misses]
     how = "median" if results.stat == "median" else "minimum"
     lines += ["", f"{how} of the rounds ({rounds}) ± half of their interquartile range"]
     return "\n".join(lines)
@@ -127,10 +154,23 @@ def _numbers(figure: Figure | None) -> dict[str, float] | None:
     return asdict(figure) if figure else None
 
 
+def _ratio(results: Results, workload: Workload, pair: tuple[str, str]) -> dict[str, Any]:
+    """What one subject was to another, and what it should be."""
+    if workload.is_whole_copy:
+        at_most = COPY_TARGETS[workload.name].wall if pair[0] == API else None
+    else:
+        at_most = TARGETS[workload.name].at_most(*pair)
+    ratio = _numbers(results.ratio(workload, *pair))
+    return {"subject": pair[0], "to": pair[1], "ratio": ratio, "at_most": at_most}
+
+
 def document(results: Results, subjects: list[Subject], rounds: int) -> dict[str, Any]:
     """The same as JSON, with the sample of every round."""
     rows = {}
     for workload in results.workloads:
+        pairs = results.pairs()
+        if workload.is_whole_copy:
+            pairs = [(s.name, NBDCOPY) for s in subjects if s.runs(workload) and not s.copies]
         rows[workload.name] = {
             "clock": workload.clock,
             "seconds_per_operation": {
@@ -138,15 +178,7 @@ def document(results: Results, subjects: list[Subject], rounds: int) -> dict[str
                 for s in subjects
                 if s.runs(workload)
             },
-            "ratios": [
-                {
-                    "subject": subject,
-                    "to": other,
-                    "ratio": _numbers(results.ratio(workload, subject, other)),
-                    "at_most": TARGETS[workload.name].at_most(subject, other),
-                }
-                for subject, other in results.pairs()
-            ],
+            "ratios": [_ratio(results, workload, pair) for pair in pairs],
             "rounds": {
                 s.name: results.samples[workload.name, s.name] for s in subjects if s.runs(workload)
             },

@@ -54,22 +54,22 @@ class Results:
         """Keep the sample of one round."""
         self.samples.setdefault((workload.name, subject), []).append(sample)
 
-    def _times(self, workload: Workload, subject: str) -> list[float | None]:
+    def _times(self, workload: Workload, subject: str, clock: str) -> list[float | None]:
         samples = self.samples.get((workload.name, subject), [])
-        return [s[workload.clock] / s["operations"] if s else None for s in samples]
+        return [s[clock or workload.clock] / s["operations"] if s else None for s in samples]
 
-    def time(self, workload: Workload, subject: str) -> Figure | None:
-        """Seconds per operation."""
-        times = [t for t in self._times(workload, subject) if t is not None]
+    def time(self, workload: Workload, subject: str, clock: str = "") -> Figure | None:
+        """Seconds per operation, by the clock of the workload if none is named."""
+        times = [t for t in self._times(workload, subject, clock) if t is not None]
         return summary(times, self.stat) if times else None
 
-    def ratio(self, workload: Workload, subject: str, other: str) -> Figure | None:
+    def ratio(self, workload: Workload, subject: str, other: str, clock: str = "") -> Figure | None:
         """How many times as long as ``other`` the subject took.
 
         The rounds are compared one by one and the median taken of their ratios, since what else
         the machine does changes from round to round.  With ``min`` it is the ratio of the minima.
         """
-        ours, theirs = self._times(workload, subject), self._times(workload, other)
+        ours, theirs = (self._times(workload, name, clock) for name in (subject, other))
         rounds = [a / b for a, b in zip(ours, theirs) if a is not None and b is not None]
         if not rounds:
             return None
@@ -78,6 +78,21 @@ class Results:
             return figure
         best = min(t for t in ours if t is not None) / min(t for t in theirs if t is not None)
         return Figure(best, figure.low, figure.high)
+
+    def peak(self, workload: Workload, subject: str) -> float | None:
+        """The largest amount of memory that a process had, in MiB."""
+        samples = self.samples.get((workload.name, subject), [])
+        return max((s["max_rss_kib"] / 1024 for s in samples if s), default=None)
+
+    @property
+    def rows(self) -> list[Workload]:
+        """The workloads of which each interpreter does the same."""
+        return [workload for workload in self.workloads if not workload.is_whole_copy]
+
+    @property
+    def whole_copies(self) -> list[Workload]:
+        """The copies that are held against nbdcopy."""
+        return [workload for workload in self.workloads if workload.is_whole_copy]
 
     def pairs(self) -> list[tuple[str, str]]:
         """The comparisons that the subjects at hand allow."""

@@ -22,11 +22,10 @@ import plot
 import report
 from exports import running
 from plan import Workload
+from programs import RunError, call
 from results import Results
 from subjects import (
-    RunError,
     Subject,
-    call,
     interpreter,
     limit_subject,
     nbdcopy_subjects,
@@ -97,7 +96,7 @@ def measure(
     workloads: list[Workload], subjects: list[Subject], uris: dict[str, str], rounds: int, stat: str
 ) -> tuple[Results, dict[str, str]]:
     """Run everything; also returns what went wrong."""
-    results = Results(workloads, [s.name for s in subjects if not s.copies_only], stat)
+    results = Results(workloads, [s.name for s in subjects if not s.copies], stat)
     failures: dict[str, str] = {}
     todo = list(steps(workloads, subjects, rounds))
     for done, (number, workload, subject) in enumerate(todo):
@@ -118,14 +117,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, and print the tables."""
     options = parse(arguments)
     workloads = plan.workloads(options.only, options.quick)
-    names = {server for w in workloads for server in w.servers}
+    names = {server for w in workloads for server in w.servers} - {"target", "file"}
     with tempfile.TemporaryDirectory(prefix="nbd-bench-") as temporary:
         folder = Path(temporary)
         subjects = gather(options.subjects, folder)
         with running(names, plan.memory_size(workloads), folder) as uris:
-            if "memory" in uris:
-                filler = next(s for s in subjects if "python" in s.about)
-                filler.run(plan.fill(plan.memory_size(workloads)), uris)
+            filler = next(s for s in subjects if "python" in s.about)
+            for fill in plan.fills(names, plan.memory_size(workloads)):
+                filler.run(fill, uris)
             results, failures = measure(workloads, subjects, uris, options.rounds, options.stat)
     print(report.text(results, subjects, options.rounds))
     for what, reason in failures.items():

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import time
 from argparse import ArgumentTypeError
 from collections.abc import Callable
@@ -15,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plan import Workload
+import copies
+from plan import WHOLE_COPY, Workload
+from programs import call
 
 HERE = Path(__file__).resolve().parent
-TIMEOUT = 300  # seconds; a run takes less than one
+#: What whole copies are compared with.
+NBDCOPY = "nbdcopy -S0"
 
 Sample = dict[str, Any]
 Runner = Callable[[Workload, dict[str, str]], Sample]
@@ -38,40 +40,22 @@ print(json.dumps(about))
 """
 
 
-class RunError(Exception):
-    """A child did not finish its work."""
-
-
 @dataclass(frozen=True)
 class Subject:
-    """One column of the table.  ``copies_only`` marks nbdcopy."""
+    """One column of the table.  ``copies`` is the only kind of workload that an nbdcopy runs."""
 
     name: str
     run: Runner
     about: dict[str, str]
-    copies_only: bool = False
+    copies: str = ""
 
     def runs(self, workload: Workload) -> bool:
         """Whether the workload makes sense for this subject."""
-        if self.copies_only:
-            return workload.kind == "copy"
-        return workload.kind != "import" or "python" in self.about
-
-
-def call(command: list[str], cwd: Path | None = None) -> str:
-    """The standard output of a command; RunError with the last line of its errors if it fails."""
-    try:
-        done = subprocess.run(
-            command, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT, check=True
-        )
-    except FileNotFoundError as missing:
-        raise RunError(str(missing)) from None
-    except subprocess.TimeoutExpired:
-        raise RunError(f"{command[0]}: no answer after {TIMEOUT} s") from None
-    except subprocess.CalledProcessError as failed:
-        last = failed.stderr.strip().rpartition("\n")[2]
-        raise RunError(f"{command[0]}: status {failed.returncode}: {last}") from None
-    return done.stdout
+        if self.copies:
+            return workload.kind == self.copies
+        if workload.is_whole_copy:
+            return "backend" in self.about
+        return "python" in self.about or not (workload.kind == "import" or workload.is_ours)
 
 
 def interpreter(text: str) -> tuple[str, str]:
@@ -94,6 +78,8 @@ def python_subject(name: str, python: str, folder: Path) -> Subject:
     def run(workload: Workload, uris: dict[str, str]) -> Sample:
         if workload.kind == "import":
             return _measure_import(python, workload.operations, folder)
+        if workload.is_whole_copy:
+            return copies.measure([python, "-I", "-c", copies.COPY], workload, uris)
         script = str(HERE / "workloads.py")
         outcome: Sample = json.loads(call([python, script, *workload.arguments(uris)], folder))
         return outcome
@@ -126,10 +112,16 @@ def nbdcopy_subjects() -> list[Subject]:
     """The nbdcopy program with the settings of the copy workload, and with its own."""
     if not shutil.which("nbdcopy"):
         return []
+    version = call(["nbdcopy", "--version"]).split()[-1]
     return [
         _nbdcopy("nbdcopy", ["--connections=1", "--requests={depth}", "--request-size={size}"]),
         _nbdcopy("nbdcopy-default", []),
+        Subject(NBDCOPY, _copy_whole, {"libnbd": version}, WHOLE_COPY),
     ]
+
+
+def _copy_whole(workload: Workload, uris: dict[str, str]) -> Sample:
+    return copies.measure(["nbdcopy", "--sparse=0"], workload, uris)
 
 
 def _nbdcopy(name: str, options: list[str]) -> Subject:
@@ -141,4 +133,4 @@ def _nbdcopy(name: str, options: list[str]) -> Subject:
         return {"operations": blocks, "wall": time.perf_counter() - start}
 
     version = call(["nbdcopy", "--version"]).split()[-1]
-    return Subject(name, run, {"libnbd": version}, copies_only=True)
+    return Subject(name, run, {"libnbd": version}, "copy")

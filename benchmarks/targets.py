@@ -55,4 +55,25 @@ TARGETS = {
     "threads-8": Row(pypy=1.1),
     "handles": Row(pypy=1.1),
     "copy": Row(),
+    "queue-4k": Row(api=0.75),
+    "queue-64k": Row(api=0.75),
+    "random-4k-1ms": Row(api=0.6),
+    "file-64k-1ms": Row(api=0.25),
+    "file-sha256": Row(api=0.95),
+}
+
+
+@dataclass(frozen=True)
+class CopyRow:
+    """The largest ratios allowed of this package in API mode to nbdcopy, for a whole copy."""
+
+    wall: float
+    cpu: float | None = None
+
+
+COPY_TARGETS = {
+    "copy-memory-null": CopyRow(wall=0.9, cpu=0.7),
+    "copy-memory-memory": CopyRow(wall=0.9, cpu=0.7),
+    "copy-sparse-memory": CopyRow(wall=0.9, cpu=0.7),
+    "copy-memory-file": CopyRow(wall=1.0),
 }

@@ -4,13 +4,16 @@
 Usage: workloads.py KIND OPERATIONS WARM-UP SIZE DEPTH [URI...]
 
 The loops are what a user of libnbd's own module would write, and use nothing that it lacks, so
-that one source serves every subject.  One handle is connected for each URI before the clock
-starts.  The outcome is one JSON object on standard output.
+that one source serves every subject.  What only this package has is compared with what its users
+would write otherwise.  One handle is connected for each URI before the clock starts.  The outcome
+is one JSON object on standard output.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import random
 import resource
 import select
 import sys
@@ -24,6 +27,9 @@ from typing import Any
 import nbd
 
 EXTENTS = 100_000
+IS_OURS = hasattr(nbd, "open")
+#: What one pread of a loop reads where libnbd's own module has no file.
+LOOP = 256 * 1024
 
 
 @dataclass(frozen=True)
@@ -260,6 +266,87 @@ def copy(job: Job) -> None:
         wait_for_any(job.handles)
 
 
+def fill(job: Job) -> None:
+    """Write blocks that all differ, each ``depth`` blocks after the last one."""
+    for offset in job.offsets:
+        place = offset * job.depth
+        job.handle.pwrite(
+            random.Random(place).getrandbits(8 * job.size).to_bytes(job.size, "big"), place
+        )
+
+
+def read_queued(h: Any, offsets: Sequence[int], size: int, depth: int) -> None:
+    """Keep ``depth`` reads in flight with a queue, into buffers that are used again."""
+    todo = iter(offsets)
+    with nbd.queue.Queue(h, depth=depth) as queue:
+        buffers = {queue.read(b, next(todo)): b for b in [nbd.Buffer(size) for _ in range(depth)]}
+        while buffers:
+            for request in queue.wait(depth // 4):
+                check_request(request)
+                buffer = buffers.pop(request)
+                offset = next(todo, None)
+                if offset is not None:
+                    buffers[queue.read(buffer, offset)] = buffer
+
+
+def check_request(request: Any) -> None:
+    """Stop the run if a request of a queue has failed."""
+    if request.error is not None:
+        raise request.error
+
+
+def queue(job: Job) -> None:
+    """Keep ``depth`` reads in flight with a queue; with libnbd's module, with callbacks."""
+    if not IS_OURS:
+        return aio_pread_bytearray(job)
+    return read_queued(job.handle, job.offsets, job.size, job.depth)
+
+
+def random_reads(job: Job) -> None:
+    """Read in random places with a queue; with libnbd's module, in as many threads as handles."""
+    offsets = list(job.offsets)
+    random.Random(1).shuffle(offsets)
+    if IS_OURS:
+        return read_queued(job.handle, offsets, job.size, job.depth)
+
+    def read(number: int) -> None:
+        h = job.handles[number]
+        for offset in offsets[number :: len(job.handles)]:
+            h.pread(job.size, offset)
+
+    with ThreadPoolExecutor(len(job.handles)) as pool:
+        list(pool.map(read, range(len(job.handles))))
+    return None
+
+
+def file(job: Job) -> None:
+    """Read in order from a file; with libnbd's module, a larger pread at a time."""
+    end = job.operations * job.size
+    if IS_OURS:
+        with nbd.open(job.handle, buffering=0) as disk:
+            while disk.tell() < end:
+                disk.read(job.size)
+    else:
+        for offset in range(0, end, LOOP):
+            job.handle.pread(LOOP, offset)
+
+
+def checksum(job: Job) -> None:
+    """Hash the contents of a disk; with libnbd's module, with a pread at a time."""
+    digest = hashlib.sha256()
+    end = job.operations * job.size
+    if IS_OURS:
+        with nbd.open(job.handle) as disk:
+            left = end
+            while left:
+                data = disk.read(min(job.size, left))
+                digest.update(data)
+                left -= len(data)
+    else:
+        for offset in range(0, end, LOOP):
+            digest.update(job.handle.pread(LOOP, offset))
+
+
 KINDS: dict[str, Callable[[Job], None]] = {
     "getter": getter,
     "debug-callback": debug_callback,
@@ -274,6 +361,11 @@ KINDS: dict[str, Callable[[Job], None]] = {
     "threads": threads,
     "handles": create_and_close,
     "copy": copy,
+    "fill": fill,
+    "queue": queue,
+    "random": random_reads,
+    "file": file,
+    "checksum": checksum,
 }
 
 
