@@ -316,6 +316,16 @@ def test_a_large_read_that_was_stopped_ends_before_the_next_call_does(
         assert first == after
 
 
+def test_closing_waits_for_what_is_read_ahead(nbdkit: Nbdkit, h: nbd.NBD) -> None:
+    """A server can die of an answer that it cannot send."""
+    h.connect_uri(nbdkit("--filter=delay", "memory", "4M", "rdelay=50ms").uri)
+    with nbd.open(h, buffering=0) as disk:
+        for _ in range(10):
+            disk.read(100_000)
+        assert h.aio_in_flight() > 0
+    assert h.aio_in_flight() == 0
+
+
 def test_closing_a_file_whose_server_hangs_does_not_wait_for_ever(nbdkit: Nbdkit) -> None:
     server = nbdkit("memory", "1M")
     disk = nbd.open(server.uri)

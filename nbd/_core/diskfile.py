@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 _LARGE = 1024 * 1024
 #: So much is read to fill io's buffer where the reader has jumped to.
 _AFTER_JUMP = 32 * 1024
-#: For so many seconds close waits, at the most, for the server to end the connection.
+#: For so many seconds close waits, at the most, for answers, and for each connection to end.
 _GOODBYE = 1.0
 
 
@@ -275,17 +275,16 @@ class DiskFile(io.RawIOBase):
 
     def _release(self, is_flushed: bool) -> None:
         """Let go of the connections."""
-        self._queue.close()
-        for handle in self._ours:
-            try:
-                if is_flushed and not self.is_inherited:
-                    # Let the answers to reads come: nbdkit 1.32 can abort if they cannot be sent.
-                    handle.settimeout(min(_GOODBYE, self._timeout or _GOODBYE))
-                    handle.shutdown()
-            except Error:  # nothing is lost: all is written and flushed
-                pass
-            finally:
-                handle.__exit__(None, None, None)
+        patience = min(_GOODBYE, self._timeout or _GOODBYE)
+        is_orderly = is_flushed and not self.is_inherited
+        try:
+            if is_orderly:
+                # Let the answers to reads come: nbdkit 1.32 can abort if they cannot be sent.
+                self._queue.wait(len(self._queue), patience)
+        finally:
+            self._queue.close()
+            for handle in self._ours:
+                _end(handle, patience if is_orderly else None)
 
     def _read(self, view: memoryview, at: int) -> int:
         """Read into view, which ends on the disk; at least one byte, if it has room."""
@@ -365,6 +364,18 @@ class DiskFile(io.RawIOBase):
             text = f"the server has done nothing for {patience:g} seconds; "
             text += "try again, or open the disk with a longer timeout"
             raise Timeout(text, errno.ETIMEDOUT)
+
+
+def _end(handle: NBD, patience: float | None) -> None:
+    """Close a handle; with patience, end its connection in order before."""
+    try:
+        if patience is not None:
+            handle.settimeout(patience)
+            handle.shutdown()
+    except Error:  # nothing is lost: all is written and flushed
+        pass
+    finally:
+        handle.__exit__(None, None, None)
 
 
 def _raise_error(request: Request) -> None:
