@@ -98,10 +98,10 @@ def svg(results: Results) -> str:
     """The whole picture; shorter bars to the left are faster."""
     subjects = [name for name in results.subjects if name != LIBNBD]
     step = len(subjects) * _BAR + _GAP
-    bottom = _TOP + step * len(results.workloads)
+    bottom = _TOP + step * len(results.rows)
     width = _LEFT + _PLOT + _RIGHT
     parts = [*_legend(subjects), *_axis(bottom)]
-    for index, workload in enumerate(results.workloads):
+    for index, workload in enumerate(results.rows):
         parts += _group(results, workload, subjects, _TOP + index * step + _GAP / 2)
     return "\n".join(
         [
