@@ -22,8 +22,9 @@ from pathlib import Path
 import plan
 from exports import running
 from plan import Workload
+from programs import RunError
 from report import align
-from subjects import HERE, RunError, compile_limit, interpreter
+from subjects import HERE, compile_limit, interpreter
 
 SHORT, LONG = 500, 2_500
 WORKLOADS = ["pread-512", "aio-pread-4k"]

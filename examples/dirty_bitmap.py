@@ -13,43 +13,27 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import nbd
 
 BLOCK = 1024 * 1024  # bytes read at once
-ASK = 2**30  # bytes of the disk to ask about at once
 CONTEXT = "qemu:dirty-bitmap:"
 DIRTY = 1  # the flag of an extent in the meta contexts of dirty bitmaps
 
 
-def dirty_extents(h: nbd.NBD, context: str) -> Iterator[tuple[int, int]]:
-    """Yield the (offset, length) of everything that the bitmap calls dirty."""
-    position, size = 0, h.get_size()
-    entries: list[int] = []
-    if not h.can_meta_context(context):
-        sys.exit(f"the server does not offer {context}")
-    while position < size:
-        entries.clear()
-        h.block_status(min(ASK, size - position), position, lambda *a: entries.extend(a[2]))
-        if not any(entries[::2]):
-            sys.exit(f"the server has nothing to say about what is at {position}")
-        for length, flags in zip(entries[::2], entries[1::2]):
-            if flags & DIRTY:
-                yield position, min(length, size - position)
-            position += length
-
-
 def back_up(h: nbd.NBD, context: str, target: Path) -> None:
     """Copy the dirty extents to the same places of the file."""
-    with target.open("r+b") as file:
+    with nbd.open(h) as disk, target.open("r+b") as file:
         file.truncate(h.get_size())
-        for offset, length in dirty_extents(h, context):
+        for offset, length, flags in nbd.extents(h, context):
+            if not flags & DIRTY:
+                continue
             print(f"dirty: {length} bytes at {offset}", flush=True)
-            for start in range(offset, offset + length, BLOCK):
-                file.seek(start)
-                file.write(h.pread(min(BLOCK, offset + length - start), start))
+            disk.seek(offset)
+            file.seek(offset)
+            while length:
+                length -= file.write(disk.read(min(BLOCK, length)))
 
 
 def demonstrate(folder: Path) -> None:
@@ -85,11 +69,8 @@ def main() -> None:
             demonstrate(Path(folder))
         return
     uri, bitmap, backup = sys.argv[1:]
-    with nbd.NBD() as h:
-        h.add_meta_context(CONTEXT + bitmap)
-        h.connect_uri(uri)
+    with nbd.connect(uri, contexts=[CONTEXT + bitmap]) as h:
         back_up(h, CONTEXT + bitmap, Path(backup))
-        h.shutdown()
 
 
 if __name__ == "__main__":

@@ -23,16 +23,14 @@ BLOCK = 4 * 1024 * 1024  # bytes read at once
 
 def connect_all(stack: ExitStack) -> list[nbd.NBD]:
     """Return the connections; the stack closes them, the first one last."""
-    first = stack.enter_context(nbd.NBD())
     if len(sys.argv) > 1:
-        first.connect_uri(sys.argv[1])
+        uri, first = sys.argv[1], stack.enter_context(nbd.connect(sys.argv[1]))
     else:
+        first = stack.enter_context(nbd.NBD())
         first.connect_systemd_socket_activation(SERVER)
-    handles = [first]
-    while len(handles) < CONNECTIONS and first.can_multi_conn():
-        handles.append(stack.enter_context(nbd.NBD()))
-        handles[-1].connect_uri(sys.argv[1] if len(sys.argv) > 1 else first.get_uri())
-    return handles
+        uri = first.get_uri()
+    count = CONNECTIONS if first.can_multi_conn() else 1
+    return [first, *(stack.enter_context(nbd.connect(uri)) for _ in range(count - 1))]
 
 
 def count_zeroes(h: nbd.NBD, start: int, end: int) -> int:

@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any, Callable
 
+import hostile
 import pytest
 import servers
 from servers import Server
@@ -295,6 +296,21 @@ def test_an_error_names_the_side_and_the_offset(nbdkit: Nbdkit, image: Path, sid
     with pytest.raises(nbd.Error, match=f"{side} failed at offset [0-9]+: ") as failed:
         nbd.copy(*pair, sparse=False)
     assert failed.value.errno == "EPERM"
+
+
+def without_data(wire: hostile.Wire) -> None:
+    """Say of every read that it is done, and send nothing of what was to be read."""
+    wire.negotiate()
+    while True:
+        wire.chunk(wire.request(), hostile.CHUNK_NONE)
+
+
+def test_a_read_whose_data_never_came_is_an_error(tmp_path: Path) -> None:
+    with hostile.Connection(without_data) as server, nbd.NBD() as source:
+        source.connect_socket(server.fileno())
+        with pytest.raises(nbd.Error, match="reading the source failed at offset 0") as failed:
+            nbd.copy(source, str(tmp_path / "target"))
+    assert failed.value.errno == "EIO"
 
 
 @pytest.mark.parametrize("side", [0, 1])

@@ -6,15 +6,12 @@ import hashlib
 import os
 import random
 import re
-import runpy
 import subprocess
 import sys
 from array import array
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import hostile
 import pytest
 import servers
 
@@ -39,6 +36,7 @@ DEFAULT_MAP = """\
       58720256        7012352 data
       65732608        1376256 hole,zero
 """
+COPIED = r"copied (\d+) bytes, zeroed (\d+)\n"
 DEFAULT_STRIP = "████████········███·····················░···············██████▓·"
 
 
@@ -155,11 +153,20 @@ def test_map_of_a_server(run: Run, nbdkit: Serve) -> None:
 def test_map_says_what_is_wrong_in_one_line(run: Run, nbdkit: Serve) -> None:
     failed = run("map.py", nbdkit("memory", "1M", "--no-sr").uri, status=1)
     assert "Traceback" not in failed.stderr
-    assert "map.py: nbd_block_status: " in complaint(failed)
+    assert "map.py: nbd.extents: base:allocation was not negotiated" in complaint(failed)
+
+
+def told(copy: subprocess.CompletedProcess[str]) -> tuple[int, int]:
+    """How many bytes the example has copied and zeroed, as it says."""
+    numbers = re.fullmatch(COPIED, copy.stdout)
+    assert numbers is not None, copy.stdout
+    return int(numbers[1]), int(numbers[2])
 
 
 def test_copy_starts_servers_of_its_own(run: Run) -> None:
-    assert run("copy.py").stdout == "copied 268435456 bytes\n"
+    copied, zeroed = told(run("copy.py"))
+    assert copied + zeroed == 256 * MIB
+    assert zeroed > copied > 0
 
 
 def copied_between_files(run: Run, nbdkit: Serve, folder: Path, *filters: str) -> tuple[str, str]:
@@ -169,7 +176,7 @@ def copied_between_files(run: Run, nbdkit: Serve, folder: Path, *filters: str) -
     (folder / "target").write_bytes(b"old content" * (size // 11 + 1))
     source = nbdkit("file", str(folder / "source"), *filters)
     target = nbdkit("file", str(folder / "target"), *filters)
-    assert run("copy.py", source.uri, target.uri).stdout == f"copied {size} bytes\n"
+    assert sum(told(run("copy.py", source.uri, target.uri))) == size
     written = (folder / "target").read_bytes()[:size]
     return hashlib.sha256(content).hexdigest(), hashlib.sha256(written).hexdigest()
 
@@ -194,18 +201,33 @@ def test_copy_to_and_from_qcow2(run: Run, qemu_nbd: Serve, tmp_path: Path) -> No
         assert h.pread(4 * MIB, 0) == content
 
 
-def test_copy_shows_a_bar_on_a_terminal(nbdkit: Serve) -> None:
-    shown = on_terminal("copy.py", nbdkit("pattern", "8M").uri, nbdkit("memory", "8M").uri)
-    shares = [int(share) for share in re.findall(r"(\d+)% ", shown)]
-    assert shares == sorted(shares)
-    assert len(shares) == 32
-    assert shares[-1] == 100
-    assert shown.splitlines()[-1] == f"copied {8 * MIB} bytes"
+def test_copy_makes_a_file(run: Run, nbdkit: Serve, tmp_path: Path) -> None:
+    content = disk_image(tmp_path / "source", 3 * MIB + 5, 3)
+    run("copy.py", nbdkit("file", str(tmp_path / "source")).uri, "target.img")
+    assert (tmp_path / "target.img").read_bytes() == content
+
+
+def test_copy_shows_a_bar_if_tqdm_is_there(run: Run, nbdkit: Serve) -> None:
+    pytest.importorskip("tqdm", reason="tqdm draws the bar")
+    shown = run("copy.py", nbdkit("pattern", "8M").uri, nbdkit("memory", "8M").uri).stderr
+    assert "100%" in shown
+    assert "8.00M/8.00M" in shown
+
+
+def test_copy_needs_no_tqdm(
+    run: Run, nbdkit: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tqdm.py").write_text("raise ImportError\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = run("copy.py", nbdkit("pattern", "8M").uri, nbdkit("memory", "8M").uri)
+    assert (told(done), "%" in done.stderr) == ((8 * MIB, 0), False)
 
 
 def test_copy_refuses_a_destination_that_is_too_small(run: Run, nbdkit: Serve) -> None:
     failed = run("copy.py", nbdkit("memory", "2M").uri, nbdkit("memory", "1M").uri, status=1)
-    assert complaint(failed) == "the destination is smaller than the source"
+    assert "copy.py: nbd.copy: the target has 1048576 bytes and the source 2097152" in (
+        complaint(failed)
+    )
 
 
 @pytest.mark.parametrize("side", ["source", "destination"])
@@ -220,22 +242,6 @@ def test_copy_fails_if_a_command_fails(run: Run, nbdkit: Serve, side: str) -> No
     )
     assert failed.stdout == ""
     assert "EIO" in failed.stderr
-
-
-def without_data(wire: hostile.Wire) -> None:
-    """Say of every read that it is done, and send nothing of what was to be read."""
-    wire.negotiate()
-    while True:
-        wire.chunk(wire.request(), hostile.CHUNK_NONE)
-
-
-def test_copy_does_not_believe_a_read_whose_data_never_came(nbdkit: Serve) -> None:
-    example: dict[str, Any] = runpy.run_path(str(EXAMPLES / "copy.py"))
-    with hostile.Connection(without_data) as server, nbd.NBD() as source, nbd.NBD() as target:
-        source.connect_socket(server.fileno())
-        target.connect_uri(nbdkit("memory", str(hostile.SIZE)).uri)
-        with pytest.raises(nbd.Error, match="aio_command_completed"):
-            example["copy"](source, target)
 
 
 def test_checksum_of_a_disk_of_its_own(run: Run) -> None:
@@ -293,7 +299,7 @@ def test_dirty_bitmap_needs_the_bitmap(
     server = qemu_nbd(dirty_qcow2, "--format=qcow2")
     (tmp_path / "backup").write_bytes(b"B")
     failed = run("dirty_bitmap.py", server.uri, "bitmap0", "backup", status=1)
-    assert complaint(failed) == "the server does not offer qemu:dirty-bitmap:bitmap0"
+    assert "qemu:dirty-bitmap:bitmap0 was not negotiated" in complaint(failed)
 
 
 def test_parallel_read_of_a_disk_of_its_own(run: Run) -> None:

@@ -14,7 +14,7 @@ import os
 from typing import NamedTuple
 
 from nbd._core.convert import as_number, as_seconds
-from nbd._core.ends import Disk, File, Stream, is_same, open_end
+from nbd._core.ends import Disk, File, Stream, is_same, open_end, processors
 from nbd._core.engine import COPY, SOURCE, TARGET, ZERO, Engine
 from nbd._core.errors import Error, Timeout
 from nbd._core.shim import ffi, lib
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     Progress = Callable[[int, Union[int, None]], object]
 
 _PIECE = 256 * 1024
-_DEPTH = 32
+_DEPTH = 16
 #: The most that one request copies: Python hears of a copy once for so many bytes.
 _REQUEST = 8 * 1024 * 1024
 _LEAST_RANGE = 8 * 1024 * 1024
@@ -72,8 +72,9 @@ def copy(
 
     Args:
         connections: How many connections to make to each server, if it allows several
-            (nbd.NBD.can_multi_conn); 4 if None.
-        depth: How many commands may be in flight at once, of up to 256 KiB each; 32 if None.
+            (nbd.NBD.can_multi_conn).  None is one for each processor, up to 4.
+        depth: How many commands may be in flight at once, of up to 256 KiB each; 16 if None.  More
+            help where a server takes long to answer: over a slow network, for instance.
         sparse: Do not read the source's holes, but make zeroes of them, and holes if the target can
             have some.  With False, everything is read and written.
         progress: Called as progress(done, total), in bytes, at most ten times a second and once at
@@ -187,7 +188,7 @@ class _Copy:
         self._source = source
         self._target = target
         self._settings = settings
-        self._workers = min(_processors(), source.most_workers, target.most_workers)
+        self._workers = min(processors(), source.most_workers, target.most_workers)
         self._engines: list[Engine] = []
         self._failures: list[BaseException] = []
         self._is_stopped = False
@@ -371,13 +372,6 @@ class _Copy:
         elif now - self._reported_at >= _TICK:
             self._reported_at = now
             self._settings.progress(sum(map(_moved, self._engines)), self._source.size)
-
-
-def _processors() -> int:
-    """How many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # PyPy
 
 
 def _finish(queue: Any, timeout: float | None) -> None:

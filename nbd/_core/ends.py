@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     End = Union["Disk", "File", "Stream"]
 
 _IS_URI = re.compile(r"nbds?(\+\w+)?:").match
-_CONNECTIONS = 4
+_MOST_CONNECTIONS = 4
 
 
 class Disk:
@@ -133,7 +133,8 @@ class File:
 
     def grow(self, size: int) -> None:
         """Make the file as large as what is copied to it, and empty a file that we have opened."""
-        if self.is_regular and self.is_ours:
+        if self.is_regular and self.is_ours and self.size > 0:
+            # Not an empty file: ext4 writes what is cut to nothing to its disk when it is closed.
             os.ftruncate(self.fd, 0)
             self.size = 0
         if self.is_regular and self.size < size:
@@ -222,6 +223,13 @@ def open_end(what: Anything, end: int, connections: int | None, timeout: float |
     return _of_object(what, end)
 
 
+def processors() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # PyPy
+
+
 def _name(end: int) -> str:
     return "source" if end == SOURCE else "target"
 
@@ -231,7 +239,7 @@ def _connected(what: Any, connections: int | None, timeout: float | None) -> Dis
     handles = [connect(what, timeout=timeout)]
     try:
         if isinstance(what, str) and handles[0].can_multi_conn():
-            wanted = _CONNECTIONS if connections is None else connections
+            wanted = min(processors(), _MOST_CONNECTIONS) if connections is None else connections
             handles += (connect(what, timeout=timeout) for _ in range(wanted - 1))
         return Disk(handles, is_ours=True)
     except BaseException:
