@@ -1,0 +1,613 @@
+// SPDX-License-Identifier: LGPL-2.0-or-later
+/* How the pieces of a queue's requests become commands, and how these end; see pieces.h. */
+
+#include "pieces.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Commands without data are not larger than this. */
+#define LARGEST (UINT64_C(128) << 20)
+
+/* Give a slot whose command has ended to `pieces_reap`.  q->lock is locked. */
+static void list_answered(struct slot *slot)
+{
+    struct nbdqueue *q = slot->q;
+
+    if (slot->is_listed || q->is_forgotten)
+        return;
+    slot->is_listed = true;
+    slot->next = q->answered;
+    q->answered = slot;
+    nbdqueue_rouse(q);
+}
+
+/*
+ * libnbd's completion callback.  Reads are retired by nbd_aio_command_completed, which alone tells
+ * of a reply that has ended too early.
+ */
+// cppcheck-suppress constParameter ; libnbd has declared it
+static int complete(void *user_data, int *error)
+{
+    struct slot *slot = user_data;
+    struct nbdqueue *q = slot->q;
+    int is_retired;
+
+    pthread_mutex_lock(&q->lock);
+    slot->is_answered = true;
+    slot->error = *error;
+    is_retired = q->is_dropped || slot->command != NBDQUEUE_READ;
+    if (!is_retired)
+        list_answered(slot);
+    pthread_mutex_unlock(&q->lock);
+    return is_retired;
+}
+
+/*
+ * All was forgotten, and no command is in flight: nobody uses the buffers any more.  A queue that
+ * was only dropped may have a piece that is not sent yet, or is not copied yet to its buffer.
+ */
+static void release_buffers(struct nbdqueue *q, struct nbdshim *s)
+{
+    struct nbdshim_closure *keeper = q->keeper;
+
+    q->keeper = NULL;
+    if (keeper == NULL || nbdshim_is_silent()) {
+        free(keeper);
+        return;
+    }
+    keeper->s = s;
+    nbdshim_push_released(keeper);
+}
+
+/* How many bytes of memory a command in flight needs. */
+static size_t bytes_of(const struct slot *slot)
+{
+    bool has_data = slot->command == NBDQUEUE_READ || slot->command == NBDQUEUE_WRITE;
+
+    return has_data ? slot->wide_length : 0;
+}
+
+/* libnbd's `free` callback: it has no more use for the command. */
+static void retire(void *user_data)
+{
+    struct slot *slot = user_data;
+    struct nbdqueue *q = slot->q;
+    struct nbdshim *s = slot->member->s;
+
+    pthread_mutex_lock(&q->lock);
+    slot->is_flying = false;
+    slot->member->flying--;
+    q->flying--;
+    if (slot->is_orphan) {
+        atomic_fetch_sub(&s->orphans, 1);
+        atomic_fetch_sub(&s->orphan_bytes, bytes_of(slot));
+    }
+    if (!slot->is_answered && slot->is_issued)
+        slot->error = ENOTCONN; /* the handle was closed */
+    if (slot->is_issued || slot->is_answered)
+        list_answered(slot);
+    if (q->is_forgotten && q->flying == 0)
+        release_buffers(q, s);
+    pthread_mutex_unlock(&q->lock);
+    nbdqueue_unrefer(q);
+}
+
+/* What a command does to a file.  Returns 0 or an errno. */
+static int use_file(const struct slot *slot, struct queuefile *file)
+{
+    uint64_t at = slot->wide_offset, length = slot->wide_length;
+
+    switch (slot->command) {
+    case NBDQUEUE_READ:
+        return queuefile_read(file, slot->data, length, at);
+    case NBDQUEUE_WRITE:
+        return queuefile_write(file, slot->data, length, at);
+    case NBDQUEUE_ZERO:
+        return queuefile_zero(file, length, at, slot->data, slot->q->piece);
+    case NBDQUEUE_FLUSH:
+        return queuefile_flush(file);
+    default:
+        return ENOTSUP;
+    }
+}
+
+/* The handle of an end that has the fewest commands in flight; NULL if all are lost. */
+static struct member *least_busy(struct nbdqueue *q, enum nbdqueue_end end)
+{
+    struct member *found = NULL;
+
+    for (size_t i = 0; i < q->count; i++) {
+        struct member *m = &q->members[i];
+
+        if (m->end == end && m->is_entered && !m->is_lost &&
+            (found == NULL || m->flying < found->flying))
+            found = m;
+    }
+    return found;
+}
+
+/* The errno for a command for which there is no connection left. */
+static int lost_error(const struct nbdqueue *q, enum nbdqueue_end end)
+{
+    for (size_t i = 0; i < q->count; i++) {
+        if (q->members[i].end == end && q->members[i].error != 0)
+            return q->members[i].error;
+    }
+    return ENOTCONN;
+}
+
+/* Make the call of libnbd for a slot.  Returns its cookie, or -1. */
+static int64_t call(struct slot *slot)
+{
+    struct nbd_handle *h = slot->member->s->h;
+    uint64_t at = slot->wide_offset, length = slot->wide_length;
+    uint32_t flags = slot->request->flags;
+    nbd_completion_callback done = {.callback = complete, .user_data = slot, .free = retire};
+
+    if (slot->command == NBDQUEUE_READ)
+        return nbd_aio_pread(h, slot->data, length, at, done, 0);
+    if (slot->command == NBDQUEUE_WRITE && slot->request->operation != NBDQUEUE_WRITE)
+        flags &= LIBNBD_CMD_FLAG_FUA;
+    switch (slot->command) {
+    case NBDQUEUE_WRITE:
+        return nbd_aio_pwrite(h, slot->data, length, at, done, flags);
+    case NBDQUEUE_ZERO:
+        return nbd_aio_zero(h, length, at, done, flags);
+    case NBDQUEUE_TRIM:
+        return nbd_aio_trim(h, length, at, done, flags);
+    case NBDQUEUE_CACHE:
+        return nbd_aio_cache(h, length, at, done, flags);
+    default:
+        return nbd_aio_flush(h, done, flags);
+    }
+}
+
+static enum nbdqueue_end end_of(const struct slot *slot)
+{
+    bool is_first_of_copy =
+        slot->request->operation == NBDQUEUE_COPY && slot->command == NBDQUEUE_READ;
+
+    return is_first_of_copy ? NBDQUEUE_SOURCE : NBDQUEUE_TARGET;
+}
+
+/* Send a slot's command.  Whatever becomes of it, the slot gets into q->answered. */
+static void send_command(struct slot *slot)
+{
+    struct nbdqueue *q = slot->q;
+    enum nbdqueue_end which = end_of(slot);
+    struct end *end = &q->ends[which];
+    int64_t cookie;
+
+    slot->is_flying = slot->is_issued = slot->is_answered = false;
+    slot->member = NULL;
+    slot->error = end->file.fd >= 0 ? use_file(slot, &end->file) : 0;
+    pthread_mutex_lock(&q->lock);
+    if (end->file.fd < 0)
+        slot->member = least_busy(q, which);
+    if (slot->member == NULL) {
+        if (end->file.fd < 0)
+            slot->error = lost_error(q, which);
+        list_answered(slot);
+        pthread_mutex_unlock(&q->lock);
+        return;
+    }
+    slot->is_flying = true;
+    slot->member->flying++;
+    q->flying++;
+    atomic_fetch_add(&q->references, 1);
+    pthread_mutex_unlock(&q->lock);
+
+    cookie = call(slot);
+
+    pthread_mutex_lock(&q->lock);
+    slot->cookie = (uint64_t)cookie;
+    slot->is_issued = true;
+    if (cookie == -1) {
+        slot->error = nbd_get_errno() != 0 ? nbd_get_errno() : EIO;
+        list_answered(slot);
+    }
+    pthread_mutex_unlock(&q->lock);
+}
+
+static uint64_t round_down(uint64_t n, uint64_t multiple)
+{
+    return n - n % multiple;
+}
+
+static uint64_t smaller(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
+}
+
+static bool is_change(enum nbdqueue_operation operation)
+{
+    return operation == NBDQUEUE_WRITE || operation == NBDQUEUE_ZERO;
+}
+
+/* Whether the operation moves data, which the server may bound. */
+static bool has_payload(const struct nbdqueue *q, enum nbdqueue_operation operation)
+{
+    return operation == NBDQUEUE_READ || operation == NBDQUEUE_WRITE ||
+           operation == NBDQUEUE_COPY ||
+           (operation == NBDQUEUE_ZERO && !q->ends[NBDQUEUE_TARGET].has_zero);
+}
+
+/* Where the next piece of a request ends. */
+static uint64_t end_of_piece(const struct nbdqueue *q, const struct request *r)
+{
+    const struct end *end = &q->ends[NBDQUEUE_TARGET];
+    uint64_t block = round_down(r->cut, end->minimum);
+    uint64_t last = smaller(r->end, block + (has_payload(q, r->operation) ? q->piece : LARGEST));
+
+    if (r->operation != NBDQUEUE_ZERO)
+        return last;
+    if (r->cut != block) /* the edges of a zero are pieces of their own */
+        return smaller(last, block + end->minimum);
+    if (last == end->size)
+        return last;
+    return last - block > end->minimum ? round_down(last, end->minimum) : last;
+}
+
+/* Give the next piece of a request to a slot, but do not cut it off yet. */
+static void fit(struct slot *slot, struct request *r)
+{
+    const struct nbdqueue *q = slot->q;
+    const struct end *end = &q->ends[NBDQUEUE_TARGET];
+    bool is_range = r->operation != NBDQUEUE_FLUSH && r->operation != NBDQUEUE_COPY;
+    uint64_t last = end_of_piece(q, r), wide_end = last;
+
+    slot->request = r;
+    slot->offset = slot->wide_offset = r->cut;
+    slot->length = last - r->cut;
+    if (is_range) {
+        slot->wide_offset = round_down(r->cut, end->minimum);
+        wide_end = smaller(round_down(last + end->minimum - 1, end->minimum), end->size);
+    }
+    slot->wide_length = wide_end - slot->wide_offset;
+    slot->merges = is_change(r->operation) && slot->wide_length != slot->length;
+}
+
+/* Whether a change of blocks has to wait: a merge must be alone there.  q->lock is locked. */
+static bool has_to_wait(const struct slot *slot)
+{
+    const struct nbdqueue *q = slot->q;
+
+    if (q->ends[NBDQUEUE_TARGET].minimum == 1 || !is_change(slot->request->operation))
+        return false;
+    for (unsigned i = 0; i < q->depth; i++) {
+        const struct slot *other = &q->slots[i];
+
+        if (other != slot && other->request != NULL && is_change(other->request->operation) &&
+            (slot->merges || other->merges) &&
+            other->wide_offset < slot->wide_offset + slot->wide_length &&
+            slot->wide_offset < other->wide_offset + other->wide_length)
+            return true;
+    }
+    return false;
+}
+
+/* Put a request into the list of those that are done.  q->lock is locked. */
+static void end_request(struct nbdqueue *q, struct request *r)
+{
+    r->next = NULL;
+    *q->last_done = r;
+    q->last_done = &r->next;
+    q->done_length++;
+}
+
+/* Take the first request off the list of those that are not cut up.  q->lock is locked. */
+static void unqueue(struct nbdqueue *q)
+{
+    q->queued = q->queued->next;
+    if (q->queued == NULL)
+        q->last_queued = &q->queued;
+}
+
+/*
+ * Cut a piece off the first request.  Returns its slot; NULL if there is none, or if it has to
+ * wait.
+ */
+static struct slot *next_piece(struct nbdqueue *q)
+{
+    struct slot *slot;
+    struct request *r;
+
+    pthread_mutex_lock(&q->lock);
+    while (q->queued != NULL && q->queued->cut == q->queued->end) { /* it has failed, or is empty */
+        r = q->queued;
+        unqueue(q);
+        if (r->flying == 0)
+            end_request(q, r);
+    }
+    r = q->queued;
+    slot = q->free;
+    if (r == NULL || slot == NULL || q->is_dropped) {
+        slot = NULL;
+    } else {
+        fit(slot, r);
+        if (has_to_wait(slot)) {
+            slot->request = NULL;
+            slot = NULL;
+        }
+    }
+    if (slot != NULL) {
+        q->free = slot->next;
+        r->flying++;
+        r->cut += slot->length;
+        if (r->cut == r->end)
+            unqueue(q);
+    }
+    pthread_mutex_unlock(&q->lock);
+    return slot;
+}
+
+/* Memory for a piece that is not read or written in place, or zeroes.  Returns 0 or ENOMEM. */
+static int choose_memory(struct slot *slot)
+{
+    struct nbdqueue *q = slot->q;
+    const struct request *r = slot->request;
+    bool is_zeroes = r->operation == NBDQUEUE_ZERO && !slot->merges;
+    bool in_place = r->buffer != NULL && slot->wide_length == slot->length;
+
+    if (in_place) {
+        slot->data = r->buffer + (slot->offset - r->start);
+        return 0;
+    }
+    if (is_zeroes) {
+        if (q->zeroes == NULL)
+            q->zeroes = calloc(1, q->piece);
+        slot->data = q->zeroes;
+        return q->zeroes == NULL ? ENOMEM : 0;
+    }
+    if (slot->own == NULL)
+        slot->own = malloc(q->piece);
+    slot->data = slot->own;
+    return slot->own == NULL ? ENOMEM : 0;
+}
+
+static void start(struct slot *slot)
+{
+    struct nbdqueue *q = slot->q;
+    enum nbdqueue_operation operation = slot->request->operation;
+
+    slot->command = operation;
+    slot->member = NULL;
+    if (operation == NBDQUEUE_COPY || slot->merges)
+        slot->command = NBDQUEUE_READ;
+    else if (operation == NBDQUEUE_ZERO && !q->ends[NBDQUEUE_TARGET].has_zero)
+        slot->command = NBDQUEUE_WRITE;
+    slot->error = 0;
+    if (is_change(operation) || operation == NBDQUEUE_READ || operation == NBDQUEUE_COPY)
+        slot->error = choose_memory(slot);
+    if (slot->error == 0) {
+        send_command(slot);
+        return;
+    }
+    pthread_mutex_lock(&q->lock);
+    list_answered(slot);
+    pthread_mutex_unlock(&q->lock);
+}
+
+void pieces_pump(struct nbdqueue *q)
+{
+    struct slot *slot;
+
+    while ((slot = next_piece(q)) != NULL)
+        start(slot);
+}
+
+/* The end of a piece: its slot is free, and its request may be done.  q->lock is locked. */
+static void end_piece(struct slot *slot)
+{
+    struct nbdqueue *q = slot->q;
+    struct request *r = slot->request;
+
+    if (slot->error != 0 && r->error == 0) {
+        r->error = slot->error;
+        r->error_offset = slot->offset;
+        r->error_end = end_of(slot);
+    }
+    if (slot->error != 0)
+        r->cut = r->end; /* if it is still queued, next_piece finds it */
+    else if (r->operation == NBDQUEUE_COPY)
+        atomic_fetch_add(&q->copied, slot->length);
+    else if (r->operation == NBDQUEUE_ZERO)
+        atomic_fetch_add(&q->zeroed, slot->length);
+    slot->request = NULL;
+    slot->next = q->free;
+    q->free = slot;
+    r->flying--;
+    if (r->flying == 0 && r != q->queued)
+        end_request(q, r);
+}
+
+/* What follows when a command of a slot has ended: the next one, or the end of the piece. */
+static void land(struct slot *slot)
+{
+    struct nbdqueue *q = slot->q;
+    const struct request *r = slot->request;
+    bool was_read = slot->command == NBDQUEUE_READ && slot->error == 0;
+    size_t before = (size_t)(slot->offset - slot->wide_offset);
+
+    if (was_read && slot->merges) {
+        if (r->operation == NBDQUEUE_ZERO)
+            memset(slot->own + before, 0, slot->length);
+        else
+            memcpy(slot->own + before, r->buffer + (slot->offset - r->start), slot->length);
+    }
+    if (was_read && (slot->merges || r->operation == NBDQUEUE_COPY)) {
+        slot->command = NBDQUEUE_WRITE;
+        send_command(slot);
+        return;
+    }
+    if (was_read && slot->data == slot->own)
+        memcpy(r->buffer + (slot->offset - r->start), slot->own + before, slot->length);
+    pthread_mutex_lock(&q->lock);
+    end_piece(slot);
+    pthread_mutex_unlock(&q->lock);
+}
+
+void pieces_lose(struct member *m, int error)
+{
+    m->is_lost = true;
+    if (m->error == 0)
+        m->error = error != 0 ? error : ENOTCONN;
+    if (m->is_entered)
+        nbdshim_note_end(m->s);
+}
+
+/* Retire the command of a read, and find out its error. */
+static void retire_read(struct slot *slot)
+{
+    struct member *m = slot->member;
+
+    if (nbd_aio_command_completed(m->s->h, slot->cookie) == -1 && slot->error == 0)
+        slot->error = nbd_get_errno() != 0 ? nbd_get_errno() : EIO;
+}
+
+/*
+ * Commands that a dead connection has not sent fail with EINVAL, and those that it has sent with
+ * ENOTCONN: tell the connection's error.  Any other error is the server's answer.
+ */
+static void explain(struct slot *slot)
+{
+    struct member *m = slot->member;
+    bool is_answer = slot->is_answered && slot->error != ENOTCONN;
+
+    if (!m->is_lost && m->is_entered &&
+        (nbd_aio_is_dead(m->s->h) == 1 || nbd_aio_is_closed(m->s->h) == 1))
+        pieces_lose(m, ENOTCONN);
+    if (m->is_lost && !is_answer)
+        slot->error = m->error;
+}
+
+bool pieces_reap(struct nbdqueue *q)
+{
+    struct slot *list, *next;
+    bool is_some;
+
+    pthread_mutex_lock(&q->lock);
+    list = q->answered;
+    q->answered = NULL;
+    pthread_mutex_unlock(&q->lock);
+    is_some = list != NULL;
+    for (; list != NULL; list = next) {
+        bool is_flying;
+
+        pthread_mutex_lock(&q->lock);
+        next = list->next;
+        is_flying = list->is_flying;
+        if (is_flying && !list->member->is_entered)
+            list->is_listed = false; /* nbd_close, in another thread, will retire and list it */
+        pthread_mutex_unlock(&q->lock);
+        if (is_flying && !list->member->is_entered)
+            continue;
+        if (is_flying)
+            retire_read(list);
+        if (list->error != 0 && list->member != NULL)
+            explain(list);
+        list->is_listed = false;
+        land(list);
+    }
+    return is_some;
+}
+
+/* Retire the reads that were answered: nobody asks for them any more. */
+static void retire_answered(struct nbdqueue *q)
+{
+    for (unsigned i = 0; i < q->depth; i++) {
+        struct slot *slot = &q->slots[i];
+        bool is_left;
+
+        pthread_mutex_lock(&q->lock);
+        is_left = slot->is_flying && slot->is_answered && slot->member->is_entered;
+        pthread_mutex_unlock(&q->lock);
+        if (is_left)
+            (void)nbd_aio_command_completed(slot->member->s->h, slot->cookie);
+    }
+}
+
+/* What libnbd still has of a slot is an orphan from now on.  q->lock is locked. */
+static void orphan(struct slot *slot)
+{
+    struct request *r = slot->request;
+
+    slot->request = NULL;
+    if (slot->is_flying && !slot->is_answered && !slot->is_orphan) {
+        slot->is_orphan = true;
+        atomic_fetch_add(&slot->member->s->orphans, 1);
+        atomic_fetch_add(&slot->member->s->orphan_bytes, bytes_of(slot));
+    }
+    if (r != NULL && --r->flying == 0)
+        free(r);
+}
+
+static void free_requests(struct request *list)
+{
+    for (struct request *next; list != NULL; list = next) {
+        next = list->next;
+        if (list->flying == 0)
+            free(list);
+    }
+}
+
+void pieces_forget(struct nbdqueue *q, struct nbdshim *s)
+{
+    retire_answered(q);
+    pthread_mutex_lock(&q->lock);
+    free_requests(q->queued);
+    free_requests(q->done);
+    q->queued = q->done = NULL;
+    q->length = q->done_length = 0;
+    q->answered = NULL;
+    q->is_forgotten = true;
+    for (unsigned i = 0; i < q->depth; i++)
+        orphan(&q->slots[i]);
+    if (q->flying == 0)
+        release_buffers(q, s);
+    pthread_mutex_unlock(&q->lock);
+}
+
+int pieces_check(const struct nbdqueue *q, struct request *r)
+{
+    const struct end *end = &q->ends[NBDQUEUE_TARGET];
+    const struct end *source = &q->ends[NBDQUEUE_SOURCE];
+
+    if (r->operation == NBDQUEUE_FLUSH) {
+        r->start = r->cut = 0;
+        r->end = 1; /* one piece */
+        return 0;
+    }
+    if (r->end < r->start || r->end > end->size)
+        return is_change(r->operation) || r->operation == NBDQUEUE_COPY ? ENOSPC : EINVAL;
+    if (r->operation == NBDQUEUE_COPY &&
+        (r->end > source->size || r->start % end->minimum != 0 || r->start % source->minimum != 0 ||
+         (r->end != end->size && r->end % end->minimum != 0) ||
+         (r->end != source->size && r->end % source->minimum != 0)))
+        return EINVAL;
+    if (r->operation == NBDQUEUE_TRIM) { /* only whole blocks */
+        r->cut = r->start + (end->minimum - r->start % end->minimum) % end->minimum;
+        if (r->end != end->size)
+            r->end = round_down(r->end, end->minimum);
+        if (r->cut > r->end)
+            r->cut = r->end;
+    }
+    return 0;
+}
+
+void pieces_settle_size(struct nbdqueue *q)
+{
+    uint32_t minimum = 1;
+
+    for (size_t i = 0; i < 2; i++) {
+        const struct end *end = &q->ends[i];
+
+        if (end->minimum > minimum)
+            minimum = end->minimum;
+        if (end->maximum != 0 && end->maximum < q->piece)
+            q->piece = end->maximum;
+    }
+    q->piece = q->piece < minimum ? minimum : (uint32_t)round_down(q->piece, minimum);
+}

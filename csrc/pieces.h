@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: LGPL-2.0-or-later
+/*
+ * The inside of a queue: what nbdqueue.c, which waits, and pieces.c, which works, share.
+ *
+ * The way of a piece.  `pieces_pump` cuts it off the first request and gives it to a slot.
+ * `send_command` makes one command of it.  libnbd calls `complete` when the server has answered,
+ * and `retire` when it has no more use for the slot; this happens in the thread that moves the
+ * connection, which may be one that makes another call.  `pieces_reap` takes the answered slots in
+ * the thread that waits on the queue, and `land` decides: the next command of the same piece, or
+ * its end.
+ *
+ * Locks.  Who has q->turn moves the queue: it sends, polls and reaps.  q->lock protects the lists
+ * and counters, also from callbacks, which run while libnbd's lock is held.  So libnbd is never
+ * called while q->lock is locked.
+ */
+#ifndef NBD_PIECES_H
+#define NBD_PIECES_H
+
+#include "nbdqueue.h"
+#include "queuefile.h"
+#include "wait.h"
+
+/* A handle of the queue. */
+struct member {
+    struct nbdshim *s;
+    enum nbdqueue_end end;
+    unsigned flying; /* commands that libnbd has */
+    int error;       /* of the connection, if it is lost */
+    bool is_lost;    /* it is closed, or its connection has ended */
+    bool is_entered; /* by the thread that has the queue's turn, as has_turn */
+    bool has_turn;
+};
+
+struct end {
+    size_t count;          /* of its handles */
+    struct queuefile file; /* its fd is -1 if the end has handles */
+    uint64_t size;
+    uint32_t minimum, maximum; /* of the server's block size constraints; maximum 0 is none */
+    bool has_zero;             /* it has a command for zeroes */
+};
+
+struct request {
+    struct request *next;
+    enum nbdqueue_operation operation;
+    uintptr_t token;
+    char *buffer;
+    uint64_t start, cut, end; /* the range; what is before cut was given to slots */
+    uint32_t flags;
+    unsigned flying; /* its slots */
+    int error;
+    uint64_t error_offset;
+    enum nbdqueue_end error_end;
+};
+
+/* A piece of a request. */
+struct slot {
+    struct slot *next; /* free, or answered */
+    struct nbdqueue *q;
+    struct request *request;
+    uint64_t offset, length;           /* the piece */
+    uint64_t wide_offset, wide_length; /* what a command reads or writes for it */
+    char *own;                         /* memory for wide ranges and copies; may be NULL */
+    char *data;                        /* what the command reads into, or writes from */
+    enum nbdqueue_operation command;   /* what is in flight */
+    bool merges;                       /* it is read first, then merged and written */
+    struct member *member;             /* NULL if it did not get to a handle */
+    uint64_t cookie;
+    int error;
+    bool is_flying;   /* libnbd has it */
+    bool is_issued;   /* the call that gives it to libnbd has returned */
+    bool is_answered; /* the completion was called */
+    bool is_listed;   /* in q->answered */
+    bool is_orphan;
+};
+
+struct nbdqueue {
+    sem_t turn;
+    pthread_mutex_t lock;
+    atomic_uint references; /* the caller's, and one for each command in flight */
+    int waker;              /* an eventfd, which ends the poll of the thread that waits */
+    bool is_sleeping;       /* the thread that waits is in poll */
+    bool has_news;          /* requests were added while another thread had the turn */
+    bool is_woken, is_dropped;
+    bool is_forgotten; /* dropped, and no request is left */
+    unsigned depth, flying;
+    unsigned forks; /* nbdshim_forks of the process that made the queue */
+    uint32_t piece;
+    struct end ends[2];
+    struct member members[NBDQUEUE_MOST_HANDLES];
+    size_t count;
+    struct slot *slots, *free, *answered;
+    struct request *queued, **last_queued;
+    struct request *done, **last_done;
+    unsigned length, done_length;
+    struct nbdshim_closure *keeper; /* its token stands for the buffers */
+    char *zeroes;                   /* a piece of them */
+    atomic_uint_fast64_t copied, zeroed;
+    int64_t next_pause; /* when the handlers of signals are to run, at the latest */
+};
+
+/*
+ * What is known at once of a new request: that it cannot be, or has nothing to do.  Returns 0 or an
+ * errno.
+ */
+int pieces_check(const struct nbdqueue *q, struct request *r);
+
+/* Find the largest piece that both ends allow.  q->lock is locked, and no command is in flight. */
+void pieces_settle_size(struct nbdqueue *q);
+
+/* Send as much as the depth allows.  The caller has the turn. */
+void pieces_pump(struct nbdqueue *q);
+
+/*
+ * Go on with the slots whose commands have ended.  The caller has the turn.  Returns whether there
+ * were any.
+ */
+bool pieces_reap(struct nbdqueue *q);
+
+/* The connection of a handle has ended, with an errno or 0: no more commands go there. */
+void pieces_lose(struct member *m, int error);
+
+/*
+ * The end of all requests of a queue that was dropped.  Commands in flight become orphans.  The
+ * caller has the turn.  s is the handle whose call hands the queue's token over, if that can be
+ * now.
+ */
+void pieces_forget(struct nbdqueue *q, struct nbdshim *s);
+
+/* Have the thread that sleeps in poll look again.  q->lock is locked. */
+void nbdqueue_rouse(struct nbdqueue *q);
+
+/* Let go of a queue; the last one frees it. */
+void nbdqueue_unrefer(struct nbdqueue *q);
+
+#endif
