@@ -10,6 +10,9 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
+/* Smaller writes are left to the system, which can put several together. */
+#define LEAST_WRITTEN_BACK (64 * 1024)
+
 /* What has become of `done` bytes (of pread or pwrite).  Returns 0 to go on, or an errno. */
 static int check(ssize_t done)
 {
@@ -50,9 +53,45 @@ static int write_all(int fd, const char *data, uint64_t length, uint64_t at)
     return 0;
 }
 
+/* Wait until a range is on the disk, and have the cache forget it.  Returns 0 or an errno. */
+static int finish(int fd, uint64_t at, uint64_t length)
+{
+    const unsigned all =
+        SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
+
+    /* A failure that is told here is not told again by fdatasync.  Others are no failure to write:
+       not every file can do this. */
+    if (sync_file_range(fd, (off_t)at, (off_t)length, all) == -1 &&
+        (errno == EIO || errno == ENOSPC || errno == EDQUOT))
+        return errno;
+    (void)posix_fadvise(fd, (off_t)at, (off_t)length, POSIX_FADV_DONTNEED);
+    return 0;
+}
+
+/* Have a range written to the disk, and finish the oldest of such ranges.  Returns 0 or an errno.
+ */
+static int write_back(struct queuefile *file, uint64_t at, uint64_t length)
+{
+    unsigned oldest = file->oldest;
+    int error = 0;
+
+    (void)sync_file_range(file->fd, (off_t)at, (off_t)length, SYNC_FILE_RANGE_WRITE);
+    if (file->recent[oldest].length != 0)
+        error = finish(file->fd, file->recent[oldest].at, file->recent[oldest].length);
+    file->recent[oldest].at = at;
+    file->recent[oldest].length = length;
+    file->oldest = (oldest + 1) % QUEUEFILE_RECENT;
+    return error;
+}
+
 int queuefile_write(struct queuefile *file, const char *data, uint64_t length, uint64_t offset)
 {
-    return write_all(file->fd, data, length, file->base + offset);
+    uint64_t at = file->base + offset;
+    int error = write_all(file->fd, data, length, at);
+
+    if (error == 0 && length >= LEAST_WRITTEN_BACK)
+        error = write_back(file, at, length);
+    return error;
 }
 
 /* Have the file system or the device make zeroes.  Returns whether it did. */

@@ -2,15 +2,25 @@
 /*
  * A file or block device as the end of a queue.  It is read and written at once, in the thread
  * that has the queue's turn.
+ *
+ * What is written goes on to the disk meanwhile, and then out of the system's cache: a copy of a
+ * large disk would fill all of it, and what other programs use would have to go.
  */
 #ifndef NBD_QUEUEFILE_H
 #define NBD_QUEUEFILE_H
 
 #include <stdint.h>
 
+/* So many writes are on their way to the disk before the oldest is waited for. */
+#define QUEUEFILE_RECENT 32
+
 struct queuefile {
     int fd;        /* the caller's; -1 if there is no file */
     uint64_t base; /* where the end begins in the file, in bytes */
+    struct {
+        uint64_t at, length;
+    } recent[QUEUEFILE_RECENT]; /* what was written last; a length of 0 is none */
+    unsigned oldest;
 };
 
 /* All of these take an offset from base, and return 0 or an errno. */

@@ -98,6 +98,18 @@ def test_a_file_is_copied_to_a_file(image: Path, tmp_path: Path) -> None:
     assert copied.read_bytes() == image.read_bytes()
 
 
+def test_a_copy_does_not_fill_the_cache_of_the_system(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    nbd.copy(["nbdkit", "-s", "--exit-with-parent", "pattern", "128M"], target)
+    asked = ["fincore", "--bytes", "--noheadings", "--output=RES", str(target)]
+    cached = subprocess.run(asked, capture_output=True, text=True, check=True)
+    if int(cached.stdout) >= 128 * MIB:
+        kind = subprocess.run(["stat", "-f", "-c", "%T", target], capture_output=True, text=True)
+        if kind.stdout.strip() in ("tmpfs", "ramfs"):
+            pytest.skip(f"{tmp_path} is in memory: nothing can leave the cache")
+    assert int(cached.stdout) <= 64 * MIB
+
+
 def test_a_larger_disk_keeps_what_follows(nbdkit: Nbdkit, image: Path, tmp_path: Path) -> None:
     larger = tmp_path / "larger"
     larger.write_bytes(b"\xff" * 6 * MIB)

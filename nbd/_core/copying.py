@@ -68,7 +68,8 @@ def copy(
     position, or to it.
 
     A file that is named by its path is made, or emptied, first.  A disk, a block device and an open
-    file keep what follows the copy.
+    file keep what follows the copy.  What is written to a file goes on to the disk at once, and
+    then leaves the system's cache, so that a large copy does not fill it.
 
     Args:
         connections: How many connections to make to each server, if it allows several
