@@ -11,7 +11,7 @@ A stream is copied by one thread, in order, with nbd.open on the other side.
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from collections import namedtuple
 
 from nbd._core.convert import as_number, as_seconds
 from nbd._core.ends import Disk, File, Stream, is_same, open_end, processors
@@ -38,13 +38,19 @@ _MOST_RANGE = 128 * 1024 * 1024
 _TICK = 0.1
 
 
-class Copied(NamedTuple):
+_Copied = namedtuple("_Copied", ("copied", "zeroed"))
+
+
+class Copied(_Copied):
     """What nbd.copy has done, in bytes.
 
     Attributes:
         copied: So many were read and written.
         zeroed: So many were not read, because the source has a hole there.
     """
+
+    __module__ = "nbd"
+    __slots__ = ()
 
     copied: int
     zeroed: int
@@ -124,14 +130,22 @@ def copy(
         return done
 
 
-class Settings(NamedTuple):
+class Settings:
     """What the caller of a copy has asked for."""
 
-    connections: int | None
-    depth: int
-    sparse: bool
-    progress: Progress | None
-    timeout: float | None
+    def __init__(
+        self,
+        connections: int | None,
+        depth: int,
+        sparse: bool,
+        progress: Progress | None,
+        timeout: float | None,
+    ) -> None:
+        self.connections = connections
+        self.depth = depth
+        self.sparse = sparse
+        self.progress = progress
+        self.timeout = timeout
 
 
 def _at_least_one(name: str, value: object) -> int | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import re
 import stat
 
 from nbd._core.connecting import connect
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     Anything = Union[str, "os.PathLike[str]", bytes, Sequence[str], NBD, Any]
     End = Union["Disk", "File", "Stream"]
 
-_IS_URI = re.compile(r"nbds?(\+\w+)?:").match
+_SCHEMES = ("nbd", "nbds")  # perhaps followed by +unix, +vsock, +ssh
 _MOST_CONNECTIONS = 4
 
 
@@ -206,7 +205,7 @@ def open_end(what: Anything, end: int, connections: int | None, timeout: float |
     """
     if isinstance(what, NBD):
         return Disk([what], is_ours=False)
-    if isinstance(what, (list, tuple)) or (isinstance(what, str) and _IS_URI(what)):
+    if isinstance(what, (list, tuple)) or (isinstance(what, str) and _is_uri(what)):
         return _connected(what, connections, timeout)
     if isinstance(what, (str, bytes, os.PathLike)):
         return _opened(os.fspath(what), end)
@@ -232,6 +231,11 @@ def processors() -> int:
 
 def _name(end: int) -> str:
     return "source" if end == SOURCE else "target"
+
+
+def _is_uri(text: str) -> bool:
+    scheme, colon, _ = text.partition(":")
+    return colon != "" and scheme.partition("+")[0] in _SCHEMES
 
 
 def _connected(what: Any, connections: int | None, timeout: float | None) -> Disk:

@@ -8,7 +8,7 @@ the last one ended, for one context or several at once.
 from __future__ import annotations
 
 import errno
-from typing import NamedTuple, overload
+from collections import namedtuple
 
 from nbd._core.constants import CONTEXT_BASE_ALLOCATION, SIZE_MINIMUM
 from nbd._core.convert import as_number
@@ -18,13 +18,16 @@ from nbd._core.methods import NBD
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from typing import Any
+    from typing import Any, overload
 
 #: The most that is asked for at once without extended headers, whose lengths have 32 bits.
 _MOST = 2**31
 
 
-class Extent(NamedTuple):
+_Extent = namedtuple("_Extent", ("offset", "length", "flags"))
+
+
+class Extent(_Extent):
     """A range of a disk whose status is the same everywhere.
 
     Attributes:
@@ -33,12 +36,18 @@ class Extent(NamedTuple):
         flags: The status, such as nbd.STATE_HOLE | nbd.STATE_ZERO.
     """
 
+    __module__ = "nbd"
+    __slots__ = ()
+
     offset: int
     length: int
     flags: int
 
 
-class Extents(NamedTuple):
+_Extents = namedtuple("_Extents", ("offset", "length", "flags"))
+
+
+class Extents(_Extents):
     """The same for several meta contexts.
 
     Attributes:
@@ -47,29 +56,33 @@ class Extents(NamedTuple):
         flags: The status in each context, in the order in which they were asked for.
     """
 
+    __module__ = "nbd"
+    __slots__ = ()
+
     offset: int
     length: int
     flags: tuple[int, ...]
 
 
-@overload
-def extents(
-    h: NBD,
-    context: str = CONTEXT_BASE_ALLOCATION,
-    *,
-    start: int = 0,
-    end: int | None = None,
-) -> Iterator[Extent]: ...
+if TYPE_CHECKING:
 
+    @overload
+    def extents(
+        h: NBD,
+        context: str = CONTEXT_BASE_ALLOCATION,
+        *,
+        start: int = 0,
+        end: int | None = None,
+    ) -> Iterator[Extent]: ...
 
-@overload
-def extents(
-    h: NBD,
-    context: list[str] | tuple[str, ...],
-    *,
-    start: int = 0,
-    end: int | None = None,
-) -> Iterator[Extents]: ...
+    @overload
+    def extents(
+        h: NBD,
+        context: list[str] | tuple[str, ...],
+        *,
+        start: int = 0,
+        end: int | None = None,
+    ) -> Iterator[Extents]: ...
 
 
 def extents(
