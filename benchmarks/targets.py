@@ -56,7 +56,7 @@ TARGETS = {
     "handles": Row(pypy=1.1),
     "copy": Row(),
     "queue-4k": Row(api=0.75),
-    "queue-64k": Row(api=0.75),
+    "queue-64k": Row(),
     "random-4k-1ms": Row(api=0.6),
     "file-64k-1ms": Row(api=0.25),
     "file-sha256": Row(api=0.95),

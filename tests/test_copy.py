@@ -16,6 +16,7 @@ from typing import Any, Callable
 import hostile
 import pytest
 import servers
+from programs import run_program
 from servers import Server
 
 import nbd
@@ -431,6 +432,26 @@ def test_any_size_is_copied(nbdkit: Nbdkit, tmp_path: Path, size: int) -> None:
     if size:
         nbd.copy(source, served(nbdkit, target))
         assert target.read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize("target", ["disk", "file", "stream"])
+def test_memory_is_bounded_whatever_the_size_of_the_copy(
+    nbdkit: Nbdkit, tmp_path: Path, target: str
+) -> None:
+    program = f"""
+import resource, sys
+import nbd
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+with open("/dev/null", "wb", buffering=0) as null:
+    nbd.copy({nbdkit("pattern", "600M").uri!r}, null if sys.argv[1:] == ["-"] else sys.argv[1])
+print((peak() - before) // 1024)
+"""
+    targets = {"disk": nbdkit("null", "600M").uri, "file": str(tmp_path / "copy"), "stream": "-"}
+    done = run_program(program, targets[target])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) < 64
 
 
 def test_several_connections_are_made_where_the_server_allows(
