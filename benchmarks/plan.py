@@ -29,8 +29,9 @@ class Workload:
     entry for each handle to connect.  ``warm_up`` operations run before the clock starts, for
     caches and just-in-time compilers.  ``clock`` tells whether the figure is elapsed time
     (``wall``) or the client's own processor time (``cpu``).  ``fresh`` says that each operation
-    has a buffer of its own.  ``is_ours`` says that only this package has it: libnbd's own module
-    does the same in another way, and there is nothing to compare with in C.
+    has memory of its own: a buffer, or the memory of a new target.  ``is_ours`` says that only
+    this package has it: libnbd's own module does the same in another way, and there is nothing to
+    compare with in C.
     """
 
     name: str
@@ -95,10 +96,10 @@ _ALL = (
     Workload("random-4k-1ms", "random", 4_000, ("late",) * 8, 4 * KIB, 16, is_ours=True),
     Workload("file-64k-1ms", "file", 4_096, ("late",), 64 * KIB, is_ours=True),
     Workload("file-sha256", "checksum", 4_096, ("memory",), 256 * KIB, is_ours=True),
-    Workload("copy-memory-null", WHOLE_COPY, 1, ("memory", "null"), GIB),
-    Workload("copy-memory-memory", WHOLE_COPY, 1, ("memory", "target"), GIB),
-    Workload("copy-sparse-memory", WHOLE_COPY, 1, ("sparse", "target"), GIB),
-    Workload("copy-memory-file", WHOLE_COPY, 1, ("memory", "file"), GIB),
+    Workload("copy-memory-null", WHOLE_COPY, 1, ("memory", "null"), GIB, fresh=True),
+    Workload("copy-memory-memory", WHOLE_COPY, 1, ("memory", "target"), GIB, fresh=True),
+    Workload("copy-sparse-memory", WHOLE_COPY, 1, ("sparse", "target"), GIB, fresh=True),
+    Workload("copy-memory-file", WHOLE_COPY, 1, ("memory", "file"), GIB, fresh=True),
 )
 
 

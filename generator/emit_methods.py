@@ -70,7 +70,7 @@ def methods_module(header: Header, documentation: Mapping[str, Documentation]) -
 from __future__ import annotations
 
 import nbd._core.upcalls  # noqa: F401 - gives them to the shim
-from nbd._core.buffer import readable, writable
+from nbd._core.buffer import readable, writable, writable_by_call
 from nbd._core.callbacks import abandon, next_token, not_callable, registry
 from nbd._core.convert import (
     address_of,
@@ -87,6 +87,7 @@ from nbd._core.memory import (
     NEVER_STALE,
     copy_back,
     from_buffer,
+    is_unowned,
     new_result,
     new_shown_result,
     result_of,
@@ -299,7 +300,8 @@ def memory_of(function: Function, buffer: Parameter) -> Iterator[str]:
         yield f"    pointer = pin = from_buffer({name})"
         yield f"    size, state, target = len(pin), NEVER_STALE, {name}"
         yield "else:"
-        yield f'    pointer, size, pin, state, target = writable("{name}", {name})'
+        take = "writable_by_call" if function.form_of else "writable"
+        yield f'    pointer, size, pin, state, target = {take}("{name}", {name})'
     else:
         yield f"size = {buffer.length}"
         yield f"if type({buffer.length}) is not int:"
@@ -377,7 +379,7 @@ def outcome(function: Function, kind: Returns) -> Iterator[str]:
         yield "if result < 0 or pending:"
         yield "    settle(self._h, result)"
     if function.form_of:
-        yield "if BOUNCES and target is not None:"
+        yield "if target is not None and (BOUNCES or is_unowned(target)):"
         yield "    copy_back(target, pin)"
     elif reads_synchronously(function) and function.buffer:
         finish = "shown_result_of" if function.closures else "result_of"

@@ -49,7 +49,8 @@ RESERVED = frozenset(keyword.kwlist) | {
     *("self", "raised", "result", "pointer", "size", "state", "target", "pin"),
     "_alive",
     # What methods.py imports from the package.
-    *("pending", "registry", "readable", "writable", "BOUNCES", "from_buffer"),
+    *("pending", "registry", "readable", "writable", "writable_by_call", "is_unowned"),
+    *("BOUNCES", "from_buffer"),
     *("new_result", "new_shown_result", "result_of", "shown_result_of"),
     *("address_of", "as_number", "as_path", "as_string", "as_strings", "as_text", "owned_text"),
     *(

@@ -9,7 +9,6 @@ import os
 import pickle
 import random
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from types import FrameType
 from typing import Any, Callable
 
 import pytest
+from foreign import unowned_view
 from servers import Server
 from waits import SHORT, Stop, alarm, paused
 
@@ -282,17 +282,10 @@ def test_a_signal_handler_cannot_use_the_file_of_the_call_it_stopped(nbdkit: Nbd
 
 
 def test_late_answers_do_not_reach_memory_without_an_owner(nbdkit: Nbdkit, image: Path) -> None:
-    if sys.implementation.name != "cpython":
-        pytest.skip("only CPython can make a view without an owner, as its io does")
-    server = nbdkit("file", str(image))
     memory = ctypes.create_string_buffer(2 * MIB)
-    make = ctypes.pythonapi.PyMemoryView_FromMemory
-    make.restype, make.argtypes = (
-        ctypes.py_object,
-        [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int],
-    )
+    view = unowned_view(memory)
+    server = nbdkit("file", str(image))
     with nbd.open(server.uri, buffering=0) as disk:
-        view = make(ctypes.addressof(memory), 2 * MIB, 0x200)
         with stopped(server, "signal"):
             disk.readinto(view)  # type: ignore[attr-defined]
         disk.read(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import sys
 import threading
@@ -9,6 +10,7 @@ from contextlib import suppress
 from typing import Any, Callable
 
 import pytest
+from foreign import unowned_view
 from hostile import Watchdog
 from servers import Server
 from usage import registered
@@ -42,6 +44,45 @@ def give_up(h: nbd.NBD, call: Callable[[], object], seconds: float = 0.01) -> No
     with pytest.raises(nbd.Timeout):
         call()
     h.settimeout(None)
+
+
+def test_a_view_without_an_owner_is_read_into(disk: nbd.NBD) -> None:
+    memory = ctypes.create_string_buffer(b"x" * BLOCK, BLOCK)
+    view = unowned_view(memory)
+    disk.pwrite(b"disk" * (BLOCK // 4), 0)
+    disk.pread_into(view, 0)
+    assert memory.raw == b"disk" * (BLOCK // 4)
+
+
+def test_a_late_answer_does_not_reach_a_view_without_an_owner(
+    server: Server, disk: nbd.NBD
+) -> None:
+    memory = ctypes.create_string_buffer(b"x" * BLOCK, BLOCK)
+    view = unowned_view(memory)
+    with paused(server):
+        give_up(disk, lambda: disk.pread_into(view, 0))
+    reap(disk)
+    assert memory.raw == b"x" * BLOCK
+
+
+def test_a_late_write_does_not_read_a_view_without_an_owner(server: Server, disk: nbd.NBD) -> None:
+    size = 8 * MIB  # more than the socket takes
+    memory = ctypes.create_string_buffer(b"x" * size, size)
+    view = unowned_view(memory)
+    with paused(server):
+        give_up(disk, lambda: disk.pwrite(view, 0))
+        ctypes.memset(memory, 0, size)
+    reap(disk)
+    assert disk.pread(size, 0) == b"x" * size
+
+
+def test_a_queue_does_not_read_into_a_view_without_an_owner(disk: nbd.NBD) -> None:
+    memory = ctypes.create_string_buffer(BLOCK)
+    view = unowned_view(memory)
+    with nbd.queue.Queue(disk) as queue:
+        with pytest.raises(BufferError, match="read into a bytearray"):
+            queue.read(view, 0)
+        assert len(queue) == 0
 
 
 @pytest.mark.skipif(sys.implementation.name == "pypy", reason="PyPy copies what is written")

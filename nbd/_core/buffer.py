@@ -14,6 +14,7 @@ from nbd._core.memory import (
     copied,
     from_buffer,
     give_away,
+    is_unowned,
     new_block,
     pinned,
 )
@@ -249,7 +250,7 @@ def readable(name: str, buffer: Any) -> tuple[Any, int, Any]:
             return memory.pin, memory.size, memory.pin
         buffer = memory.storage
     try:
-        if BOUNCES and type(buffer) is not bytes:
+        if (BOUNCES and type(buffer) is not bytes) or is_unowned(buffer):
             buffer = copied(buffer)
         return pinned(buffer, False)
     except (TypeError, ValueError, BufferError) as reason:
@@ -278,6 +279,21 @@ def writable(name: str, buffer: Any) -> tuple[Any, int, Any, Any, Any]:
         return *pinned(buffer, True), NEVER_STALE, buffer
     except (TypeError, ValueError, BufferError) as reason:
         raise _unusable(name, buffer, reason) from None
+
+
+def writable_by_call(name: str, buffer: Any) -> tuple[Any, int, Any, Any, Any]:
+    """The same for a call that waits, and may be stopped.
+
+    Then the server's answer comes late, when the memory of a view without an owner may be gone.  So
+    the answer goes to a bounce buffer, and from there to the view if the call is not stopped.
+    """
+    if BOUNCES or not is_unowned(buffer):
+        return writable(name, buffer)
+    try:
+        pin = bounce_buffer(buffer)
+    except BufferError as reason:
+        raise _unusable(name, buffer, reason) from None
+    return pin, len(pin), pin, NEVER_STALE, buffer
 
 
 def _unusable(name: str, buffer: Any, reason: Exception) -> Exception:

@@ -24,7 +24,7 @@ from time import monotonic
 
 from nbd._core.convert import as_number
 from nbd._core.errors import DiskError, Error, Timeout
-from nbd._core.memory import BOUNCES, as_bytes
+from nbd._core.memory import BOUNCES, as_bytes, is_unowned
 from nbd._core.queue import Queue
 from nbd._core.readahead import PIECE, ReadAhead, new_memory
 from nbd._core.writes import DEPTH, WriteBehind
@@ -296,7 +296,7 @@ class DiskFile(io.RawIOBase):
         # What is read ahead may be what is being written.
         start, end = (0, self._size) if is_next else (at, at + len(view))
         self._behind.finish(start, end)
-        has_owner = not BOUNCES and view.obj is not None
+        has_owner = not BOUNCES and not is_unowned(view)
         if has_owner and len(view) >= _LARGE and not self._ahead.covers(at):
             return self._read_straight(view, at)
         return self._read_on(view, at) if is_next else self._read_once(view, at)

@@ -302,20 +302,28 @@ def as_bytes(buffer: Any) -> memoryview:
 
 
 def copied(buffer: Any) -> bytes:
-    """A copy of a buffer that a command reads, on PyPy: bytes are never resized."""
+    """A copy of a buffer that a command reads: bytes are never resized, and can be kept."""
     with memoryview(buffer) as view:
         if not view.c_contiguous:
             raise BufferError
         return view.tobytes()
 
 
+def is_unowned(buffer: Any) -> bool:
+    """Whether a buffer is a memoryview without an owner, whose memory nobody can keep in place.
+
+    CPython's io makes such views of its own buffers for the methods readinto and write of a file.
+    """
+    return isinstance(buffer, memoryview) and buffer.obj is None
+
+
 def bounce_buffer(buffer: Any) -> Any:
-    """Zeroed memory in place of a buffer that a command writes, on PyPy."""
+    """Zeroed memory in place of a buffer that a command writes: on PyPy, or if it is unowned."""
     with memoryview(buffer) as view:
         if view.readonly or not view.c_contiguous:
             raise BufferError
         size = view.nbytes
-    return allocate(size, clear=True)
+    return allocate(size, clear=True) if BOUNCES else _new(_CHARS, size)
 
 
 def copy_back(target: Any, pin: Any) -> None:

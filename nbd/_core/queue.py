@@ -9,7 +9,7 @@ from nbd._core.buffer import readable, writable
 from nbd._core.callbacks import next_token
 from nbd._core.convert import as_number
 from nbd._core.engine import CACHE, FLUSH, READ, TARGET, TRIM, WRITE, ZERO, Engine, failure
-from nbd._core.memory import BOUNCES, NEVER_STALE, copy_back, free, from_buffer
+from nbd._core.memory import BOUNCES, NEVER_STALE, copy_back, free, from_buffer, is_unowned
 from nbd._core.methods import NBD
 from nbd._core.shim import ffi, lib
 
@@ -153,7 +153,7 @@ class Queue:
             The request, which `wait` will tell of.  A range past the end fails with EINVAL.
 
         Raises:
-            BufferError: buf is read-only or not contiguous.
+            BufferError: buf is read-only, not contiguous, or a memoryview without an owner.
             ValueError: The queue is closed, or offset is out of range.
 
         C: nbd_aio_pread.
@@ -162,6 +162,11 @@ class Queue:
             pointer = pin = from_buffer(buf)
             size, state, target = len(pin), NEVER_STALE, buf
         else:
+            if is_unowned(buf):
+                raise BufferError(
+                    "buf: nothing keeps the memory of this memoryview; read into a bytearray or "
+                    "nbd.Buffer, and copy"
+                )
             pointer, size, pin, state, target = writable("buf", buf)
         if state[0]:
             lib.nbdshim_clear_stale(state, pin, size)
