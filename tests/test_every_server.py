@@ -86,12 +86,8 @@ def serve(nbdkit: Nbdkit, arguments: tuple[str, ...], path: Path) -> str:
     return nbdkit(*(argument.replace("{0}", str(path)) for argument in arguments)).uri
 
 
-def of_every_kind(test: Callable[..., None]) -> Callable[..., None]:
-    return pytest.mark.parametrize("kind", KINDS)(test)
-
-
-def that_fails(test: Callable[..., None]) -> Callable[..., None]:
-    return pytest.mark.parametrize("kind", FAILING)(test)
+of_every_kind = pytest.mark.parametrize("kind", KINDS)
+that_fails = pytest.mark.parametrize("kind", FAILING)
 
 
 @of_every_kind
