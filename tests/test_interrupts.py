@@ -207,9 +207,10 @@ def test_ctrl_c_ends_a_program_that_waits(nbdkit: StartServer) -> None:
 
 
 STORM = """
-import gc, os, resource, signal, sys, threading, time, nbd
+import ctypes, gc, os, resource, signal, sys, threading, time, nbd
 
 PACKAGE = os.path.dirname(nbd.__file__) + os.sep
+KEEPS_FREED = hasattr(ctypes.CDLL(None), "__asan_init")  # AddressSanitizer: up to 256 MiB
 orphans = nbd._core.shim.lib.nbdshim_orphans
 SIZES = [512, 4096, 65536, 300_000]
 SECONDS = float(sys.argv[2])
@@ -301,7 +302,7 @@ for number, h in enumerate(handles, 1):
     h.close()
 assert stopped > 0
 grown = resident() - before
-assert grown < 64 << 20, grown
+assert KEEPS_FREED or grown < 64 << 20, grown
 print(f"storm beside threads, signals: {signals}")
 print(f"storm beside threads, calls that were stopped: {stopped}")
 print(f"storm beside threads, MiB more than before: {grown / (1 << 20):.1f}")
