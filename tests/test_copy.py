@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gzip
 import io
+import mmap
 import os
 import random
 import signal
@@ -99,16 +101,30 @@ def test_a_file_is_copied_to_a_file(image: Path, tmp_path: Path) -> None:
     assert copied.read_bytes() == image.read_bytes()
 
 
+def cached(path: Path) -> int:
+    """Return how many bytes of a file are in the system's cache."""
+    size, page = path.stat().st_size, os.sysconf("SC_PAGESIZE")
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    pages = ctypes.create_string_buffer(-(-size // page))
+    with path.open("rb") as file:
+        at = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    assert libc.mincore(at, size, pages) == 0, os.strerror(ctypes.get_errno())
+    assert libc.munmap(at, size) == 0
+    return page * sum(state & 1 for state in pages.raw)
+
+
 def test_a_copy_does_not_fill_the_cache_of_the_system(tmp_path: Path) -> None:
     target = tmp_path / "target"
     nbd.copy(["nbdkit", "-s", "--exit-with-parent", "pattern", "128M"], target)
-    asked = ["fincore", "--bytes", "--noheadings", "--output=RES", str(target)]
-    cached = subprocess.run(asked, capture_output=True, text=True, check=True)
-    if int(cached.stdout) >= 128 * MIB:
+    if cached(target) == 128 * MIB:
         kind = subprocess.run(["stat", "-f", "-c", "%T", target], capture_output=True, text=True)
         if kind.stdout.strip() in ("tmpfs", "ramfs"):
             pytest.skip(f"{tmp_path} is in memory: nothing can leave the cache")
-    assert int(cached.stdout) <= 64 * MIB
+    assert cached(target) <= 64 * MIB
 
 
 def test_a_larger_disk_keeps_what_follows(nbdkit: Nbdkit, image: Path, tmp_path: Path) -> None:
@@ -323,7 +339,7 @@ def test_a_read_whose_data_never_came_is_an_error(tmp_path: Path) -> None:
         source.connect_socket(server.fileno())
         with pytest.raises(nbd.Error, match="reading the source failed at offset 0") as failed:
             nbd.copy(source, str(tmp_path / "target"))
-    assert failed.value.errno == "EIO"
+    assert failed.value.errno in ("EIO", "EPROTO")  # newer versions of libnbd say the latter
 
 
 @pytest.mark.parametrize("side", [0, 1])
