@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import gzip
 import io
 import mmap
@@ -11,6 +12,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any, Callable
@@ -468,6 +470,24 @@ print((peak() - before) // 1024)
     done = run_program(program, targets[target])
     assert (done.returncode, done.stderr) == (0, "")
     assert int(done.stdout) < 64
+
+
+@pytest.mark.skipif(
+    sys.implementation.name == "pypy", reason="PyPy lets go of things at its next collection"
+)
+def test_a_copy_that_has_failed_leaves_no_queue_to_the_garbage_collector(
+    nbdkit: Nbdkit, image: Path, tmp_path: Path
+) -> None:
+    uri = served(nbdkit, image, "--filter=error", "error=EIO", "error-rate=100%")
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(nbd.Error):
+            nbd.copy(uri, tmp_path / "copied", connections=4)
+        left = [one for one in gc.get_objects() if isinstance(one, nbd._core.engine.Engine)]
+    finally:
+        gc.enable()
+    assert left == []
 
 
 def test_several_connections_are_made_where_the_server_allows(

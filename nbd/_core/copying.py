@@ -245,6 +245,7 @@ class _Copy:
                     thread.join()
             for engine in self._engines:
                 engine.drop()
+            self._failures.clear()  # their tracebacks refer to self: a cycle would keep the queues
         copied = sum(lib.nbdqueue_copied(engine.q) for engine in self._engines) + rest
         zeroed = sum(lib.nbdqueue_zeroed(engine.q) for engine in self._engines)
         self._report(is_last=True)
