@@ -21,6 +21,7 @@ Call = Callable[[Any], object]
 
 BLOCK = 512
 SHORT = 0.05  # seconds that a call may wait, or until a signal arrives
+AGAIN = 20  # seconds until a signal comes again
 
 #: What a connected handle can do.
 COMMANDS: dict[str, Call] = {
@@ -129,9 +130,13 @@ def reap(h: nbd.NBD) -> None:
 def alarm(
     handler: Callable[[int, FrameType | None], object], seconds: float = SHORT
 ) -> Iterator[None]:
-    """Have a signal handler called after some time."""
+    """Have a signal handler called after some time.
+
+    What it raises is lost where it happens to run in a finalizer, which PyPy calls at any time.  So
+    it is called again, much later.
+    """
     before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
     try:
         yield
     finally:
