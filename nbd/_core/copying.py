@@ -213,6 +213,7 @@ class _Copy:
         """Copy, with the calling thread as the first worker."""
         import threading
 
+        copied = zeroed = 0
         depth = max(1, self._settings.depth // self._workers)
         for worker in range(self._workers):
             engine = Engine(depth, _PIECE)
@@ -244,10 +245,11 @@ class _Copy:
                 if thread.ident is not None:
                     thread.join()
             for engine in self._engines:
-                engine.drop()
-            self._failures.clear()  # their tracebacks refer to self: a cycle would keep the queues
-        copied = sum(lib.nbdqueue_copied(engine.q) for engine in self._engines) + rest
-        zeroed = sum(lib.nbdqueue_zeroed(engine.q) for engine in self._engines)
+                copied += lib.nbdqueue_copied(engine.q)
+                zeroed += lib.nbdqueue_zeroed(engine.q)
+                engine.end()  # who keeps an exception keeps its frames, but not their queues
+            self._failures.clear()  # their tracebacks refer to self
+        copied += rest
         self._report(is_last=True)
         return Copied(copied, zeroed)
 

@@ -125,6 +125,11 @@ class Engine:
         if pending:
             report_pending(self._handles[0]._h if self._handles else None)
 
+    def end(self) -> None:
+        """Drop the queue, and free it: nothing may use the engine any more."""
+        self.drop()
+        self.q = ffi.NULL
+
     def __del__(self) -> None:
         if is_finalizing():  # too late for upcalls: Python has ended
             lib.nbdshim_end_upcalls()
