@@ -145,8 +145,9 @@ def _check_context(h: NBD, name: str) -> None:
         raise TypeError(f"context: str is needed, not {type(name).__name__}")
     if not h.can_meta_context(name):
         raise Error(
-            f"nbd.extents: {name} was not negotiated with the server; before connecting call "
-            f"h.add_meta_context({name!r}), or use nbd.connect(uri, contexts=[{name!r}])",
+            f"nbd.extents: {name} was not negotiated: the server does not offer it, or it was not "
+            f"asked for; to ask, call h.add_meta_context({name!r}) before connecting, or use "
+            f"nbd.connect(uri, contexts=[{name!r}])",
             errno.ENOTSUP,
         )
 
