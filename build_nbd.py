@@ -33,7 +33,7 @@ from generator.read import read  # noqa: E402
 from generator.waiting import stoppable  # noqa: E402
 
 CSRC = ROOT / "csrc"
-SHIM = [CSRC / f"{name}.c" for name in ("nbdshim", "wait", "nbdqueue", "pieces", "queuefile")]
+SHIM = sorted(CSRC.glob("*.c"))
 INCLUDES = '#include "nbdshim.h"\n#include "nbdglue.h"\n'
 STRICT = ("-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra")
 LINKED_AT_ONCE = "-Wl,-z,now"  # a function that libnbd lacks is an error at import, not at a call

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
 /* A queue of requests, and who moves it when; see nbdqueue.h, and pieces.h for its inside. */
 
-#include "pieces.h"
+#include "watch.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -13,6 +13,8 @@
 #define SHARED_SLICE (10 * NBDSHIM_MILLISECOND)
 /* A queue that never sleeps runs the handlers of signals so often. */
 #define BUSY_SLICE (20 * NBDSHIM_MILLISECOND)
+/* A step of an event loop ends after so long, even if there is more to do. */
+#define STEP 0.001
 
 struct nbdqueue *nbdqueue_create(unsigned depth, uint32_t piece, uintptr_t token)
 {
@@ -36,6 +38,7 @@ struct nbdqueue *nbdqueue_create(unsigned depth, uint32_t piece, uintptr_t token
     atomic_init(&q->references, 1);
     q->depth = depth;
     q->piece = piece;
+    q->epoll = q->timer = -1;
     q->forks = atomic_load(&nbdshim_forks);
     q->keeper->token = token;
     q->last_queued = &q->queued;
@@ -56,6 +59,7 @@ void nbdqueue_unrefer(struct nbdqueue *q)
         return;
     for (unsigned i = 0; i < q->depth; i++)
         free(q->slots[i].own);
+    watch_end(q);
     for (size_t i = 0; i < q->count; i++)
         nbdshim_disown(q->members[i].s);
     close(q->waker);
@@ -115,7 +119,7 @@ int nbdqueue_add(struct nbdqueue *q, enum nbdqueue_end which, struct nbdshim *s)
     if (ret == 0) {
         atomic_fetch_add(&s->owners, 1);
         end->count++;
-        q->members[q->count++] = (struct member){.s = s, .end = which};
+        q->members[q->count++] = (struct member){.s = s, .end = which, .socket = -1};
     }
     nbdshim_leave(s);
     return ret;
@@ -156,7 +160,7 @@ static int enter_all(struct nbdqueue *q)
 
         m->is_entered = ret == 0;
         if (ret == NBDSHIM_CLOSED)
-            pieces_lose(m, ENOTCONN);
+            pieces_lose(q, m, ENOTCONN);
         if (ret != NBDSHIM_REENTERED)
             continue;
         while (i-- > 0) {
@@ -169,6 +173,17 @@ static int enter_all(struct nbdqueue *q)
     return 0;
 }
 
+/* The event loop may sleep from now on, unless there is something to tell. */
+static void let_loop_sleep(struct nbdqueue *q)
+{
+    watch_update(q);
+    pthread_mutex_lock(&q->lock);
+    q->is_sleeping = q->epoll >= 0;
+    if (q->answered != NULL || q->done_length > q->told)
+        nbdqueue_rouse(q);
+    pthread_mutex_unlock(&q->lock);
+}
+
 /*
  * Give the turn back and leave the handles.  In this order: leaving hands tokens over, and that may
  * run functions which use the queue, and which would wait for the turn.
@@ -178,6 +193,8 @@ static void end_turn(struct nbdqueue *q)
     struct nbdshim *entered[NBDQUEUE_MOST_HANDLES];
     size_t count = 0;
 
+    if (q->epoll >= 0)
+        let_loop_sleep(q);
     for (size_t i = 0; i < q->count; i++) {
         if (q->members[i].is_entered)
             entered[count++] = q->members[i].s;
@@ -245,7 +262,10 @@ static int pause_for_handlers(struct nbdqueue *q)
     return ret;
 }
 
-/* Take the turns of the handles that have commands in flight.  Returns whether one is missing. */
+/*
+ * Take the turns of the handles that have commands in flight; of all, if an event loop watches
+ * them.  Returns whether one is missing.
+ */
 static bool take_turns(struct nbdqueue *q)
 {
     bool is_missing = false;
@@ -254,10 +274,11 @@ static bool take_turns(struct nbdqueue *q)
     for (size_t i = 0; i < q->count; i++) {
         struct member *m = &q->members[i];
 
-        if (!m->is_entered || m->is_lost || m->flying == 0)
+        if (!m->is_entered || m->is_lost || (m->flying == 0 && q->epoll < 0))
             continue;
         m->has_turn = atomic_load(&m->s->waiting) == 0 && sem_trywait(&m->s->turn) == 0;
-        is_missing |= !m->has_turn;
+        m->is_shared = !m->has_turn;
+        is_missing |= m->is_shared;
     }
     pthread_mutex_unlock(&q->lock);
     return is_missing;
@@ -273,13 +294,13 @@ static void give_turns(struct nbdqueue *q)
 }
 
 /* What to poll a handle for. */
-static struct pollfd poll_of(struct member *m)
+static struct pollfd poll_of(const struct nbdqueue *q, struct member *m)
 {
     struct pollfd fd = {.fd = -1};
     unsigned direction = m->has_turn ? nbd_aio_get_direction(m->s->h) : 0;
 
     if (m->has_turn && direction == 0)
-        pieces_lose(m, ENOTCONN);
+        pieces_lose(q, m, ENOTCONN);
     if (direction != 0)
         fd.fd = nbdshim_socket_of(m->s);
     if (direction & LIBNBD_AIO_DIRECTION_READ)
@@ -317,25 +338,24 @@ static void notify_all(struct nbdqueue *q, const struct pollfd *fds)
 
         if (m->has_turn && fds[i].revents != 0 && nbdshim_notify(m->s, fds[i].revents) == -1 &&
             (nbd_aio_is_dead(m->s->h) == 1 || nbd_aio_is_closed(m->s->h) == 1))
-            pieces_lose(m, nbd_get_errno());
+            pieces_lose(q, m, nbd_get_errno());
     }
     if (fds[q->count].revents != 0)
         (void)!read(q->waker, &count, sizeof count);
 }
 
 /*
- * Wait for the sockets and let libnbd go on.  Returns 1; 0 if nothing has happened; or as
- * pause_for_handlers.
+ * Wait for the sockets, so many nanoseconds at the most, and let libnbd go on.  Returns 1; 0 if
+ * nothing has happened; or as pause_for_handlers.
  */
-static int move(struct nbdqueue *q, int64_t until)
+static int move(struct nbdqueue *q, int64_t longest)
 {
     struct pollfd fds[NBDQUEUE_MOST_HANDLES + 1];
     bool is_shared = take_turns(q);
-    int64_t longest = nbdshim_slice(until);
     int ready, ret;
 
     for (size_t i = 0; i < q->count; i++)
-        fds[i] = poll_of(&q->members[i]);
+        fds[i] = poll_of(q, &q->members[i]);
     fds[q->count] = (struct pollfd){.fd = q->waker, .events = POLLIN};
     if (is_shared && longest > SHARED_SLICE)
         longest = SHARED_SLICE;
@@ -377,6 +397,7 @@ static int tell(struct nbdqueue *q, struct nbdqueue_done *done, int room)
                                                .error = r->error,
                                                .end = (int)r->error_end};
     }
+    q->told = (unsigned)count;
     q->is_woken = false;
     if (q->is_dropped)
         count = NBDSHIM_CLOSED;
@@ -419,7 +440,7 @@ int nbdqueue_wait(struct nbdqueue *q, struct nbdqueue_done *done, int room, int 
         (void)pieces_reap(q);
         pieces_pump(q);
         while (!is_over(q, enough)) {
-            ret = move(q, until);
+            ret = move(q, nbdshim_slice(until));
             if (ret < 0)
                 return ret; /* without a turn */
             pieces_pump(q);
@@ -436,6 +457,66 @@ int nbdqueue_wait(struct nbdqueue *q, struct nbdqueue_done *done, int room, int 
     return ret;
 }
 
+int nbdqueue_fd(struct nbdqueue *q)
+{
+    int ret;
+
+    if (is_reentry(q))
+        return NBDSHIM_REENTERED;
+    ret = take_turn(q, NBDSHIM_NEVER);
+    if (ret != 0)
+        return ret;
+    ret = enter_all(q);
+    if (ret == 0)
+        ret = q->epoll >= 0 ? q->epoll : watch_begin(q);
+    end_turn(q);
+    return ret;
+}
+
+int nbdqueue_step(struct nbdqueue *q, struct nbdqueue_done *done, int room)
+{
+    int64_t until = nbdshim_deadline(STEP);
+    int ret;
+
+    if (is_reentry(q))
+        return NBDSHIM_REENTERED;
+    if (sem_trywait(&q->turn) != 0)
+        return 0; /* who has it rouses the event loop at the end */
+    q->next_pause = NBDSHIM_NEVER;
+    ret = enter_all(q);
+    if (ret == 0) {
+        watch_stop_timer(q);
+        (void)pieces_reap(q);
+        do {
+            pieces_pump(q);
+            ret = move(q, 0);
+        } while (ret > 0 && nbdshim_slice(until) != 0);
+        pieces_pump(q);
+        ret = tell(q, done, room);
+    }
+    if (ret == NBDSHIM_CLOSED)
+        forget_and_leave(q);
+    else
+        end_turn(q);
+    return ret;
+}
+
+void nbdqueue_cancel(struct nbdqueue *q, uintptr_t token)
+{
+    pthread_mutex_lock(&q->lock);
+    for (struct request *r = q->queued; r != NULL; r = r->next) {
+        if (r->token != token || r->cut == r->end)
+            continue;
+        r->cut = r->end;
+        if (r->error == 0) {
+            r->error = ECANCELED;
+            r->error_offset = r->start;
+        }
+    }
+    nbdqueue_rouse(q);
+    pthread_mutex_unlock(&q->lock);
+}
+
 void nbdqueue_take(struct nbdqueue *q, int count)
 {
     pthread_mutex_lock(&q->lock);
@@ -445,6 +526,8 @@ void nbdqueue_take(struct nbdqueue *q, int count)
         q->done = r->next;
         q->done_length--;
         q->length--;
+        if (q->told > 0)
+            q->told--;
         free(r);
     }
     if (q->done == NULL)

@@ -100,6 +100,23 @@ int nbdqueue_wait(struct nbdqueue *q, struct nbdqueue_done *done, int room, int 
 /* The first `count` requests that nbdqueue_wait has told of are taken: forget them. */
 void nbdqueue_take(struct nbdqueue *q, int count);
 
+/*
+ * For an event loop: a descriptor that can be read, as poll says, when nbdqueue_step has something
+ * to do.  It is always the same one, and the queue closes it when it is freed.  From then on also
+ * handles without a command in flight are moved, so that the end of a connection is noticed.
+ * Returns -1 with errno if there is none, or as nbdqueue_wait.
+ */
+int nbdqueue_fd(struct nbdqueue *q);
+
+/* The same as nbdqueue_wait, but it never sleeps, and works for a millisecond at the most. */
+int nbdqueue_step(struct nbdqueue *q, struct nbdqueue_done *done, int room);
+
+/*
+ * Send no more commands for the requests with this token.  When those in flight have ended, the
+ * request is done, with ECANCELED.  One whose commands were all sent goes on.
+ */
+void nbdqueue_cancel(struct nbdqueue *q, uintptr_t token);
+
 /* End the wait of another thread, or the next one. */
 void nbdqueue_wake(struct nbdqueue *q);
 

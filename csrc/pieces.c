@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
 /* How the pieces of a queue's requests become commands, and how these end; see pieces.h. */
 
-#include "pieces.h"
+#include "watch.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -147,7 +147,8 @@ static int64_t call(struct slot *slot)
     nbd_completion_callback done = {.callback = complete, .user_data = slot, .free = retire};
 
     if (slot->command == NBDQUEUE_READ)
-        return nbd_aio_pread(h, slot->data, length, at, done, 0);
+        return nbd_aio_pread(h, slot->data, length, at, done,
+                             slot->request->operation == NBDQUEUE_READ ? flags : 0);
     if (slot->command == NBDQUEUE_WRITE && slot->request->operation != NBDQUEUE_WRITE)
         flags &= LIBNBD_CMD_FLAG_FUA;
     switch (slot->command) {
@@ -449,9 +450,10 @@ static void land(struct slot *slot)
     pthread_mutex_unlock(&q->lock);
 }
 
-void pieces_lose(struct member *m, int error)
+void pieces_lose(const struct nbdqueue *q, struct member *m, int error)
 {
     m->is_lost = true;
+    watch_remove(q, m);
     if (m->error == 0)
         m->error = error != 0 ? error : ENOTCONN;
     if (m->is_entered)
@@ -478,7 +480,7 @@ static void explain(struct slot *slot)
 
     if (!m->is_lost && m->is_entered &&
         (nbd_aio_is_dead(m->s->h) == 1 || nbd_aio_is_closed(m->s->h) == 1))
-        pieces_lose(m, ENOTCONN);
+        pieces_lose(slot->q, m, ENOTCONN);
     if (m->is_lost && !is_answer)
         slot->error = m->error;
 }

@@ -29,6 +29,9 @@ struct member {
     bool is_lost;    /* it is closed, or its connection has ended */
     bool is_entered; /* by the thread that has the queue's turn, as has_turn */
     bool has_turn;
+    bool is_shared;  /* the last time, another thread had its turn */
+    int socket;      /* what the epoll watches, or -1; see watch.h */
+    uint32_t events; /* what the epoll watches it for */
 };
 
 struct end {
@@ -78,7 +81,9 @@ struct nbdqueue {
     pthread_mutex_t lock;
     atomic_uint references; /* the caller's, and one for each command in flight */
     int waker;              /* an eventfd, which ends the poll of the thread that waits */
-    bool is_sleeping;       /* the thread that waits is in poll */
+    int epoll, timer;       /* of watch.h, or -1 */
+    bool is_timing;         /* the timer was started */
+    bool is_sleeping;       /* the thread that waits is in poll, or the event loop is */
     bool has_news;          /* requests were added while another thread had the turn */
     bool is_woken, is_dropped;
     bool is_forgotten; /* dropped, and no request is left */
@@ -92,6 +97,7 @@ struct nbdqueue {
     struct request *queued, **last_queued;
     struct request *done, **last_done;
     unsigned length, done_length;
+    unsigned told;                  /* so many of those that are done, from the first one on */
     struct nbdshim_closure *keeper; /* its token stands for the buffers */
     char *zeroes;                   /* a piece of them */
     atomic_uint_fast64_t copied, zeroed;
@@ -117,7 +123,7 @@ void pieces_pump(struct nbdqueue *q);
 bool pieces_reap(struct nbdqueue *q);
 
 /* The connection of a handle has ended, with an errno or 0: no more commands go there. */
-void pieces_lose(struct member *m, int error);
+void pieces_lose(const struct nbdqueue *q, struct member *m, int error);
 
 /*
  * The end of all requests of a queue that was dropped.  Commands in flight become orphans.  The

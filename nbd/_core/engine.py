@@ -10,6 +10,7 @@ import os
 from sys import is_finalizing
 
 from nbd._core.callbacks import forget, next_token, registry
+from nbd._core.convert import as_number
 from nbd._core.errors import Error, pending, report_pending, settle
 from nbd._core.lifetime import owned
 from nbd._core.shim import ffi, lib
@@ -27,6 +28,7 @@ COPY = lib.NBDQUEUE_COPY
 
 _MOST_DEPTH = 4096
 _MOST_PIECE = 32 * 1024 * 1024  # what every server takes (NBD's specification)
+_MOST = 2**64 - 1
 _ROOM = 256
 _NAMES = {
     READ: "reading",
@@ -38,6 +40,7 @@ _NAMES = {
 }
 
 nbdqueue_wait = lib.nbdqueue_wait
+nbdqueue_step = lib.nbdqueue_step
 nbdqueue_take = lib.nbdqueue_take
 
 
@@ -111,6 +114,28 @@ class Engine:
             self._settle(0)
         return self._done, count
 
+    def fileno(self) -> int:
+        """A descriptor that can be read when `step` has something to do; the queue closes it."""
+        result: int = lib.nbdqueue_fd(self.q)
+        if result == -1:
+            raise OSError(ffi.errno, os.strerror(ffi.errno))
+        if result < 0:
+            raise self.refused(result)
+        return result
+
+    def step(self) -> tuple[Any, int]:
+        """Do what can be done without waiting; returns as `wait` does."""
+        count = nbdqueue_step(self.q, self._done, self._room)
+        if count < 0:
+            raise self.refused(count)
+        if pending:
+            self._settle(0)
+        return self._done, count
+
+    def cancel(self, token: int) -> None:
+        """Send no more commands for a request."""
+        lib.nbdqueue_cancel(self.q, token)
+
     def take(self, count: int) -> None:
         """Forget the first requests that wait has told of."""
         nbdqueue_take(self.q, count)
@@ -146,8 +171,27 @@ class Engine:
         return RuntimeError("unreachable")  # settle has raised
 
     def _settle(self, result: int) -> None:
-        """Raise what a signal handler or a callback has raised."""
+        """Raise what a signal handler, or a callback of one of the handles, has raised."""
+        for handle in self._handles[1:]:
+            settle(handle._h, 0)
         settle(self._handles[0]._h if self._handles else None, result)
+
+
+def as_request(count: int, offset: int, flags: int) -> tuple[int, int, int]:
+    """The numbers of a request as exact ints.
+
+    Raises:
+        TypeError: One of them is no int.
+        ValueError: They are not a range of a disk, or not flags.
+    """
+    if not (type(count) is type(offset) is type(flags) is int):
+        count, offset = as_number("count", count), as_number("offset", offset)
+        flags = as_number("flags", flags)
+    if not 0 <= offset <= _MOST or not 0 <= count <= _MOST - offset:
+        raise ValueError(f"{count} bytes at offset {offset} are not a range of a disk")
+    if not 0 <= flags < 2**32:
+        raise ValueError(f"flags: {flags} is not between 0 and {2**32 - 1}")
+    return count, offset, flags
 
 
 def failure(operation: int, length: int, offset: int, errnum: int) -> Error:

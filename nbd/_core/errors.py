@@ -161,7 +161,12 @@ class UnknownHost(Exception):
 
 def settle(handle: Any, result: Any) -> None:
     """Raise what a method's call left to raise: it failed, or callbacks raised during it."""
-    _raise(handle, _or_end(_failure(handle, result, sys._getframe(1).f_code.co_name)))
+    settle_as(handle, result, sys._getframe(1).f_code.co_name)
+
+
+def settle_as(handle: Any, result: Any, method: str) -> None:
+    """The same for a call that was made for a method of another name."""
+    _raise(handle, _or_end(_failure(handle, result, method)))
 
 
 def explain(handle: Any, raised: BaseException, **numbers: tuple[object, str]) -> None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
 """nbd.extents: what a server tells of a disk's ranges, from one end to the other.
 
-A reply may end before the range that was asked for, or behind it.  `_Reader` asks again from where
-the last one ended, for one context or several at once.
+A reply may end before the range that was asked for, or behind it.  `Survey` asks again from where
+the last one ended, for one context or several at once.  It makes no call itself, so that an event
+loop can do that.
 """
 
 from __future__ import annotations
@@ -125,19 +126,15 @@ def extents(
     """
     if not isinstance(h, NBD):
         raise TypeError(f"h: nbd.NBD is needed, not {type(h).__name__}")
-    names = [context] if isinstance(context, str) else list(context)
-    if not names:
-        raise ValueError("context: at least one name is needed")
-    for name in names:
-        _check_context(h, name)
-    size: int = h.get_size()
-    first, last = as_number("start", start), size if end is None else as_number("end", end)
-    if not 0 <= first <= last <= size:
-        raise ValueError(f"start {first} and end {last} are no range of a disk of {size} bytes")
-    parts = _merged(_cut(_Reader(h, names), first, last))
-    if isinstance(context, str):
-        return (Extent(offset, length, flags[0]) for offset, length, flags in parts)
-    return (Extents(*part) for part in parts)
+    return _ask_all(h, Survey(h, context, start, end))
+
+
+def _ask_all(h: NBD, survey: Survey) -> Iterator[Any]:
+    ask = getattr(h, survey.method)
+    while not survey.is_complete:
+        question = survey.question()
+        ask(question.count, question.offset, question.note)
+        yield from survey.learn(question)
 
 
 def _check_context(h: NBD, name: str) -> None:
@@ -152,38 +149,99 @@ def _check_context(h: NBD, name: str) -> None:
         )
 
 
-class _Reader:
-    """Asks a server for the status of a range, in several contexts."""
+class Survey:
+    """What is asked of a server about a range, and what was learned: no call is made here.
 
-    def __init__(self, h: NBD, names: list[str]) -> None:
-        self._h = h
-        self._names = names
+    Attributes:
+        method: The method of a handle that takes a question.
+    """
+
+    def __init__(
+        self, h: NBD, context: str | list[str] | tuple[str, ...], start: int, end: int | None
+    ) -> None:
+        self._names = [context] if isinstance(context, str) else list(context)
+        self._is_single = isinstance(context, str)
+        if not self._names:
+            raise ValueError("context: at least one name is needed")
+        for name in self._names:
+            _check_context(h, name)
         self._size: int = h.get_size()
+        self._at = as_number("start", start)
+        self._end = self._size if end is None else as_number("end", end)
+        if not 0 <= self._at <= self._end <= self._size:
+            raise ValueError(
+                f"start {start} and end {self._end} are no range of a disk of {self._size} bytes"
+            )
         self._block = max(1, h.get_block_size(SIZE_MINIMUM))
-        asks_64: Any = getattr(h, "block_status_64", None)
-        self._ask: Any = asks_64 or h.block_status
-        self._has_pairs = asks_64 is not None
+        self.method = "block_status_64" if hasattr(h, "block_status_64") else "block_status"
         is_extended: Any = getattr(h, "get_extended_headers_negotiated", bool)
         self._most = self._size if is_extended() else _MOST
+        # The last part: the next one may go on with the same flags.
+        self._offset = self._length = 0
+        self._flags: tuple[int, ...] = ()
 
-    def ask(self, start: int, end: int) -> list[list[tuple[int, int]]]:
-        """One reply: for each context (length, flags) from start on, as far as it goes.
+    @property
+    def is_complete(self) -> bool:
+        """Whether the whole range is known."""
+        return self._at == self._end
+
+    def question(self) -> Question:
+        """What to ask next."""
+        offset = self._at - self._at % self._block
+        count = min(self._end - offset, self._most)
+        return Question(offset, min(count + -count % self._block, self._size - offset))
+
+    def learn(self, question: Question) -> Iterator[Extent | Extents]:
+        """The extents that are complete now that a question was answered.
 
         Raises:
-            nbd.Error: The command has failed, or the reply does not get on.
+            nbd.Error: The answer does not get on.
         """
-        at = start - start % self._block
-        count = min(end - at, self._most)
-        count = min(count + -count % self._block, self._size - at)
-        answers: dict[str, list[tuple[int, int]]] = {}
+        skipped = self._at - question.offset
+        answers = [
+            _from(skipped, question.answers.get(name, []), name, self._at)[::-1]
+            for name in self._names
+        ]
+        while self._at < self._end and all(answers):
+            length = min(self._end - self._at, min(answer[-1][0] for answer in answers))
+            flags = tuple(answer[-1][1] for answer in answers)
+            if self._length and flags != self._flags:
+                yield self._extent()
+            if not self._length or flags != self._flags:
+                self._offset, self._length, self._flags = self._at, 0, flags
+            self._length += length
+            self._at += length
+            for answer in answers:
+                left, status = answer.pop()
+                if left > length:
+                    answer.append((left - length, status))
+        if self.is_complete and self._length:
+            yield self._extent()
 
-        def note(context: str, offset: int, entries: list[Any], error: object) -> None:
-            if not self._has_pairs:
-                entries = list(zip(entries[::2], entries[1::2]))
-            answers.setdefault(context, []).extend(entries)
+    def _extent(self) -> Extent | Extents:
+        if self._is_single:
+            return Extent(self._offset, self._length, self._flags[0])
+        return Extents(self._offset, self._length, self._flags)
 
-        self._ask(count, at, note)
-        return [_from(start - at, answers.get(name, []), name, start) for name in self._names]
+
+class Question:
+    """One command, and its answer.
+
+    Attributes:
+        offset, count: The range.
+        answers: For each context (length, flags) from the offset on, as far as it goes.
+    """
+
+    def __init__(self, offset: int, count: int) -> None:
+        self.offset = offset
+        self.count = count
+        self.answers: dict[str, list[tuple[int, int]]] = {}
+
+    def note(self, context: str, offset: int, entries: list[Any], error: object) -> None:
+        """Note what a callback of block_status, or of block_status_64, is told."""
+        if entries and isinstance(entries[0], int):
+            entries = list(zip(entries[::2], entries[1::2]))
+        self.answers.setdefault(context, []).extend(entries)
 
 
 def _from(
@@ -202,34 +260,3 @@ def _from(
             errno.EPROTO,
         )
     return left
-
-
-def _cut(reader: _Reader, start: int, end: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-    """Parts of the range, cut where any of the contexts changes, as far as all have told."""
-    while start < end:
-        answers = [entries[::-1] for entries in reader.ask(start, end)]
-        while start < end and all(answers):
-            length = min(end - start, min(answer[-1][0] for answer in answers))
-            yield start, length, tuple(answer[-1][1] for answer in answers)
-            start += length
-            for answer in answers:
-                left, flags = answer.pop()
-                if left > length:
-                    answer.append((left - length, flags))
-
-
-def _merged(
-    parts: Iterator[tuple[int, int, tuple[int, ...]]],
-) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-    """The same parts, neighbours with the same flags made one."""
-    offset = length = 0
-    flags: tuple[int, ...] | None = None
-    for start, count, status in parts:
-        if status == flags:
-            length += count
-            continue
-        if flags is not None:
-            yield offset, length, flags
-        offset, length, flags = start, count, status
-    if flags is not None:
-        yield offset, length, flags

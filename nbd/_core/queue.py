@@ -8,7 +8,18 @@ from _thread import RLock
 from nbd._core.buffer import readable, writable
 from nbd._core.callbacks import next_token
 from nbd._core.convert import as_number
-from nbd._core.engine import CACHE, FLUSH, READ, TARGET, TRIM, WRITE, ZERO, Engine, failure
+from nbd._core.engine import (
+    CACHE,
+    FLUSH,
+    READ,
+    TARGET,
+    TRIM,
+    WRITE,
+    ZERO,
+    Engine,
+    as_request,
+    failure,
+)
 from nbd._core.memory import BOUNCES, NEVER_STALE, copy_back, free, from_buffer, is_unowned
 from nbd._core.methods import NBD
 from nbd._core.shim import ffi, lib
@@ -25,8 +36,6 @@ if TYPE_CHECKING:
     from nbd._core.errors import Error
 
     Self = TypeVar("Self", bound="Queue")
-
-_MOST = 2**64 - 1
 
 nbdqueue_submit = lib.nbdqueue_submit
 
@@ -270,9 +279,45 @@ class Queue:
         if not self._lock.acquire(timeout=seconds if timeout is not None else -1):
             return []
         try:
-            return self._finished(as_number("least", least), seconds)
+            return self._finished(*self._engine.wait(as_number("least", least), seconds))
         finally:
             self._lock.release()
+
+    def fileno(self) -> int:
+        """A descriptor for an event loop: it can be read when `step` has something to do.
+
+        It stands for all handles of the queue, and stays the same until the queue is closed, which
+        closes it.  Only watch it: never read or write it.
+
+        Raises:
+            OSError: There is no descriptor left.
+            ValueError: The queue is closed.
+
+        Example:
+            >>> queue = nbd.queue.Queue(h)
+            >>> request = queue.read(bytearray(4096), 0)
+            >>> while not request.is_done:
+            ...     ready = select.select([queue], [], [])
+            ...     requests = queue.step()
+        """
+        return self._engine.fileno()
+
+    def step(self) -> list[Request]:
+        """Do what can be done without waiting: for event loops, in place of `wait`.
+
+        It sends and receives for a millisecond at the most.  If there is more to do, the descriptor
+        of `fileno` can be read at once.
+
+        Returns:
+            The requests that were done since the last call, in any order.
+
+        Raises:
+            ValueError: The queue is closed.
+
+        C: nbd_aio_notify_read, nbd_aio_notify_write, nbd_aio_command_completed.
+        """
+        with self._lock:
+            return self._finished(*self._engine.step())
 
     def wake(self) -> None:
         """End the wait of another thread; if none waits, the next wait returns at once."""
@@ -307,13 +352,7 @@ class Queue:
         pin: Any = None,
         target: Any = None,
     ) -> Request:
-        if not (type(length) is type(offset) is type(flags) is int):
-            length, offset = as_number("count", length), as_number("offset", offset)
-            flags = as_number("flags", flags)
-        if not 0 <= offset <= _MOST or not 0 <= length <= _MOST - offset:
-            raise ValueError(f"{length} bytes at offset {offset} are not a range of a disk")
-        if not 0 <= flags < 2**32:
-            raise ValueError(f"flags: {flags} is not between 0 and {2**32 - 1}")
+        length, offset, flags = as_request(length, offset, flags)
         engine = self._engine
         token = next_token()
         # Before C gets the buffer: from now on a signal handler may raise, and the request goes on.
@@ -324,10 +363,9 @@ class Queue:
             raise engine.refused(result)
         return request
 
-    def _finished(self, least: int, seconds: float) -> list[Request]:
+    def _finished(self, done: Any, count: int) -> list[Request]:
         engine = self._engine
         kept = engine.kept
-        done, count = engine.wait(least, seconds)
         finished = []
         for i in range(count):
             one = done[i]

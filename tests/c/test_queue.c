@@ -2,10 +2,7 @@
 /* A queue of requests: what it makes of them, and what a drop, a close or a signal leaves behind.
  */
 #include "check.h"
-#include "handle.h"
-#include "nbdqueue.h"
-#include "owner.h"
-#include "server.h"
+#include "rig.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -19,66 +16,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define SIZE 4096
 #define BLOCK 4096
-#define MOST 16
-#define FOR_EVER (-1.0)
 
-static char room[DISK_SIZE], other_room[DISK_SIZE];
-
-/* A queue over a handle to a server that answers only what the test lets it answer. */
-struct rig {
-    struct nbdshim *s;
-    int server;
-    struct nbdqueue *q;
-    struct token token; /* the queue's */
-    struct nbdqueue_done done[MOST];
-};
-
-static void add(struct nbdqueue *q, enum nbdqueue_end end, struct nbdshim *s)
-{
-    CHECK(nbdqueue_add(q, end, s) == 0);
-}
-
-static void set_up(struct rig *rig, unsigned depth, uint32_t piece)
-{
-    *rig = (struct rig){.s = nbdshim_create()};
-    rig->server = connect_to_silence(rig->s, DISK_SIZE);
-    CHECK(nbdcall_set_strict_mode(rig->s, 0) == 0);
-    rig->q = nbdqueue_create(depth, piece, give(&rig->token));
-    add(rig->q, NBDQUEUE_TARGET, rig->s);
-}
-
-/* The same over a handle of the caller's, whose server answers by itself. */
-static void set_up_with(struct rig *rig, struct nbdshim *s, unsigned depth, uint32_t piece)
-{
-    *rig = (struct rig){.s = s, .server = -1};
-    rig->q = nbdqueue_create(depth, piece, give(&rig->token));
-    add(rig->q, NBDQUEUE_TARGET, s);
-}
-
-static void tear_down(struct rig *rig)
-{
-    nbdqueue_destroy(rig->q);
-    nbdshim_destroy(rig->s);
-    if (rig->server >= 0)
-        close(rig->server);
-    CHECK(rig->token.releases == 1);
-}
-
-static void submit(struct rig *rig, enum nbdqueue_operation operation, uintptr_t token,
-                   uint64_t length, uint64_t offset)
-{
-    CHECK(nbdqueue_submit(rig->q, operation, token, room + offset % sizeof room, length, offset,
-                          0) == 0);
-}
-
-/* Wait for `count` requests, and take them. */
-static void finish(struct rig *rig, int count)
-{
-    CHECK(nbdqueue_wait(rig->q, rig->done, MOST, count, FOR_EVER) == count);
-    nbdqueue_take(rig->q, count);
-}
+static char other_room[DISK_SIZE];
 
 /* The bytes of a disk: no two neighbouring sectors are alike. */
 static void fill(char *bytes, size_t size)
@@ -95,21 +35,6 @@ static void store(struct nbdshim *s, const char *bytes)
 static void load(struct nbdshim *s, char *bytes)
 {
     CHECK(nbdcall_pread(s, bytes, DISK_SIZE, 0, 0) == 0);
-}
-
-/* Whether `count` requests were told of with the tokens from 1 on, each once, and without error. */
-static bool each_ended_once(const struct rig *rig, int count)
-{
-    unsigned seen = 0;
-
-    for (int i = 0; i < count; i++) {
-        unsigned bit = 1U << rig->done[i].token;
-
-        if (rig->done[i].error != 0 || (seen & bit))
-            return false;
-        seen |= bit;
-    }
-    return seen == (1U << (count + 1)) - 2;
 }
 
 static void reads_end_once_with_the_right_data(void)

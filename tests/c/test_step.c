@@ -1,0 +1,342 @@
+// SPDX-License-Identifier: LGPL-2.0-or-later
+/* A queue in an event loop: its descriptor says when there is something to do, and a step does it.
+ */
+#include "check.h"
+#include "rig.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sched.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+/* Long enough for what has to come, in milliseconds. */
+#define PATIENCE 10000
+
+static char zeroes[DISK_SIZE];
+
+static bool is_ready(int fd, int milliseconds)
+{
+    struct pollfd one = {.fd = fd, .events = POLLIN};
+
+    return poll(&one, 1, milliseconds) == 1;
+}
+
+/* What an event loop does: step whenever the descriptor is ready, until `count` are done. */
+static void loop_until(struct rig *rig, int fd, int count)
+{
+    struct nbdqueue_done done[MOST];
+    int found = 0;
+
+    while (found < count && CHECK(is_ready(fd, PATIENCE))) {
+        int now = nbdqueue_step(rig->q, done, MOST - found);
+
+        if (!CHECK(now >= 0))
+            return;
+        for (int i = 0; i < now; i++)
+            rig->done[found++] = done[i];
+        nbdqueue_take(rig->q, now);
+    }
+    CHECK(found == count);
+}
+
+/* Step until the descriptor is not ready any more. */
+static void settle(struct rig *rig, int fd)
+{
+    while (is_ready(fd, 0))
+        CHECK(nbdqueue_step(rig->q, rig->done, MOST) == 0);
+}
+
+static void a_loop_ends_each_request_once(void)
+{
+    struct rig rig;
+    int fd;
+
+    set_up_with(&rig, connected(), 4, 16384);
+    fd = nbdqueue_fd(rig.q);
+    CHECK(fd >= 0);
+    for (uintptr_t i = 0; i < 8; i++)
+        submit(&rig, NBDQUEUE_READ, i + 1, DISK_SIZE / 8, i * DISK_SIZE / 8);
+    loop_until(&rig, fd, 8);
+    CHECK(each_ended_once(&rig, 8));
+    CHECK(memcmp(room, zeroes, DISK_SIZE) == 0);
+    CHECK(!is_ready(fd, 0));
+    tear_down(&rig);
+}
+
+static void the_descriptor_stays_the_same(void)
+{
+    struct rig rig;
+    int fd;
+
+    set_up_with(&rig, connected(), 4, SIZE);
+    fd = nbdqueue_fd(rig.q);
+    submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
+    loop_until(&rig, fd, 1);
+    CHECK(nbdqueue_fd(rig.q) == fd);
+    tear_down(&rig);
+}
+
+static void a_step_does_not_wait_for_a_silent_server(void)
+{
+    struct rig rig;
+    int fd;
+
+    set_up(&rig, 2, SIZE);
+    fd = nbdqueue_fd(rig.q);
+    submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
+    settle(&rig, fd);
+    CHECK(nbdqueue_step(rig.q, rig.done, MOST) == 0);
+    answer(rig.server, receive_command(rig.server), 0, zeroes, SIZE);
+    loop_until(&rig, fd, 1);
+    tear_down(&rig);
+}
+
+static void what_fails_at_once_makes_the_descriptor_ready(void)
+{
+    struct rig rig;
+    int fd;
+
+    set_up(&rig, 2, SIZE);
+    fd = nbdqueue_fd(rig.q);
+    submit(&rig, NBDQUEUE_READ, 1, SIZE, DISK_SIZE);
+    loop_until(&rig, fd, 1);
+    CHECK(rig.done[0].error == EINVAL);
+    tear_down(&rig);
+}
+
+static void what_is_done_beyond_the_room_makes_it_ready_again(void)
+{
+    struct rig rig;
+    struct nbdqueue_done done;
+    int fd;
+
+    set_up(&rig, 4, SIZE);
+    fd = nbdqueue_fd(rig.q);
+    for (uintptr_t i = 0; i < 4; i++)
+        submit(&rig, NBDQUEUE_READ, i + 1, SIZE, DISK_SIZE);
+    for (int i = 0; i < 4; i++) {
+        CHECK(is_ready(fd, PATIENCE));
+        CHECK(nbdqueue_step(rig.q, &done, 1) == 1);
+        rig.done[i] = done;
+        rig.done[i].error = 0;
+        nbdqueue_take(rig.q, 1);
+    }
+    CHECK(each_ended_once(&rig, 4));
+    CHECK(!is_ready(fd, 0));
+    tear_down(&rig);
+}
+
+/* More than the socket holds: libnbd waits until it can send. */
+static void a_large_write_is_sent_while_the_server_reads_slowly(void)
+{
+    struct rig rig;
+    struct command command;
+    size_t got = 0;
+    int fd;
+
+    set_up(&rig, 1, DISK_SIZE);
+    fd = nbdqueue_fd(rig.q);
+    submit(&rig, NBDQUEUE_WRITE, 1, DISK_SIZE, 0);
+    settle(&rig, fd);
+    command = receive_command(rig.server);
+    while (got < DISK_SIZE) {
+        ssize_t now = recv(rig.server, zeroes, SIZE, MSG_DONTWAIT);
+
+        if (now > 0)
+            got += (size_t)now;
+        else if (CHECK(is_ready(fd, PATIENCE)))
+            CHECK(nbdqueue_step(rig.q, rig.done, MOST) == 0);
+        else
+            break;
+    }
+    memset(zeroes, 0, sizeof zeroes);
+    answer(rig.server, command, 0, NULL, 0);
+    loop_until(&rig, fd, 1);
+    CHECK(rig.done[0].error == 0);
+    tear_down(&rig);
+}
+
+static void the_end_of_an_idle_connection_is_noticed(void)
+{
+    struct rig rig;
+    int fd;
+
+    set_up(&rig, 2, SIZE);
+    fd = nbdqueue_fd(rig.q);
+    settle(&rig, fd);
+    close(rig.server);
+    rig.server = -1;
+    CHECK(is_ready(fd, PATIENCE));
+    settle(&rig, fd);
+    submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
+    loop_until(&rig, fd, 1);
+    CHECK(rig.done[0].error == ENOTCONN);
+    CHECK(!is_ready(fd, 0));
+    tear_down(&rig);
+}
+
+static void a_handle_that_is_closed_ends_its_requests(void)
+{
+    struct rig rig;
+    int fd;
+
+    set_up(&rig, 2, SIZE);
+    fd = nbdqueue_fd(rig.q);
+    submit(&rig, NBDQUEUE_READ, 1, 4 * SIZE, 0);
+    settle(&rig, fd);
+    CHECK(nbdshim_close(rig.s) == 0);
+    loop_until(&rig, fd, 1);
+    CHECK(rig.done[0].error == ENOTCONN);
+    settle(&rig, fd);
+    tear_down(&rig);
+}
+
+static void a_request_that_is_cancelled_sends_no_more(void)
+{
+    struct rig rig;
+    struct command first;
+    int fd;
+
+    set_up(&rig, 1, SIZE);
+    fd = nbdqueue_fd(rig.q);
+    submit(&rig, NBDQUEUE_READ, 1, 4 * SIZE, 0);
+    submit(&rig, NBDQUEUE_READ, 2, SIZE, 0);
+    first = receive_command(rig.server);
+    nbdqueue_cancel(rig.q, 1);
+    answer(rig.server, first, 0, zeroes, SIZE);
+    loop_until(&rig, fd, 1);
+    CHECK(rig.done[0].token == 1 && rig.done[0].error == ECANCELED);
+    answer(rig.server, receive_command(rig.server), 0, zeroes, SIZE);
+    loop_until(&rig, fd, 1);
+    CHECK(rig.done[0].token == 2 && rig.done[0].error == 0);
+    tear_down(&rig);
+}
+
+static void what_was_not_sent_is_cancelled_at_once(void)
+{
+    struct rig rig;
+    int fd;
+
+    set_up(&rig, 1, SIZE);
+    fd = nbdqueue_fd(rig.q);
+    submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
+    submit(&rig, NBDQUEUE_WRITE, 2, SIZE, 0);
+    settle(&rig, fd);
+    nbdqueue_cancel(rig.q, 2);
+    loop_until(&rig, fd, 1);
+    CHECK(rig.done[0].token == 2 && rig.done[0].error == ECANCELED);
+    answer(rig.server, receive_command(rig.server), 0, zeroes, SIZE);
+    loop_until(&rig, fd, 1);
+    CHECK(recv(rig.server, zeroes, 1, MSG_DONTWAIT) == -1);
+    tear_down(&rig);
+}
+
+static void what_was_sent_is_not_cancelled(void)
+{
+    struct rig rig;
+    int fd;
+
+    set_up(&rig, 1, SIZE);
+    fd = nbdqueue_fd(rig.q);
+    submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
+    nbdqueue_cancel(rig.q, 1);
+    answer(rig.server, receive_command(rig.server), 0, zeroes, SIZE);
+    loop_until(&rig, fd, 1);
+    CHECK(rig.done[0].error == 0);
+    tear_down(&rig);
+}
+
+static void *read_synchronously(void *argument)
+{
+    static char bytes[SIZE];
+
+    CHECK(nbdcall_pread(argument, bytes, SIZE, 0, 0) == 0);
+    return NULL;
+}
+
+/* While another thread waits on the handle, it moves the queue's command too. */
+static void a_handle_that_another_thread_moves_is_left_to_it_for_a_while(void)
+{
+    struct rig rig;
+    struct command commands[2];
+    pthread_t thread;
+    int fd, steps = 0;
+
+    set_up(&rig, 2, SIZE);
+    fd = nbdqueue_fd(rig.q);
+    submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
+    CHECK(pthread_create(&thread, NULL, read_synchronously, rig.s) == 0);
+    commands[0] = receive_command(rig.server);
+    commands[1] = receive_command(rig.server);
+    for (int i = 0; i < 5; i++) {
+        steps += is_ready(fd, 2);
+        CHECK(nbdqueue_step(rig.q, rig.done, MOST) == 0);
+    }
+    CHECK(steps < 5); /* it does not turn for nothing */
+    answer(rig.server, commands[0], 0, zeroes, SIZE);
+    loop_until(&rig, fd, 1);
+    answer(rig.server, commands[1], 0, zeroes, SIZE);
+    CHECK(pthread_join(thread, NULL) == 0);
+    submit(&rig, NBDQUEUE_READ, 2, SIZE, 0);
+    answer(rig.server, receive_command(rig.server), 0, zeroes, SIZE);
+    loop_until(&rig, fd, 1);
+    tear_down(&rig);
+}
+
+static void a_queue_that_was_dropped_refuses_steps(void)
+{
+    struct rig rig;
+    int fd;
+
+    set_up(&rig, 2, SIZE);
+    fd = nbdqueue_fd(rig.q);
+    submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
+    nbdqueue_drop(rig.q);
+    CHECK(nbdqueue_step(rig.q, rig.done, MOST) == NBDSHIM_CLOSED);
+    CHECK(fd >= 0);
+    CHECK(nbdshim_orphans(rig.s) == 1);
+    tear_down(&rig);
+}
+
+/* The epoll belongs to both: the child must not take the socket out of it. */
+static void the_child_of_a_fork_leaves_the_descriptor_alone(void)
+{
+    struct rig rig;
+    pid_t child;
+    int fd, status = -1;
+
+    set_up(&rig, 2, SIZE);
+    fd = nbdqueue_fd(rig.q);
+    submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
+    settle(&rig, fd);
+    child = fork();
+    if (child == 0) {
+        alarm(10);
+        nbdqueue_drop(rig.q);
+        nbdqueue_destroy(rig.q);
+        _exit(0);
+    }
+    CHECK(waitpid(child, &status, 0) == child);
+    CHECK(status == 0);
+    answer(rig.server, receive_command(rig.server), 0, zeroes, SIZE);
+    loop_until(&rig, fd, 1);
+    CHECK(each_ended_once(&rig, 1));
+    tear_down(&rig);
+}
+
+RUN_TESTS(TEST(a_loop_ends_each_request_once), TEST(the_descriptor_stays_the_same),
+          TEST(a_step_does_not_wait_for_a_silent_server),
+          TEST(what_fails_at_once_makes_the_descriptor_ready),
+          TEST(what_is_done_beyond_the_room_makes_it_ready_again),
+          TEST(a_large_write_is_sent_while_the_server_reads_slowly),
+          TEST(the_end_of_an_idle_connection_is_noticed),
+          TEST(a_handle_that_is_closed_ends_its_requests),
+          TEST(a_request_that_is_cancelled_sends_no_more),
+          TEST(what_was_not_sent_is_cancelled_at_once), TEST(what_was_sent_is_not_cancelled),
+          TEST(a_handle_that_another_thread_moves_is_left_to_it_for_a_while),
+          TEST(a_queue_that_was_dropped_refuses_steps),
+          TEST(the_child_of_a_fork_leaves_the_descriptor_alone))
