@@ -429,8 +429,11 @@ int nbdqueue_wait(struct nbdqueue *q, struct nbdqueue_done *done, int room, int 
 {
     int64_t until = nbdshim_deadline(timeout);
     unsigned enough = least > 0 ? (unsigned)least : 0;
-    int ret = is_reentry(q) ? NBDSHIM_REENTERED : take_turn(q, until);
+    int ret;
 
+    if (q == NULL)
+        return NBDSHIM_CLOSED;
+    ret = is_reentry(q) ? NBDSHIM_REENTERED : take_turn(q, until);
     if (ret == NBDSHIM_TIMED_OUT)
         return 0;
     if (ret != 0)
@@ -461,6 +464,8 @@ int nbdqueue_fd(struct nbdqueue *q)
 {
     int ret;
 
+    if (q == NULL)
+        return NBDSHIM_CLOSED;
     if (is_reentry(q))
         return NBDSHIM_REENTERED;
     ret = take_turn(q, NBDSHIM_NEVER);
@@ -478,6 +483,8 @@ int nbdqueue_step(struct nbdqueue *q, struct nbdqueue_done *done, int room)
     int64_t until = nbdshim_deadline(STEP);
     int ret;
 
+    if (q == NULL)
+        return NBDSHIM_CLOSED;
     if (is_reentry(q))
         return NBDSHIM_REENTERED;
     if (sem_trywait(&q->turn) != 0)
@@ -503,6 +510,8 @@ int nbdqueue_step(struct nbdqueue *q, struct nbdqueue_done *done, int room)
 
 void nbdqueue_cancel(struct nbdqueue *q, uintptr_t token)
 {
+    if (q == NULL)
+        return;
     pthread_mutex_lock(&q->lock);
     for (struct request *r = q->queued; r != NULL; r = r->next) {
         if (r->token != token || r->cut == r->end)
@@ -540,6 +549,8 @@ int nbdqueue_submit(struct nbdqueue *q, enum nbdqueue_operation operation, uintp
 {
     struct request *r;
 
+    if (q == NULL)
+        return NBDSHIM_CLOSED;
     if (is_reentry(q))
         return NBDSHIM_REENTERED;
     r = malloc(sizeof *r);
@@ -584,10 +595,21 @@ int nbdqueue_submit(struct nbdqueue *q, enum nbdqueue_operation operation, uintp
 
 void nbdqueue_wake(struct nbdqueue *q)
 {
+    if (q == NULL)
+        return;
     pthread_mutex_lock(&q->lock);
     q->is_woken = true;
     nbdqueue_rouse(q);
     pthread_mutex_unlock(&q->lock);
+}
+
+int nbdqueue_error(const struct nbdqueue *q, const struct nbdshim *s)
+{
+    for (size_t i = 0; q != NULL && i < q->count; i++) {
+        if (q->members[i].s == s && q->members[i].is_lost)
+            return q->members[i].error;
+    }
+    return 0;
 }
 
 unsigned nbdqueue_length(struct nbdqueue *q)
@@ -639,7 +661,7 @@ static bool take_last_turn(struct nbdqueue *q)
 void nbdqueue_drop(struct nbdqueue *q)
 {
     /* In a callback of a handle this thread may have the turn: then nbdqueue_wait forgets. */
-    if (!mark_dropped(q) || is_reentry(q) || !take_last_turn(q))
+    if (q == NULL || !mark_dropped(q) || is_reentry(q) || !take_last_turn(q))
         return;
     (void)enter_all(q);
     forget_and_leave(q);

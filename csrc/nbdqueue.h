@@ -21,6 +21,8 @@
  * dropped, commands in flight become orphans (see wait.h).  Then the token of the queue is handed
  * over by the upcall `release` when no command can use a buffer any more.
  *
+ * NULL stands for a queue that was destroyed: it refuses as one that was dropped.
+ *
  * Threads.  Any thread may call any function, except nbdqueue_add and nbdqueue_destroy.  One thread
  * at a time waits.
  * It moves the connections, and it lets calls that wait on one of the handles go first.
@@ -119,6 +121,9 @@ void nbdqueue_cancel(struct nbdqueue *q, uintptr_t token);
 
 /* End the wait of another thread, or the next one. */
 void nbdqueue_wake(struct nbdqueue *q);
+
+/* The errno with which the connection of one of the handles has ended; 0 if it has not. */
+int nbdqueue_error(const struct nbdqueue *q, const struct nbdshim *s);
 
 /* How many requests were not taken yet. */
 unsigned nbdqueue_length(struct nbdqueue *q);

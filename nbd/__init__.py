@@ -25,6 +25,7 @@ Where things are:
     nbd.copy          copy a disk, a file or a stream to another
     nbd.extents       where a disk has data, holes, or what has changed
     nbd.connect       a connected handle, also of a server that is still starting
+    nbd.aio           disks for asyncio
     nbd.queue         many commands in flight, over one handle or several
     nbd.memory        how much memory is kept for new nbd.Buffers
     nbd.types         types of callbacks, for annotations
@@ -61,6 +62,7 @@ from nbd._core.methods import NBD
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from nbd import aio as aio
     from nbd import memory as memory
     from nbd import queue as queue
     from nbd import types as types
@@ -81,7 +83,7 @@ del TYPE_CHECKING
 __all__ = ["NBD", "Buffer", "ClosedHandle", "Error", "nbd", "package_name", *_constants]
 
 # Few programs use these names: they are made when they are first asked for.
-_MODULES = ("memory", "queue", "types")
+_MODULES = ("aio", "memory", "queue", "types")
 _FUNCTIONS = {
     "Copied": "copying",
     "Extent": "extents",

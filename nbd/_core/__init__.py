@@ -27,4 +27,7 @@ Each module imports only from those above it:
     ends        what a copy reads from and writes to
     streaming   copies from and to streams
     copying     nbd.copy
+    client      nbd.aio.Client
+    asyncconnect  nbd.aio.connect
+    asynccopy   nbd.aio.copy
 """

@@ -15,9 +15,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.01, 0.25  # seconds
+#: Between two tries, in seconds.
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.01, 0.25
 #: What a connect fails with while the server does not listen yet.
-_NOT_THERE = (errno.ECONNREFUSED, errno.ENOENT)
+NOT_THERE = (errno.ECONNREFUSED, errno.ENOENT)
 
 
 def connect(
@@ -54,20 +55,21 @@ def connect(
 
     C: nbd_connect_uri or nbd_connect_command, nbd_add_meta_context.
     """
-    names = _names(contexts)
+    names = context_names(contexts)
     tried_until = monotonic() + (0 if retry_for is None else as_seconds("retry_for", retry_for))
-    pause = _SHORTEST_PAUSE
+    pause = SHORTEST_PAUSE
     while True:
         try:
             return _connected(uri, timeout, names, prepare)
         except Error as reason:
-            if reason.errnum not in _NOT_THERE or monotonic() >= tried_until:
+            if reason.errnum not in NOT_THERE or monotonic() >= tried_until:
                 raise
         _rest(min(pause, max(0.0, tried_until - monotonic())))
-        pause = min(2 * pause, _LONGEST_PAUSE)
+        pause = min(2 * pause, LONGEST_PAUSE)
 
 
-def _names(contexts: Iterable[str]) -> list[str]:
+def context_names(contexts: Iterable[str]) -> list[str]:
+    """The meta contexts to ask for; a str alone is refused, as it would be its letters."""
     if isinstance(contexts, (str, bytes)):
         raise TypeError(f"contexts: a list of str is needed, not {type(contexts).__name__}")
     return list(contexts)
@@ -80,17 +82,27 @@ def _connected(
     prepare: Callable[[NBD], object] | None,
 ) -> NBD:
     """One try, with a handle of its own: one that has failed cannot be used again."""
-    handle = NBD()
+    handle = prepared(contexts, prepare)
     try:
         handle.settimeout(timeout)
-        for context in contexts:
-            handle.add_meta_context(context)
-        if prepare is not None:
-            prepare(handle)
         if isinstance(uri, (list, tuple)):
             handle.connect_command(list(uri))
         else:
             handle.connect_uri(uri)
+    except BaseException:
+        handle.__exit__(None, None, None)
+        raise
+    return handle
+
+
+def prepared(contexts: list[str], prepare: Callable[[NBD], object] | None) -> NBD:
+    """A handle that is ready to be connected."""
+    handle = NBD()
+    try:
+        for context in contexts:
+            handle.add_meta_context(context)
+        if prepare is not None:
+            prepare(handle)
     except BaseException:
         handle.__exit__(None, None, None)
         raise

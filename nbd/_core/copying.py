@@ -10,6 +10,7 @@ A stream is copied by one thread, in order, with nbd.open on the other side.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import namedtuple
 
@@ -104,48 +105,41 @@ def copy(
 
     C: nbd_aio_pread, nbd_aio_pwrite, nbd_aio_zero, nbd_block_status.
     """
-    settings = Settings(
-        connections=_at_least_one("connections", connections),
-        depth=_at_least_one("depth", depth) or _DEPTH,
-        sparse=bool(sparse),
-        progress=progress,
-        timeout=None if timeout is None else as_seconds("timeout", timeout),
-    )
-    with _Ends() as ends:
+    settings = Settings(connections, depth, sparse, progress, timeout, flush)
+    with Ends() as ends:
         source_end = ends.open(source, SOURCE, settings)
         target_end = ends.open(target, TARGET, settings)
-        _check(source_end, target_end)
-        if isinstance(source_end, Stream) or isinstance(target_end, Stream):
-            from nbd._core.streaming import copy_stream
-
-            done = Copied(*copy_stream(source_end, target_end, settings))
-        else:
-            if isinstance(target_end, File):
-                target_end.grow(source_end.size)
-            done = _Copy(source_end, target_end, settings).run()
-        if flush or isinstance(target_end, Stream):
-            target_end.flush()
-        source_end.say_goodbye(sum(done))
-        target_end.say_goodbye(sum(done))
-        return done
+        return Job(source_end, target_end, settings).run()
 
 
 class Settings:
-    """What the caller of a copy has asked for."""
+    """What the caller of a copy has asked for.
+
+    Attributes:
+        is_stopped: The copy has to end, because a part of it has failed, or the caller wants it.
+    """
 
     def __init__(
         self,
         connections: int | None,
-        depth: int,
+        depth: int | None,
         sparse: bool,
         progress: Progress | None,
         timeout: float | None,
+        flush: bool,
     ) -> None:
-        self.connections = connections
-        self.depth = depth
-        self.sparse = sparse
+        self.connections = _at_least_one("connections", connections)
+        self.depth = _at_least_one("depth", depth) or _DEPTH
+        self.sparse = bool(sparse)
         self.progress = progress
-        self.timeout = timeout
+        self.timeout = None if timeout is None else as_seconds("timeout", timeout)
+        self.flush = bool(flush)
+        self.is_stopped = False
+
+    def check(self) -> None:
+        """Raise if the copy has to end."""
+        if self.is_stopped:
+            raise Error("nbd.copy: it was stopped before its end", errno.ECANCELED)
 
 
 def _at_least_one(name: str, value: object) -> int | None:
@@ -157,22 +151,27 @@ def _at_least_one(name: str, value: object) -> int | None:
     return number
 
 
-class _Ends:
+class Ends:
     """The source and target of one copy, closed when it ends, whatever happens."""
 
     def __init__(self) -> None:
         self._opened: list[End] = []
 
     def open(self, what: Anything, end: int, settings: Settings) -> End:
-        opened = open_end(what, end, settings.connections, settings.timeout)
+        """Open one of them."""
+        return self.own(open_end(what, end, settings.connections, settings.timeout))
+
+    def own(self, opened: End) -> End:
+        """Take over one that is open."""
         self._opened.append(opened)
         return opened
 
     def close(self) -> None:
+        """Close them at once."""
         for one in self._opened:
             one.close()
 
-    def __enter__(self) -> _Ends:
+    def __enter__(self) -> Ends:
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -181,8 +180,6 @@ class _Ends:
 
 def _check(source: End, target: End) -> None:
     """Refuse what cannot be, before anything is written."""
-    import errno
-
     if is_same(source, target):
         raise ValueError("source and target are the same file")
     if target.is_read_only:
@@ -196,6 +193,46 @@ def _check(source: End, target: End) -> None:
         )
 
 
+class Job:
+    """A copy between two open ends, which another thread may stop."""
+
+    def __init__(self, source: End, target: End, settings: Settings) -> None:
+        self._source = source
+        self._target = target
+        self._settings = settings
+        self._copy: _Copy | None = None
+
+    def run(self) -> Copied:
+        """Copy everything."""
+        source, target, settings = self._source, self._target, self._settings
+        _check(source, target)
+        if isinstance(source, Stream) or isinstance(target, Stream):
+            from nbd._core.streaming import copy_stream
+
+            done = Copied(*copy_stream(source, target, settings))
+        else:
+            if isinstance(target, File):
+                target.grow(source.size)
+            self._copy = _Copy(source, target, settings)
+            settings.check()
+            done = self._copy.run()
+        settings.check()
+        if settings.flush or isinstance(target, Stream):
+            target.flush()
+        source.say_goodbye(sum(done))
+        target.say_goodbye(sum(done))
+        return done
+
+    def stop(self) -> None:
+        """Have `run` raise soon, in its thread; calls that wait on our own handles come back."""
+        self._settings.is_stopped = True
+        if self._copy is not None:
+            self._copy.wake()
+        for end in (self._source, self._target):
+            if isinstance(end, Disk):
+                end.close()
+
+
 class _Copy:
     """A copy between disks and files, and what its threads share."""
 
@@ -206,7 +243,6 @@ class _Copy:
         self._workers = min(processors(), source.most_workers, target.most_workers)
         self._engines: list[Engine] = []
         self._failures: list[BaseException] = []
-        self._is_stopped = False
         self._reported_at = 0.0
 
     def run(self) -> Copied:
@@ -265,12 +301,17 @@ class _Copy:
                 self._report()
         if self._failures:
             raise self._failures[0]
+        self._settings.check()
+
+    def wake(self) -> None:
+        """Have all workers look whether the copy has to end."""
+        for engine in list(self._engines):
+            engine.wake()
 
     def _stop(self) -> None:
         """End the other workers: also one that waits in a call on one of our handles."""
-        self._is_stopped = True
-        for engine in self._engines:
-            engine.wake()
+        self._settings.is_stopped = True
+        self.wake()
         # Not files: another worker may be using the number.
         for end in (self._source, self._target):
             if self._workers > 1 and isinstance(end, Disk):  # then all handles are ours
@@ -282,7 +323,7 @@ class _Copy:
             self._work(worker)
         except BaseException as failure:
             self._failures.append(failure)
-            self._is_stopped = True
+            self._settings.is_stopped = True
             self._engines[0].wake()
 
     def _work(self, worker: int) -> None:
@@ -292,7 +333,7 @@ class _Copy:
         is_ended = False
         asked = 0
         enough = 2 * _REQUEST
-        while not self._is_stopped:
+        while not self._settings.is_stopped:
             while not is_ended and asked - _moved(engine) < enough:
                 request = next(requests, None)
                 if request is None:
@@ -314,7 +355,7 @@ class _Copy:
         patience = self._settings.timeout
         before = _moved(engine)
         began = monotonic()
-        while not self._is_stopped:
+        while not self._settings.is_stopped:
             done, count = engine.wait(1, self._tick(worker))
             for i in range(count):
                 if done[i].error:
@@ -423,8 +464,6 @@ def _failure(done: Any) -> Error:
 
 
 def _late(seconds: float) -> Timeout:
-    import errno
-
     return Timeout(
         f"nbd.copy: nothing was copied for {seconds:g} seconds; try again, or allow more time",
         errno.ETIMEDOUT,

@@ -205,7 +205,7 @@ def open_end(what: Anything, end: int, connections: int | None, timeout: float |
     """
     if isinstance(what, NBD):
         return Disk([what], is_ours=False)
-    if isinstance(what, (list, tuple)) or (isinstance(what, str) and _is_uri(what)):
+    if is_server(what):
         return _connected(what, connections, timeout)
     if isinstance(what, (str, bytes, os.PathLike)):
         return _opened(os.fspath(what), end)
@@ -220,6 +220,16 @@ def open_end(what: Anything, end: int, connections: int | None, timeout: float |
             f"not {type(what).__name__}"
         )
     return _of_object(what, end)
+
+
+def is_server(what: object) -> bool:
+    """Whether it is a URI, or the command line of a server."""
+    return isinstance(what, (list, tuple)) or (isinstance(what, str) and _is_uri(what))
+
+
+def most_connections() -> int:
+    """How many connections to make to a server that allows several, if nobody says."""
+    return min(processors(), _MOST_CONNECTIONS)
 
 
 def processors() -> int:
@@ -243,7 +253,7 @@ def _connected(what: Any, connections: int | None, timeout: float | None) -> Dis
     handles = [connect(what, timeout=timeout)]
     try:
         if isinstance(what, str) and handles[0].can_multi_conn():
-            wanted = min(processors(), _MOST_CONNECTIONS) if connections is None else connections
+            wanted = connections or most_connections()
             handles += (connect(what, timeout=timeout) for _ in range(wanted - 1))
         return Disk(handles, is_ours=True)
     except BaseException:

@@ -132,6 +132,10 @@ class Engine:
             self._settle(0)
         return self._done, count
 
+    def error_of(self, handle: Handle) -> int:
+        """The errno with which the connection of a handle has ended; 0 if it has not."""
+        return int(lib.nbdqueue_error(self.q, handle._h))
+
     def cancel(self, token: int) -> None:
         """Send no more commands for a request."""
         lib.nbdqueue_cancel(self.q, token)

@@ -31,6 +31,7 @@ def copy_stream(source: End, target: End, settings: Settings) -> tuple[int, int]
     write, close = _writer(target, settings)
     try:
         for chunk, is_hole in _chunks(source, settings):
+            settings.check()
             _write_all(write, chunk)
             if is_hole:
                 zeroed += len(chunk)

@@ -302,6 +302,20 @@ static void a_queue_that_was_dropped_refuses_steps(void)
     tear_down(&rig);
 }
 
+static void a_queue_that_was_destroyed_refuses_everything(void)
+{
+    struct nbdqueue_done done;
+
+    CHECK(nbdqueue_submit(NULL, NBDQUEUE_FLUSH, 1, NULL, 0, 0, 0) == NBDSHIM_CLOSED);
+    CHECK(nbdqueue_wait(NULL, &done, 1, 1, FOR_EVER) == NBDSHIM_CLOSED);
+    CHECK(nbdqueue_step(NULL, &done, 1) == NBDSHIM_CLOSED);
+    CHECK(nbdqueue_fd(NULL) == NBDSHIM_CLOSED);
+    CHECK(nbdqueue_error(NULL, NULL) == 0);
+    nbdqueue_cancel(NULL, 1);
+    nbdqueue_wake(NULL);
+    nbdqueue_drop(NULL);
+}
+
 /* The epoll belongs to both: the child must not take the socket out of it. */
 static void the_child_of_a_fork_leaves_the_descriptor_alone(void)
 {
@@ -339,4 +353,5 @@ RUN_TESTS(TEST(a_loop_ends_each_request_once), TEST(the_descriptor_stays_the_sam
           TEST(what_was_not_sent_is_cancelled_at_once), TEST(what_was_sent_is_not_cancelled),
           TEST(a_handle_that_another_thread_moves_is_left_to_it_for_a_while),
           TEST(a_queue_that_was_dropped_refuses_steps),
+          TEST(a_queue_that_was_destroyed_refuses_everything),
           TEST(the_child_of_a_fork_leaves_the_descriptor_alone))

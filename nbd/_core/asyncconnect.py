@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""nbd.aio.connect: connections that are made while the event loop goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from contextlib import suppress
+from functools import partial
+from socket import SOCK_STREAM
+from urllib.parse import urlsplit
+
+from nbd._core.client import Client, late_error
+from nbd._core.connecting import (
+    LONGEST_PAUSE,
+    NOT_THERE,
+    SHORTEST_PAUSE,
+    context_names,
+    prepared,
+)
+from nbd._core.constants import AIO_DIRECTION_READ, AIO_DIRECTION_WRITE, CONTEXT_BASE_ALLOCATION
+from nbd._core.convert import as_number, as_seconds
+from nbd._core.errors import Error, pending, settle_as
+from nbd._core.shim import lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop, Future
+    from collections.abc import Callable, Coroutine, Generator, Iterable
+    from types import TracebackType
+    from typing import Any, TypeVar, Union
+
+    from nbd._core.errors import Timeout
+    from nbd._core.methods import NBD
+
+    Uri = Union[str, list[str], tuple[str, ...]]
+    Result = TypeVar("Result")
+
+_PORT = 10809
+
+
+def connect(
+    uri: Uri,
+    *,
+    connections: int = 1,
+    depth: int = 64,
+    timeout: float | None = None,
+    retry_for: float | None = None,
+    contexts: Iterable[str] = (CONTEXT_BASE_ALLOCATION,),
+    prepare: Callable[[NBD], object] | None = None,
+) -> Connecting:
+    """Connect a disk: `async with nbd.aio.connect(uri) as disk`, or `disk = await ...`.
+
+    Args:
+        uri: The URI of a server; or the command line of one, as a list of str, which is started and
+            spoken to over its standard input and output, as `nbdkit -s` does.
+        connections: How many connections to make, if the server allows several
+            (nbd.NBD.can_multi_conn); else one is made.
+        depth: How many commands may be in flight at once; other callers wait in line.
+        timeout: How many seconds each call may wait, the connecting first; None is for ever.
+        retry_for: How many seconds to go on trying while the server is not there yet: while
+            connections are refused, or its Unix socket does not exist.  None tries once.
+        contexts: The meta contexts to ask for; base:allocation is what `extents` needs.
+        prepare: Called with each new handle before it is connected: for TLS, for an export name.
+
+    Returns:
+        What is awaited, or used with `async with`; the result is an nbd.aio.Client.
+
+    Raises:
+        nbd.Error: The server cannot be reached, or refuses.
+        nbd.Timeout: The server does not answer.
+        ValueError: A number is out of range.
+
+    Example:
+        >>> async def size_of(uri):
+        ...     async with nbd.aio.connect(uri, timeout=10) as disk:
+        ...         return disk.get_size()
+        >>> asyncio.run(size_of(["nbdkit", "-s", "memory", "1M"]))
+        1048576
+
+    C: nbd_aio_connect_uri or nbd_aio_connect_command.
+    """
+    count = as_number("connections", connections)
+    if count < 1:
+        raise ValueError(f"connections: {count} is not at least 1")
+    plan = Plan(
+        uri,
+        context_names(contexts),
+        prepare,
+        None if timeout is None else as_seconds("timeout", timeout),
+        0.0 if retry_for is None else as_seconds("retry_for", retry_for),
+    )
+    return Connecting(plan, count, as_number("depth", depth))
+
+
+class Connecting:
+    """What nbd.aio.connect returns: a connection to be made."""
+
+    __module__ = "nbd.aio"
+
+    def __init__(self, plan: Plan, connections: int, depth: int) -> None:
+        self._plan = plan
+        self._connections = connections
+        self._depth = depth
+
+    def __await__(self) -> Generator[Any, None, Client]:
+        return self._client().__await__()
+
+    async def __aenter__(self) -> Client:
+        self._entered = await self._client()
+        return self._entered
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._entered.close()
+
+    async def _client(self) -> Client:
+        plan = self._plan
+        handles = await connected(plan, self._connections)
+        try:
+            return Client(handles, self._depth, plan.timeout, plan.is_command)
+        except BaseException:
+            close_all(handles, plan.is_command)
+            raise
+
+
+class Plan:
+    """How to connect.
+
+    Attributes:
+        uri: A URI or a command line.
+        is_command: Whether it is a command line.
+        contexts: The names of meta contexts.
+        prepare: The caller's function, or None.
+        timeout: Seconds for one connection, or None.
+        retry_for: Seconds in which to try again.
+    """
+
+    def __init__(
+        self,
+        uri: Uri,
+        contexts: list[str],
+        prepare: Callable[[NBD], object] | None,
+        timeout: float | None,
+        retry_for: float,
+    ) -> None:
+        self.uri = uri
+        self.is_command = isinstance(uri, (list, tuple))
+        self.contexts = contexts
+        self.prepare = prepare
+        self.timeout = timeout
+        self.retry_for = retry_for
+
+
+async def connected(plan: Plan, connections: int) -> list[NBD]:
+    """So many connected handles, if the server allows several; else one."""
+    handles = [await _tried(plan)]
+    try:
+        if connections > 1 and not plan.is_command and handles[0].can_multi_conn():
+            for _ in range(connections - 1):
+                handles.append(await _tried(plan))
+    except BaseException:
+        close_all(handles, plan.is_command)
+        raise
+    return handles
+
+
+def close_all(handles: list[NBD], is_command: bool) -> None:
+    """Close handles, and wait for nothing: libnbd waits for the end of a process, in a thread."""
+    for handle in handles:
+        if is_command:
+            asyncio.get_running_loop().run_in_executor(None, handle.__exit__, None, None, None)
+        else:
+            handle.__exit__(None, None, None)
+
+
+async def _tried(plan: Plan) -> NBD:
+    """A connected handle, after as many tries as the plan allows."""
+    loop = asyncio.get_running_loop()
+    tried_until = loop.time() + plan.retry_for
+    pause = SHORTEST_PAUSE
+    while True:
+        try:
+            return await _Try(plan, loop).run()
+        except Error as reason:
+            if reason.errnum not in NOT_THERE or loop.time() >= tried_until:
+                raise
+        await asyncio.sleep(min(pause, max(0.0, tried_until - loop.time())))
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+class _Try:
+    """One try to connect, within the timeout."""
+
+    def __init__(self, plan: Plan, loop: AbstractEventLoop) -> None:
+        self._plan = plan
+        self._loop = loop
+        self._until = None if plan.timeout is None else loop.time() + plan.timeout
+
+    async def run(self) -> NBD:
+        plan = self._plan
+        if isinstance(plan.uri, (list, tuple)):
+            return await self._connected("connect_command", list(plan.uri))
+        host = _host_to_look_up(plan.uri)
+        if host is None or plan.uri.startswith("nbds"):
+            # TLS needs the name, to compare it with the certificate: libnbd looks it up.
+            return await self._connected("connect_uri", plan.uri, in_thread=host is not None)
+        return await self._connected_to_one_of(plan.uri, *host)
+
+    async def _connected_to_one_of(self, uri: str, host: str, port: int) -> NBD:
+        """Look a host up, and try its addresses, one after the other."""
+        try:
+            found = await self._in_time(self._loop.getaddrinfo(host, port, type=SOCK_STREAM))
+        except OSError as reason:
+            raise Error(f"nbd_aio_connect_uri: {host}: {reason}", 0) from None
+        *others, last = dict.fromkeys(str(one[4][0]) for one in found)
+        for address in others:
+            with suppress(Error):
+                return await self._connected("connect_uri", _with_host(uri, address))
+        return await self._connected("connect_uri", _with_host(uri, last))
+
+    async def _connected(self, method: str, argument: Any, in_thread: bool = False) -> NBD:
+        """A handle of its own: one that has failed cannot be used again."""
+        handle = prepared(self._plan.contexts, self._plan.prepare)
+        begin = partial(getattr(handle, f"aio_{method}"), argument)
+        try:
+            if in_thread:
+                await self._in_time(self._loop.run_in_executor(None, begin))
+            else:
+                begin()
+            await self._finish(handle, f"aio_{method}")
+        except BaseException:
+            close_all([handle], self._plan.is_command)
+            raise
+        return handle
+
+    async def _finish(self, handle: NBD, method: str) -> None:
+        """Let libnbd go on until the handle is connected."""
+        while handle.aio_is_connecting():
+            await self._ready(handle)
+            result = lib.nbdcall_poll(handle._h, 0)
+            if result < 0 or pending:
+                settle_as(handle._h, result, method)
+        if not handle.aio_is_ready() and not handle.aio_is_negotiating():
+            raise Error(f"nbd_{method}: the server has closed the connection", errno.ECONNRESET)
+
+    async def _ready(self, handle: NBD) -> None:
+        """Wait until the socket is ready for what libnbd waits for.
+
+        libnbd may go on to another socket in its next step, so the loop forgets this one.
+        """
+        fd, direction = handle.aio_get_fd(), handle.aio_get_direction()
+        ready: Future[None] = self._loop.create_future()
+        timer = None if self._until is None else self._loop.call_at(self._until, _wake, ready)
+        try:
+            if direction & AIO_DIRECTION_READ:
+                self._loop.add_reader(fd, _wake, ready)
+            if direction & AIO_DIRECTION_WRITE:
+                self._loop.add_writer(fd, _wake, ready)
+            await ready
+        finally:
+            self._loop.remove_reader(fd)
+            self._loop.remove_writer(fd)
+            if timer is not None:
+                timer.cancel()
+        if self._until is not None and self._loop.time() >= self._until:
+            raise self._late()
+
+    async def _in_time(self, awaited: Future[Result] | Coroutine[Any, Any, Result]) -> Result:
+        """The result of a future or coroutine; nbd.Timeout if it is too late."""
+        if self._until is None:
+            return await awaited
+        future = asyncio.ensure_future(awaited)
+        try:
+            await asyncio.wait({future}, timeout=max(0.0, self._until - self._loop.time()))
+            if not future.done():
+                raise self._late()
+            return future.result()
+        finally:
+            future.cancel()
+
+    def _late(self) -> Timeout:
+        return late_error("the connection was not made", self._plan.timeout or 0)
+
+
+def _wake(ready: Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)
+
+
+def _host_to_look_up(uri: str) -> tuple[str, int] | None:
+    """The host and port of a URI over TCP, if the host is a name."""
+    try:
+        parts = urlsplit(uri)
+        host, port = parts.hostname or "localhost", parts.port or _PORT
+    except (AttributeError, TypeError, ValueError):
+        return None  # libnbd says what is wrong with it
+    if parts.scheme not in ("nbd", "nbds") or ":" in host or host.replace(".", "").isdigit():
+        return None
+    return host, port
+
+
+def _with_host(uri: str, address: str) -> str:
+    """A URI with an address in place of its host's name."""
+    parts = urlsplit(uri)
+    user, at, _ = parts.netloc.rpartition("@")
+    host = f"[{address.replace('%', '%25')}]" if ":" in address else address
+    port = f":{parts.port}" if parts.port is not None else ""
+    return parts._replace(netloc=f"{user}{at}{host}{port}").geturl()

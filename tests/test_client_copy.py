@@ -1,0 +1,223 @@
+"""nbd.aio.copy: it copies what nbd.copy copies, while the event loop goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import io
+import os
+import random
+import threading
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+from asyncs import outcome, run, until
+from servers import Server, children, program
+from usage import descriptors
+from waits import paused
+
+import nbd
+
+KIB, MIB = 1 << 10, 1 << 20
+Nbdkit = Callable[..., Server]
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """Return a file of 20 MiB with data and holes."""
+    path = tmp_path / "image"
+    with path.open("wb") as file:
+        file.truncate(20 * MIB)
+        for start in range(0, 20 * MIB, 5 * MIB):
+            file.seek(start)
+            file.write(random.Random(start).randbytes(MIB))
+    return path
+
+
+def test_from_a_file_to_a_server_and_back(nbdkit: Nbdkit, image: Path, tmp_path: Path) -> None:
+    uri = nbdkit("memory", "20M").uri
+
+    async def main() -> nbd.Copied:
+        there = await nbd.aio.copy(image, uri)
+        await nbd.aio.copy(uri, tmp_path / "copy")
+        return there
+
+    assert run(main()) == nbd.Copied(4 * MIB, 16 * MIB)
+    assert (tmp_path / "copy").read_bytes() == image.read_bytes()
+
+
+def test_from_a_server_to_another(nbdkit: Nbdkit, image: Path) -> None:
+    source, target = nbdkit("file", str(image)), nbdkit("memory", "20M")
+    assert sum(run(nbd.aio.copy(source.uri, target.uri))) == 20 * MIB
+    with nbd.open(target.uri) as file:
+        assert file.read() == image.read_bytes()
+
+
+def test_clients_are_copied_over_their_own_connections(nbdkit: Nbdkit, image: Path) -> None:
+    async def main() -> bytearray:
+        kit = program("nbdkit")
+        async with (
+            nbd.aio.connect([kit, "-s", "file", str(image)]) as source,
+            nbd.aio.connect([kit, "-s", "memory", "20M"]) as target,
+        ):
+            await nbd.aio.copy(source, target)
+            return await target.pread(20 * MIB, 0)
+
+    assert run(main()) == image.read_bytes()
+
+
+def test_a_client_may_be_used_meanwhile(nbdkit: Nbdkit, image: Path) -> None:
+    slow = nbdkit("--filter=delay", "file", str(image), "rdelay=5ms")
+
+    async def main() -> int:
+        async with nbd.aio.connect(slow.uri) as source:
+            copying = asyncio.ensure_future(nbd.aio.copy(source, ["nbdkit", "-s", "memory", "20M"]))
+            reads = 0
+            while not copying.done():
+                assert await source.pread(512, 0) == first
+                reads += 1
+            await copying
+            return reads
+
+    first = image.read_bytes()[:512]
+    assert run(main()) > 3
+
+
+def test_to_and_from_a_stream(nbdkit: Nbdkit, image: Path, tmp_path: Path) -> None:
+    uri, stream = nbdkit("memory", "20M").uri, io.BytesIO()
+
+    async def main() -> None:
+        await nbd.aio.copy(io.BytesIO(image.read_bytes()), uri)
+        with gzip.open(tmp_path / "copy.gz", "wb", 1) as file:
+            await nbd.aio.copy(uri, file)
+        await nbd.aio.copy(uri, stream)
+
+    run(main())
+    assert stream.getvalue() == image.read_bytes()
+    with gzip.open(tmp_path / "copy.gz") as file:
+        assert file.read() == image.read_bytes()
+
+
+def test_progress_is_told_in_the_loop(image: Path, tmp_path: Path) -> None:
+    told: list[Any] = []
+
+    def progress(done: int, total: int | None) -> None:
+        told.append((threading.current_thread(), done, total))
+
+    run(nbd.aio.copy(image, tmp_path / "copy", progress=progress))
+    assert told[-1] == (threading.main_thread(), 20 * MIB, 20 * MIB)
+    assert {one[0] for one in told} == {threading.main_thread()}
+
+
+def test_what_progress_raises_comes_out(image: Path, tmp_path: Path) -> None:
+    def progress(done: int, total: int | None) -> None:
+        raise LookupError
+
+    assert isinstance(
+        run(outcome(nbd.aio.copy(image, tmp_path / "copy", progress=progress))), LookupError
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "kind"),
+    [
+        ("/nonexistent", "copy", OSError),
+        ("nbd+unix:///?socket=/nonexistent", "copy", nbd.Error),
+        ("image", "nbd+unix:///?socket=/nonexistent", nbd.Error),
+        ("image", 7, TypeError),
+        ("image", "image", ValueError),
+    ],
+)
+def test_what_cannot_be_copied_fails_as_with_nbd_copy(
+    image: Path, tmp_path: Path, source: Any, target: Any, kind: type[Exception]
+) -> None:
+    source, target = (
+        str(tmp_path / one) if one in ("image", "copy") else one for one in (source, target)
+    )
+    with pytest.raises(kind):
+        nbd.copy(source, target)
+    assert isinstance(run(outcome(nbd.aio.copy(source, target))), kind)
+
+
+def test_a_smaller_target_is_refused(nbdkit: Nbdkit, image: Path) -> None:
+    error = run(outcome(nbd.aio.copy(image, nbdkit("memory", "1M").uri)))
+    assert isinstance(error, nbd.Error)
+    assert error.errno == "ENOSPC"
+
+
+def test_an_error_of_the_server_names_its_side(nbdkit: Nbdkit, tmp_path: Path) -> None:
+    server = nbdkit("--filter=error", "memory", "1M", "error-pread=EIO", "error-pread-rate=1")
+    error = run(outcome(nbd.aio.copy(server.uri, tmp_path / "copy", sparse=False)))
+    assert isinstance(error, nbd.Error)
+    assert "reading the source failed" in str(error)
+
+
+async def cancel_when(task: asyncio.Task[Any], reached: Callable[[], object]) -> None:
+    """Cancel a task when something is reached; it has ended after one turn of the loop."""
+    await until(reached)
+    task.cancel()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert task.cancelled()
+
+
+def copies() -> list[threading.Thread]:
+    """Return the threads of copies that run."""
+    return [one for one in threading.enumerate() if one.name.startswith("nbd.aio.copy")]
+
+
+@pytest.mark.parametrize("is_client", [False, True])
+def test_a_copy_that_is_cancelled_ends_at_once(
+    nbdkit: Nbdkit, tmp_path: Path, is_client: bool
+) -> None:
+    server = nbdkit("--filter=delay", "memory", "64M", "rdelay=1", "--threads=32")
+
+    async def main() -> None:
+        async with nbd.aio.connect(server.uri) as disk:
+            await disk.pwrite(b"x" * (32 * MIB), 0)
+            source: Any = disk if is_client else server.uri
+            copying = asyncio.ensure_future(nbd.aio.copy(source, tmp_path / "copy"))
+            await until(copies)
+            await asyncio.sleep(0.1)
+            await cancel_when(copying, copies)
+            await until(lambda: not copies())
+            assert await disk.pread(1, 0) == b"x"
+
+    run(main())
+    before = descriptors()
+    run(main())
+    assert descriptors() == before
+
+
+def test_a_copy_from_a_stream_that_is_cancelled_ends_with_the_next_bytes(nbdkit: Nbdkit) -> None:
+    uri = nbdkit("memory", "64M").uri
+
+    async def main() -> None:
+        read, write = os.pipe()
+        with open(read, "rb") as source, open(write, "wb", 0) as sink:
+            copying = asyncio.ensure_future(nbd.aio.copy(source, uri))
+            sink.write(b"x" * KIB)
+            await cancel_when(copying, copies)
+            sink.write(b"x" * KIB)
+            sink.close()
+            await until(lambda: not copies())
+
+    run(main())
+
+
+def test_a_connect_of_a_copy_that_is_cancelled_leaves_nothing(nbdkit: Nbdkit) -> None:
+    server = nbdkit("memory", "1M")
+
+    async def main() -> None:
+        with paused(server):
+            source = [program("nbdkit"), "-s", "memory", "1M"]
+            copying = asyncio.ensure_future(nbd.aio.copy(source, server.uri))
+            await asyncio.sleep(0.1)
+            copying.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await copying
+
+    started = set(children())
+    run(main())
+    assert set(children()) <= started
