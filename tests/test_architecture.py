@@ -24,6 +24,7 @@ NAMES = [tuple(q.split(":")) for q in QUOTED if re.fullmatch(r"[\w./]+\.(py|c|h)
 PATHS = [q for q in QUOTED if re.fullmatch(r"[\w.]+/[\w./]*", q)]
 INSTALLED = Path(nbd.__file__).parent
 SCREEN = 80  # lines
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 # What each module of nbd._core may import from the others: only those that stand before it.
 ORDER = re.findall(r"^    (\w+) {2,}", (CHECKOUT / "nbd/_core/__init__.py").read_text(), re.M)
@@ -42,10 +43,10 @@ def source(path: str) -> str:
 def defined(text: str) -> Iterator[str]:
     """Yield what a Python module defines: functions, classes, their methods, and variables."""
     for node in ast.parse(text).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
             yield node.name
         if isinstance(node, ast.ClassDef):
-            members = [one for one in node.body if isinstance(one, ast.FunctionDef)]
+            members = [one for one in node.body if isinstance(one, FUNCTIONS)]
             yield from (f"{node.name}.{member.name}" for member in members)
         if isinstance(node, ast.Assign):
             yield from (target.id for target in node.targets if isinstance(target, ast.Name))

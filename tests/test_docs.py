@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import doctest
 import gc
 import importlib
@@ -11,6 +12,7 @@ import os
 import pkgutil
 import pydoc
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -26,6 +28,8 @@ from docstring_figures import documentation, has_example, public_methods
 from handles import NO_CALLS
 
 import nbd
+import nbd.aio
+import nbd.queue
 import nbd.types
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -59,13 +63,22 @@ def public_things() -> Iterator[tuple[str, object]]:
     """Yield the name and the value of everything in nbd that can have a docstring."""
     yield "nbd", nbd
     for name in OWN:
-        thing = getattr(nbd, name)
-        yield f"nbd.{name}", thing
-        if inspect.isclass(thing):
-            for member, value in inspect.getmembers(thing):
-                base = OSError if issubclass(thing, OSError) else Exception
-                if not member.startswith("_") and not hasattr(base, member):
-                    yield f"nbd.{name}.{member}", value
+        yield from with_members(f"nbd.{name}", getattr(nbd, name))
+    for module in (nbd.aio, nbd.queue):
+        yield module.__name__, module
+        for name in module.__all__:
+            yield from with_members(f"{module.__name__}.{name}", getattr(module, name))
+
+
+def with_members(name: str, thing: object) -> Iterator[tuple[str, object]]:
+    """Yield a thing and, if it is a class, its public members."""
+    yield name, thing
+    if inspect.isclass(thing):
+        for member, value in inspect.getmembers(thing):
+            base = OSError if issubclass(thing, OSError) else Exception
+            is_told_of_there = hasattr(base, member) or inspect.ismemberdescriptor(value)
+            if not member.startswith("_") and not is_told_of_there:
+                yield f"{name}.{member}", value
 
 
 def modules() -> Iterator[Any]:
@@ -132,7 +145,7 @@ def test_example_in_docstring(name: str) -> None:
     with hostile.Watchdog(PATIENCE, end_servers) as watchdog, nbd.NBD() as h:
         h.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
         h.connect_command(SERVER)
-        scope = {"nbd": nbd, "h": h}
+        scope = {"asyncio": asyncio, "nbd": nbd, "h": h, "select": select}
         test = doctest.DocTestParser().get_doctest(EXAMPLES[name], scope, name, None, 0)
         report = io.StringIO()
         outcome = doctest.DocTestRunner(verbose=False).run(test, out=report.write)

@@ -164,7 +164,7 @@ def told(copy: subprocess.CompletedProcess[str]) -> tuple[int, int]:
 
 
 def test_copy_starts_servers_of_its_own(run: Run) -> None:
-    copied, zeroed = told(run("copy.py"))
+    copied, zeroed = told(run("copy_disk.py"))
     assert copied + zeroed == 256 * MIB
     assert zeroed > copied > 0
 
@@ -176,7 +176,7 @@ def copied_between_files(run: Run, nbdkit: Serve, folder: Path, *filters: str) -
     (folder / "target").write_bytes(b"old content" * (size // 11 + 1))
     source = nbdkit("file", str(folder / "source"), *filters)
     target = nbdkit("file", str(folder / "target"), *filters)
-    assert sum(told(run("copy.py", source.uri, target.uri))) == size
+    assert sum(told(run("copy_disk.py", source.uri, target.uri))) == size
     written = (folder / "target").read_bytes()[:size]
     return hashlib.sha256(content).hexdigest(), hashlib.sha256(written).hexdigest()
 
@@ -195,7 +195,7 @@ def test_copy_to_and_from_qcow2(run: Run, qemu_nbd: Serve, tmp_path: Path) -> No
     servers.run("qemu-img", "create", "-q", "-f", "qcow2", str(tmp_path / "target"), "4M")
     source = qemu_nbd(tmp_path / "source.raw", "--format=raw")
     target = qemu_nbd(tmp_path / "target", "--format=qcow2")
-    run("copy.py", source.uri, target.uri)
+    run("copy_disk.py", source.uri, target.uri)
     with nbd.NBD() as h:
         h.connect_uri(target.uri)
         assert h.pread(4 * MIB, 0) == content
@@ -203,13 +203,13 @@ def test_copy_to_and_from_qcow2(run: Run, qemu_nbd: Serve, tmp_path: Path) -> No
 
 def test_copy_makes_a_file(run: Run, nbdkit: Serve, tmp_path: Path) -> None:
     content = disk_image(tmp_path / "source", 3 * MIB + 5, 3)
-    run("copy.py", nbdkit("file", str(tmp_path / "source")).uri, "target.img")
+    run("copy_disk.py", nbdkit("file", str(tmp_path / "source")).uri, "target.img")
     assert (tmp_path / "target.img").read_bytes() == content
 
 
 def test_copy_shows_a_bar_if_tqdm_is_there(run: Run, nbdkit: Serve) -> None:
     pytest.importorskip("tqdm", reason="tqdm draws the bar")
-    shown = run("copy.py", nbdkit("pattern", "8M").uri, nbdkit("memory", "8M").uri).stderr
+    shown = run("copy_disk.py", nbdkit("pattern", "8M").uri, nbdkit("memory", "8M").uri).stderr
     assert "100%" in shown
     assert "8.00M/8.00M" in shown
 
@@ -219,13 +219,13 @@ def test_copy_needs_no_tqdm(
 ) -> None:
     (tmp_path / "tqdm.py").write_text("raise ImportError\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    done = run("copy.py", nbdkit("pattern", "8M").uri, nbdkit("memory", "8M").uri)
+    done = run("copy_disk.py", nbdkit("pattern", "8M").uri, nbdkit("memory", "8M").uri)
     assert (told(done), "%" in done.stderr) == ((8 * MIB, 0), False)
 
 
 def test_copy_refuses_a_destination_that_is_too_small(run: Run, nbdkit: Serve) -> None:
-    failed = run("copy.py", nbdkit("memory", "2M").uri, nbdkit("memory", "1M").uri, status=1)
-    assert "copy.py: nbd.copy: the target has 1048576 bytes and the source 2097152" in (
+    failed = run("copy_disk.py", nbdkit("memory", "2M").uri, nbdkit("memory", "1M").uri, status=1)
+    assert "copy_disk.py: nbd.copy: the target has 1048576 bytes and the source 2097152" in (
         complaint(failed)
     )
 
@@ -235,7 +235,7 @@ def test_copy_fails_if_a_command_fails(run: Run, nbdkit: Serve, side: str) -> No
     broken = ["--filter=error", "error=EIO", "error-rate=50%"]
     filters = {"source": [], "destination": [], side: broken}
     failed = run(
-        "copy.py",
+        "copy_disk.py",
         nbdkit("pattern", "16M", *filters["source"]).uri,
         nbdkit("memory", "16M", *filters["destination"]).uri,
         status=1,
@@ -338,3 +338,52 @@ def test_event_loop_does_not_wait_for_the_slower_server(run: Run, nbdkit: Serve)
 def test_event_loop_reports_a_server_that_is_not_there(run: Run, tmp_sock: str) -> None:
     failed = run("event_loop.py", f"nbd+unix:///?socket={tmp_sock}", status=1)
     assert "ENOENT" in failed.stderr
+
+
+def test_asyncio_check_reads_three_disks_of_its_own(run: Run) -> None:
+    assert run("asyncio_check.py").stdout.splitlines() == [
+        "disk 1: 4194304 bytes, 0 bad",
+        "disk 2: 8388608 bytes, 0 bad",
+        "disk 3: 16777216 bytes, 0 bad",
+    ]
+
+
+def test_asyncio_check_reports_what_cannot_be_read(run: Run, nbdkit: Serve) -> None:
+    bad = nbdkit("pattern", "1M", "--filter=error", "error-pread=EIO", "error-pread-rate=1")
+    shown = run("asyncio_check.py", bad.uri, nbdkit("pattern", "1M").uri, status=1).stdout
+    assert "disk 1: 1048576 bytes, 4 bad" in shown
+    assert "    cannot read 262144 bytes at offset 786432" in shown
+    assert "disk 2: 1048576 bytes, 0 bad" in shown
+
+
+def test_asyncio_check_reports_a_server_that_is_not_there(
+    run: Run, nbdkit: Serve, tmp_sock: str
+) -> None:
+    shown = run(
+        "asyncio_check.py", f"nbd+unix:///?socket={tmp_sock}", nbdkit("null", "1M").uri, status=1
+    ).stdout
+    assert re.search(r"disk 1: .*\(ENOENT\)", shown)
+    assert "disk 2: 1048576 bytes, 0 bad" in shown
+
+
+def test_asyncio_check_shows_progress_on_a_terminal() -> None:
+    assert re.search(r"\r\d+ of \d+ bytes", on_terminal("asyncio_check.py"))
+
+
+def test_trio_read_of_a_disk_of_its_own(run: Run) -> None:
+    pytest.importorskip("trio", reason="the example is for trio")
+    assert re.fullmatch(r"\d+ of 16777216 bytes are zero\n", run("trio_read.py").stdout)
+
+
+def test_trio_read_agrees_with_a_read_of_the_whole(run: Run, nbdkit: Serve) -> None:
+    pytest.importorskip("trio", reason="the example is for trio")
+    server = nbdkit("pattern", "8M")
+    with nbd.open(server.uri) as disk:
+        zeroes = disk.read().count(0)
+    assert run("trio_read.py", server.uri).stdout == f"{zeroes} of {8 * MIB} bytes are zero\n"
+
+
+def test_trio_read_fails_where_the_server_fails(run: Run, nbdkit: Serve) -> None:
+    pytest.importorskip("trio", reason="the example is for trio")
+    bad = nbdkit("pattern", "1M", "--filter=error", "error-pread=EIO", "error-pread-rate=1")
+    assert "EIO" in run("trio_read.py", bad.uri, status=1).stderr

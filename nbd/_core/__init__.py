@@ -3,31 +3,31 @@
 
 Each module imports only from those above it:
 
-    build       the cffi mode and the libnbd that the package was built with (generated)
-    shim        loads the shim: ffi and lib
-    errors      nbd.Error, nbd.ClosedHandle, and the exception for a call that failed
-    convert     numbers, strings, lists and addresses, from Python to C and back
-    memory      results, blocks and their pool, pins and bounce buffers
-    buffer      nbd.Buffer, and what libnbd is given of a buffer argument
-    callbacks   the registry of what libnbd still needs
-    lifetime    what the shim has made is freed when Python cannot name it any more
-    handle      how a handle begins and ends
-    upcalls     the functions that the shim calls, one for each type of callback (generated)
-    methods     nbd.NBD: one method for each call of libnbd.h (generated)
-    constants   the constants of libnbd.h (generated)
-    engine      the shim's queue
-    queue       nbd.queue.Queue
-    connecting  nbd.connect
-    extents     nbd.extents
-    readahead   the window of a file that is read in order
-    writes      the writes of a file that are in flight
-    diskfile    a disk as an unbuffered file
-    openfiles   the open files, closed when the program ends
-    file        nbd.open
-    ends        what a copy reads from and writes to
-    streaming   copies from and to streams
-    copying     nbd.copy
-    client      nbd.aio.Client
+    build         the cffi mode and the libnbd that the package was built with (generated)
+    shim          loads the shim: ffi and lib
+    errors        nbd.Error, nbd.ClosedHandle, and the exception for a call that failed
+    convert       numbers, strings, lists and addresses, from Python to C and back
+    memory        results, blocks and their pool, pins and bounce buffers
+    buffer        nbd.Buffer, and what libnbd is given of a buffer argument
+    callbacks     the registry of what libnbd still needs
+    lifetime      what the shim has made is freed when Python cannot name it any more
+    handle        how a handle begins and ends
+    upcalls       the functions that the shim calls, one for each type of callback (generated)
+    methods       nbd.NBD: one method for each call of libnbd.h (generated)
+    constants     the constants of libnbd.h (generated)
+    engine        the shim's queue
+    queue         nbd.queue.Queue
+    connecting    nbd.connect
+    extents       nbd.extents
+    readahead     the window of a file that is read in order
+    writes        the writes of a file that are in flight
+    diskfile      a disk as an unbuffered file
+    openfiles     the open files, closed when the program ends
+    file          nbd.open
+    ends          what a copy reads from and writes to
+    streaming     copies from and to streams
+    copying       nbd.copy
+    client        nbd.aio.Client
     asyncconnect  nbd.aio.connect
-    asynccopy   nbd.aio.copy
+    asynccopy     nbd.aio.copy
 """

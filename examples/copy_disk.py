@@ -3,9 +3,9 @@
 
 With tqdm, a bar shows how far it is.
 
-    python copy.py                            # from one nbdkit to another
-    python copy.py nbd://here/disk nbd://there/disk
-    python copy.py nbd://here/disk disk.img
+    python copy_disk.py                       # from one nbdkit to another
+    python copy_disk.py nbd://here/disk nbd://there/disk
+    python copy_disk.py nbd://here/disk disk.img
 """
 
 from __future__ import annotations
