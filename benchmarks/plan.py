@@ -64,6 +64,8 @@ class Workload:
 NULL = ("null",)
 #: The kind of the workloads that copies.py runs.
 WHOLE_COPY = "whole-copy"
+#: The kind of the workloads that need uvloop.
+UVLOOP = "await-uvloop"
 
 _ALL = (
     Workload("import", "import", 10),
@@ -96,6 +98,10 @@ _ALL = (
     Workload("random-4k-1ms", "random", 4_000, ("late",) * 8, 4 * KIB, 16, is_ours=True),
     Workload("file-64k-1ms", "file", 4_096, ("late",), 64 * KIB, is_ours=True),
     Workload("file-sha256", "checksum", 4_096, ("memory",), 256 * KIB, is_ours=True),
+    Workload("await-4k", "await", 30_000, NULL, 4 * KIB, 64, fresh=True, is_ours=True),
+    Workload("await-64k", "await", 20_000, NULL, 64 * KIB, 16, fresh=True, is_ours=True),
+    Workload("await-4k-uvloop", UVLOOP, 30_000, NULL, 4 * KIB, 64, fresh=True, is_ours=True),
+    Workload("await-64k-uvloop", UVLOOP, 20_000, NULL, 64 * KIB, 16, fresh=True, is_ours=True),
     Workload("copy-memory-null", WHOLE_COPY, 1, ("memory", "null"), GIB, fresh=True),
     Workload("copy-memory-memory", WHOLE_COPY, 1, ("memory", "target"), GIB, fresh=True),
     Workload("copy-sparse-memory", WHOLE_COPY, 1, ("sparse", "target"), GIB, fresh=True),

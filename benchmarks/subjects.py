@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import copies
-from plan import WHOLE_COPY, Workload
+from plan import UVLOOP, WHOLE_COPY, Workload
 from programs import call
 
 HERE = Path(__file__).resolve().parent
@@ -36,6 +36,11 @@ about = {
 if hasattr(nbd, "_core"):  # libnbd's own module has none
     import _cffi_backend
     about["backend"] = "cffi " + _cffi_backend.__version__
+try:
+    import uvloop
+    about["uvloop"] = "uvloop " + uvloop.__version__
+except ImportError:
+    pass
 print(json.dumps(about))
 """
 
@@ -55,6 +60,8 @@ class Subject:
             return workload.kind == self.copies
         if workload.is_whole_copy:
             return "backend" in self.about
+        if workload.kind == UVLOOP:
+            return "uvloop" in self.about
         return "python" in self.about or not (workload.kind == "import" or workload.is_ours)
 
 

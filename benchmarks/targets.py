@@ -60,6 +60,10 @@ TARGETS = {
     "random-4k-1ms": Row(api=0.6),
     "file-64k-1ms": Row(api=0.25),
     "file-sha256": Row(api=0.95),
+    "await-4k": Row(api=0.7),
+    "await-64k": Row(api=0.85),
+    "await-4k-uvloop": Row(api=0.7),
+    "await-64k-uvloop": Row(api=0.85),
 }
 
 

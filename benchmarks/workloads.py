@@ -24,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+import awaits
+
 import nbd
 
 EXTENTS = 100_000
@@ -347,6 +349,16 @@ def checksum(job: Job) -> None:
             digest.update(job.handle.pread(LOOP, offset))
 
 
+def awaited(job: Job) -> None:
+    """Keep ``depth`` tasks awaiting a read; with libnbd's module, over callbacks."""
+    awaits.read_all(job.handle.get_uri(), job.offsets, job.size, job.depth, is_uvloop=False)
+
+
+def awaited_in_uvloop(job: Job) -> None:
+    """The same in uvloop's event loop."""
+    awaits.read_all(job.handle.get_uri(), job.offsets, job.size, job.depth, is_uvloop=True)
+
+
 KINDS: dict[str, Callable[[Job], None]] = {
     "getter": getter,
     "debug-callback": debug_callback,
@@ -366,6 +378,8 @@ KINDS: dict[str, Callable[[Job], None]] = {
     "random": random_reads,
     "file": file,
     "checksum": checksum,
+    "await": awaited,
+    "await-uvloop": awaited_in_uvloop,
 }
 
 
