@@ -264,9 +264,8 @@ class Storm:
 
     TASKS, CLIENTS = 10_000, 8
 
-    def __init__(self, uri: str, tasks: int) -> None:
+    def __init__(self, uri: str) -> None:
         self._uri = uri
-        self._tasks = tasks
         self._random = random.Random(7)
         self.ended: dict[str, int] = {"data": 0, "error": 0, "cancelled": 0}
 
@@ -277,7 +276,7 @@ class Storm:
         disks = [await nbd.aio.connect(self._uri, depth=32) for _ in range(self.CLIENTS)]
         try:
             for _ in range(10):
-                tasks = [self._task(disks[n % self.CLIENTS]) for n in range(self._tasks // 10)]
+                tasks = [self._task(disks[n % self.CLIENTS]) for n in range(self.TASKS // 10)]
                 await asyncio.wait(tasks)
                 for task in tasks:
                     self._count(task)
@@ -309,8 +308,8 @@ class Storm:
 
 def test_in_a_storm_of_tasks_each_ends_once(nbdkit: Nbdkit, figure: Figure) -> None:
     server = nbdkit(*UNRELIABLE, "--threads=16")
-    run(Storm(server.uri, 2_000).run())  # the first one grows what is kept for the next
-    before, storm, began = resident(), Storm(server.uri, Storm.TASKS), time.monotonic()
+    run(Storm(server.uri).run())  # the first one grows what is kept for the next
+    before, storm, began = resident(), Storm(server.uri), time.monotonic()
     run(storm.run())
     for kind, count in storm.ended.items():
         figure(f"storm of 10,000 tasks: {kind}", str(count))

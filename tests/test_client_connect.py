@@ -102,6 +102,21 @@ def test_tls_with_a_name_is_verified(nbdkit: Nbdkit, certificates: Path) -> None
     assert run(size_of(good, prepare=prepare)) == MIB
 
 
+def test_tls_with_a_name_is_verified_however_it_is_asked_for(
+    nbdkit: Nbdkit, certificates: Path
+) -> None:
+    server = nbdkit("memory", "1M", tcp=True, tls="require", certificates=certificates)
+
+    def prepare(h: nbd.NBD) -> None:
+        h.set_tls(nbd.TLS_REQUIRE)
+        h.set_tls_certificates(str(certificates))
+
+    size, asked = looked_up(f"nbd://localhost:{server.port}", prepare=prepare)
+    assert (size, asked) == (MIB, [])
+    error, _ = looked_up(f"nbd://disk.example:{server.port}", prepare=prepare)
+    assert isinstance(error, nbd.Error)
+
+
 def test_tls_with_a_key(nbdkit: Nbdkit, psk: Path) -> None:
     server = nbdkit("memory", "1M", tls="require", psk=psk)
 

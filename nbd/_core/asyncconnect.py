@@ -18,7 +18,12 @@ from nbd._core.connecting import (
     context_names,
     prepared,
 )
-from nbd._core.constants import AIO_DIRECTION_READ, AIO_DIRECTION_WRITE, CONTEXT_BASE_ALLOCATION
+from nbd._core.constants import (
+    AIO_DIRECTION_READ,
+    AIO_DIRECTION_WRITE,
+    CONTEXT_BASE_ALLOCATION,
+    TLS_DISABLE,
+)
 from nbd._core.convert import as_number, as_seconds
 from nbd._core.errors import Error, pending, settle_as
 from nbd._core.shim import lib
@@ -202,30 +207,42 @@ class _Try:
         self._until = None if plan.timeout is None else loop.time() + plan.timeout
 
     async def run(self) -> NBD:
-        plan = self._plan
-        if isinstance(plan.uri, (list, tuple)):
-            return await self._connected("connect_command", list(plan.uri))
-        host = _host_to_look_up(plan.uri)
-        if host is None or plan.uri.startswith("nbds"):
-            # TLS needs the name, to compare it with the certificate: libnbd looks it up.
-            return await self._connected("connect_uri", plan.uri, in_thread=host is not None)
-        return await self._connected_to_one_of(plan.uri, *host)
+        uri = self._plan.uri
+        handle = self._new_handle()
+        if isinstance(uri, (list, tuple)):
+            return await self._connected(handle, "connect_command", list(uri))
+        host = _host_to_look_up(uri)
+        if host is None:
+            return await self._connected(handle, "connect_uri", uri)
+        if uri.lower().startswith("nbds") or handle.get_tls() != TLS_DISABLE:
+            # The name has to be that of the server's certificate: so libnbd looks it up.
+            return await self._connected(handle, "connect_uri", uri, in_thread=True)
+        handle.__exit__(None, None, None)
+        *others, last = await self._look_up(*host)
+        for address in others:
+            with suppress(Error):
+                return await self._connected_to(uri, address)
+        return await self._connected_to(uri, last)
 
-    async def _connected_to_one_of(self, uri: str, host: str, port: int) -> NBD:
-        """Look a host up, and try its addresses, one after the other."""
+    def _new_handle(self) -> NBD:
+        """A handle of its own: one that has failed cannot be used again."""
+        return prepared(self._plan.contexts, self._plan.prepare)
+
+    async def _look_up(self, host: str, port: int) -> list[str]:
+        """The addresses of a host; at least one."""
         try:
             found = await self._in_time(self._loop.getaddrinfo(host, port, type=SOCK_STREAM))
         except OSError as reason:
             raise Error(f"nbd_aio_connect_uri: {host}: {reason}", 0) from None
-        *others, last = dict.fromkeys(str(one[4][0]) for one in found)
-        for address in others:
-            with suppress(Error):
-                return await self._connected("connect_uri", _with_host(uri, address))
-        return await self._connected("connect_uri", _with_host(uri, last))
+        return list(dict.fromkeys(str(one[4][0]) for one in found))
 
-    async def _connected(self, method: str, argument: Any, in_thread: bool = False) -> NBD:
-        """A handle of its own: one that has failed cannot be used again."""
-        handle = prepared(self._plan.contexts, self._plan.prepare)
+    async def _connected_to(self, uri: str, address: str) -> NBD:
+        return await self._connected(self._new_handle(), "connect_uri", _with_host(uri, address))
+
+    async def _connected(
+        self, handle: NBD, method: str, argument: Any, in_thread: bool = False
+    ) -> NBD:
+        """Connect a handle; if it fails, the handle is closed."""
         begin = partial(getattr(handle, f"aio_{method}"), argument)
         try:
             if in_thread:
