@@ -429,6 +429,33 @@ def test_a_close_ends_what_waits(server: Server) -> None:
     assert [type(one) for one in ended] == [nbd.ClosedHandle] * 6
 
 
+def test_a_close_ends_who_has_just_got_a_place(server: Server) -> None:
+    async def main() -> list[Any]:
+        async with nbd.aio.connect(server.uri, depth=1) as disk:
+            tasks = [asyncio.ensure_future(outcome(disk.pread(512, 0))) for _ in range(3)]
+            tasks[0].add_done_callback(
+                lambda _: closing.append(asyncio.ensure_future(disk.close()))
+            )
+            ended = await asyncio.gather(*tasks)
+            await closing[0]
+            return ended
+
+    closing: list[asyncio.Future[None]] = []
+    ended = run(main())
+    assert ended[0] == bytes(512)
+    assert {type(one) for one in ended[1:]} <= {bytearray, nbd.ClosedHandle}
+    assert isinstance(ended[2], nbd.ClosedHandle)
+
+
+def test_an_empty_range_is_read_and_written(server: Server) -> None:
+    async def main() -> bytearray:
+        async with nbd.aio.connect(server.uri) as disk:
+            await disk.pwrite(b"", 5)
+            return await disk.pread(0, MIB)
+
+    assert run(main()) == b""
+
+
 def test_it_is_closed_when_the_body_fails(server: Server) -> None:
     disks: list[Client] = []
 

@@ -392,6 +392,7 @@ class Client:
             if future is not None and not future.done():
                 future.set_result(_CLOSED)
         self._line.clear()
+        self._waiting.clear()
         self._engine.end()
         for handle in self.handles:
             say_goodbye(handle)
@@ -496,7 +497,7 @@ class Client:
         result = nbdqueue_submit(engine.q, operation, token, pointer, length, offset, flags)
         if result < 0:
             self._give_back(token)
-            raise engine.refused(result)
+            raise _closed() if self._is_closed else engine.refused(result)
         del pointer, pin
         try:
             if self._timeout is None:
