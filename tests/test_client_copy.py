@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from asyncs import outcome, run, until
+from asyncs import commands, outcome, run, until
 from servers import Server, children, program
 from usage import descriptors
 from waits import paused
@@ -82,6 +82,21 @@ def test_a_client_may_be_used_meanwhile(nbdkit: Nbdkit, image: Path) -> None:
 
     first = image.read_bytes()[:512]
     assert run(main()) > 3
+
+
+def test_a_copy_of_a_client_that_is_closed_meanwhile_fails(nbdkit: Nbdkit, tmp_path: Path) -> None:
+    server = nbdkit("--filter=delay", "memory", "1M", "rdelay=200ms")
+
+    async def main() -> Any:
+        async with nbd.aio.connect(server.uri) as disk:
+            copy = nbd.aio.copy(disk, tmp_path / "copy", sparse=False)
+            copying = asyncio.ensure_future(outcome(copy))
+            await until(lambda: commands(disk))
+        return await copying
+
+    error = run(main())
+    assert isinstance(error, nbd.Error)
+    assert error.errno in ("ENOTCONN", "ECONNRESET", "EPIPE", "ESHUTDOWN")
 
 
 def test_to_and_from_a_stream(nbdkit: Nbdkit, image: Path, tmp_path: Path) -> None:

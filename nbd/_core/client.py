@@ -649,9 +649,10 @@ def late_error(late: str, seconds: float) -> Timeout:
 
 
 def say_goodbye(handle: NBD) -> None:
-    """Tell the server that the connection ends, if there is one."""
+    """Tell the server that the connection ends, if there is one that nobody uses any more."""
     try:
-        handle.aio_disconnect()
+        if not handle.aio_in_flight():
+            handle.aio_disconnect()
     except (Error, ClosedHandle):
         return
 
