@@ -81,7 +81,7 @@ def test_a_client_may_be_used_meanwhile(nbdkit: Nbdkit, image: Path) -> None:
             return reads
 
     first = image.read_bytes()[:512]
-    assert run(main()) > 3
+    assert run(main()) > 0
 
 
 def test_a_copy_of_a_client_that_is_closed_meanwhile_fails(nbdkit: Nbdkit, tmp_path: Path) -> None:
