@@ -263,7 +263,10 @@ def _in_the_child(disk: Client) -> int:
 
 
 PROGRAM = """
-    import asyncio, sys, nbd
+    import asyncio, signal, sys, nbd
+
+    # What has started the tests may ignore it, and Python leaves that as it is.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def say(what):
         print(what, flush=True)
@@ -289,10 +292,13 @@ def test_ctrl_c_ends_asyncio_run_at_once(nbdkit: Nbdkit) -> None:
     with subprocess.Popen(
         [*program, server.uri], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "waiting\n"
-        process.send_signal(signal.SIGINT)
-        out, errors = process.communicate(timeout=PATIENCE)
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "waiting\n"
+            process.send_signal(signal.SIGINT)
+            out, errors = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
     assert (out.split(), errors) == (["left", "interrupted"], "")
 
 
