@@ -19,6 +19,7 @@ from handles import drain, finish, poll, raiser, retired, run_until
 from servers import Server
 
 import nbd
+from nbd._core import errors
 
 MIB = 1 << 20
 BASE = nbd.CONTEXT_BASE_ALLOCATION
@@ -291,6 +292,21 @@ def test_a_result_that_is_no_c_int_is_no_success(
     with pytest.raises(nbd.Error):
         disk.pread_structured(512, 0, lambda *chunk: result)
     assert disk.aio_is_ready()
+
+
+def test_what_a_destructor_reports_meanwhile_is_still_the_cause(
+    disk: nbd.NBD, unraisable: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look_while_garbage_is_collected(one: Any) -> bool:
+        nbd.NBD().__del__()
+        return look(one)
+
+    look = errors._is_urgent
+    monkeypatch.setattr(errors, "_is_urgent", look_while_garbage_is_collected)
+    with pytest.raises(nbd.Error) as caught:
+        disk.pread_structured(512, 0, lambda *chunk: 1 << 31)
+    assert isinstance(caught.value.__cause__, OverflowError)
+    assert caught.value.__cause__ in unraisable
 
 
 @pytest.mark.parametrize("value", ["text", None, 1 << 40])

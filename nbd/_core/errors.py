@@ -345,7 +345,7 @@ def _raise_waiting(one: Waiting) -> None:
     try:
         raise one[2]
     except BaseException:
-        pending.remove(one)
+        _take(one)
         raise
     finally:
         del one
@@ -355,10 +355,23 @@ def _raise_with_cause(failure: BaseException, one: Waiting) -> None:
     try:
         raise failure from one[2]
     except BaseException:
-        pending.remove(one)
+        _take(one)
         raise
     finally:
         del failure, one
+
+
+def _take(one: Waiting) -> bool:
+    """Take an exception out of `pending`; False if it is gone.
+
+    Garbage may be collected at any bytecode: then a destructor reports those whose handle is not
+    known.
+    """
+    try:
+        pending.remove(one)
+    except ValueError:
+        return False
+    return True
 
 
 def _report(waiting: list[Waiting]) -> None:
@@ -368,7 +381,8 @@ def _report(waiting: list[Waiting]) -> None:
     """
     while waiting:
         one = waiting.pop(0)
-        pending.remove(one)
+        if not _take(one):
+            continue
         try:
             sys.unraisablehook(_unraisable(one[2]))
         except Exception as broken:
