@@ -208,6 +208,21 @@ def test_a_copy_that_is_cancelled_ends_at_once(
     assert descriptors() == before
 
 
+def test_a_copy_that_is_cancelled_does_not_wait_for_the_end_of_its_server(tmp_path: Path) -> None:
+    shell = f"{program('nbdkit')} -s --filter=delay memory 1M rdelay=30; sleep 1"
+
+    async def main() -> None:
+        copying = asyncio.ensure_future(
+            nbd.aio.copy(["sh", "-c", shell], tmp_path / "copy", sparse=False)
+        )
+        await until(copies)
+        await asyncio.sleep(0.1)
+        await cancel_when(copying, copies)
+        assert "sh" in children().values()
+
+    run(main())
+
+
 def test_a_copy_from_a_stream_that_is_cancelled_ends_with_the_next_bytes(nbdkit: Nbdkit) -> None:
     uri = nbdkit("memory", "64M").uri
 

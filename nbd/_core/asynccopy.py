@@ -91,8 +91,8 @@ class _Transfer:
             return await self._ended
         except BaseException:
             self._settings.is_stopped = True
-            if self._job is not None:
-                self._job.stop()
+            if self._job is not None:  # in a thread: it waits for the end of a server's process
+                self._loop.run_in_executor(None, self._job.stop)
             if not is_started:
                 for handles, is_command in self._ours:
                     close_all(handles, is_command)
