@@ -46,10 +46,16 @@ class Build(NamedTuple):
     library: Library
     header: Header
     folder: Path
+    bundled: bool  # libnbd and what it needs will be put into the wheel
 
     @property
     def sources(self) -> list[str]:
         return [*map(os.path.relpath, SHIM), str(self.folder / "nbdglue.c")]
+
+    @property
+    def compile_args(self) -> list[str]:
+        bundled = ["-DNBDSHIM_BUNDLED"] if self.bundled else []
+        return [*STRICT, *bundled, *self.library.cflags]
 
     @property
     def include_dirs(self) -> list[str]:
@@ -79,13 +85,14 @@ def prepare(folder: Path) -> Build:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "nbdglue.h").write_text(glue_header(header), encoding="utf-8")
     (folder / "nbdglue.c").write_text(glue_source(header), encoding="utf-8")
-    return Build(chosen_mode(), library, header, folder)
+    bundled = os.environ.get("NBD_CFFI_BUNDLED") == "1"
+    return Build(chosen_mode(), library, header, folder, bundled)
 
 
 def python_modules(build: Build) -> dict[str, str]:
     """The generated modules of the package, by file name."""
     modules = {
-        "build.py": build_module(build.mode, build.library.version),
+        "build.py": build_module(build.mode, build.library.version, build.bundled),
         "constants.py": constants_module(build.header),
         "upcalls.py": upcalls_module(build.header),
         "methods.py": methods_module(build.header, load_documentation()),
@@ -120,7 +127,7 @@ def api_builder(build: Build) -> FFI:
         INCLUDES,
         sources=build.sources,
         include_dirs=build.include_dirs,
-        extra_compile_args=[*STRICT, *build.library.cflags],
+        extra_compile_args=build.compile_args,
         extra_link_args=[LINKED_AT_ONCE, *build.library.libs],
     )
     return ffi

@@ -63,7 +63,7 @@ else:
         "nbd._core.nbdshim",
         sources=build.sources,
         include_dirs=build.include_dirs,
-        extra_compile_args=[*build_nbd.STRICT, *build.library.cflags],
+        extra_compile_args=build.compile_args,
         extra_link_args=[build_nbd.LINKED_AT_ONCE, *build.library.libs],
     )
     commands["bdist_wheel"] = AnyPythonWheel

@@ -110,6 +110,9 @@ void nbdshim_end_other_threads(void);
 /* From now on there are no upcalls in any thread. */
 void nbdshim_end_upcalls(void);
 
+/* The version of the GnuTLS that libnbd uses, NULL if it is built without; it lives for ever. */
+const char *nbdshim_gnutls(void);
+
 /* A new handle, to be ended by nbdshim_destroy; NULL if there is no memory. */
 struct nbdshim *nbdshim_create(void);
 

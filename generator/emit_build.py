@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Write build.py: the mode of cffi, and the version of libnbd that the build found."""
+"""Write build.py: the mode of cffi, the libnbd that the build found, and whether it is bundled."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from generator.text import banner
 BANNER = banner(__name__)
 
 
-def build_module(mode: str, version: str) -> str:
+def build_module(mode: str, version: str, bundled: bool) -> str:
     """The text of build.py."""
     return (
         f'{BANNER}"""What this build of the package is."""\n\n'
-        f'MODE = "{mode}"\nLIBNBD = "{version}"\n'
+        f'MODE = "{mode}"\nLIBNBD = "{version}"\nBUNDLED = {bundled}\n'
     )

@@ -40,7 +40,7 @@ typedef struct { int (*callback) (void *user_data, int *error); } nbd_completion
 COMPLETION = ", nbd_completion_callback completion_callback"
 INSTALLED = stoppable(read(find_library().header))
 PYTHON = {
-    "build.py": build_module("ABI", "1.14.0"),
+    "build.py": build_module("ABI", "1.14.0", bundled=False),
     "constants.py": constants_module(INSTALLED),
     "upcalls.py": upcalls_module(INSTALLED),
     "methods.py": methods_module(INSTALLED, load_documentation()),

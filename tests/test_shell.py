@@ -13,6 +13,7 @@ import pytest
 import shadows
 
 import nbd
+from nbd._core.build import BUNDLED
 
 SCRIPT = [str(Path(sys.executable).with_name("nbdsh"))]
 MODULE = [sys.executable, "-m", "nbd"]
@@ -238,8 +239,10 @@ def test_a_wrong_command_line_is_a_usage_error(nbdsh: Run, args: list[str], mess
 @pytest.mark.parametrize("option", ["-V", "--vers"])
 def test_version_shows_the_shell_the_library_and_this_build(nbdsh: Run, option: str) -> None:
     version = nbd.NBD().get_version()
-    first, second, third = printed(nbdsh(option, "-c", "print('not run')")).splitlines()
-    assert (first, second) == (f"nbdsh {version}", f"libnbd {version}")
+    first, second, third, fourth = printed(nbdsh(option, "-c", "print('not run')")).splitlines()
+    origin = ", from this package" if BUNDLED else ""
+    assert (first, second) == (f"nbdsh {version}", f"libnbd {version}{origin}")
+    assert re.fullmatch(rf"GnuTLS 3\.\d+\.\d+{origin}", fourth)
     python = f"{sys.implementation.name} {sys.version.split()[0]}"
     pattern = rf"libnbd-cffi \d\S* \({re.escape(python)}, cffi (API|ABI) mode\)"
     assert re.fullmatch(pattern, third, re.IGNORECASE)

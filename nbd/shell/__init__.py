@@ -116,13 +116,17 @@ def _versions() -> tuple[str, ...]:
     import platform
     from importlib.metadata import version
 
-    from nbd._core.build import MODE
+    from nbd._core.build import BUNDLED, MODE
+    from nbd._core.shim import as_text, lib
 
+    gnutls = as_text(lib.nbdshim_gnutls()) if lib.nbdshim_gnutls() else "missing: there is no TLS"
+    origin = ", from this package" if BUNDLED else ""
     interpreter = f"{platform.python_implementation()} {platform.python_version()}"
     return (
         f"nbdsh {nbd.__version__}",
-        f"libnbd {nbd.__version__}",
+        f"libnbd {nbd.__version__}{origin}",
         f"libnbd-cffi {version('libnbd-cffi')} ({interpreter}, cffi {MODE} mode)",
+        f"GnuTLS {gnutls}{origin}",
     )
 
 
