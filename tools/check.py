@@ -6,12 +6,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from console import run, say
-from environments import ALL, ready
+from environments import ALL, OF_WHEEL, ready
 from suite import Outcome, run_suite
 
 NEWER = ("trixie", "forky")  # what --all checks besides this machine
@@ -24,6 +25,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="./run check")
     parser.add_argument("--root", action="append", default=[], metavar="SUITE", choices=SUITES)
     parser.add_argument("--all", action="store_true", help="here and in every root, and a table")
+    parser.add_argument("--wheel", type=Path, help="a wheel that has libnbd inside")
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     at = arguments.index("--") if "--" in arguments else len(arguments)
     options = parser.parse_args(arguments[:at])
@@ -32,13 +34,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def check_here(options: Sequence[str], variables: dict[str, str]) -> list[Outcome]:
-    """Run the suite in the four environments, two at a time, PyPy's first: those take longest."""
+    """Run the suite in each environment, two at a time, PyPy's first: those take longest."""
+    environments = OF_WHEEL if "NBD_WHEEL" in os.environ else ALL
     with ThreadPoolExecutor(max_workers=2) as pool:
-        list(pool.map(ready, ALL))
+        list(pool.map(ready, environments))
         say("running the tests")
-        longest_first = sorted(ALL, key=lambda environment: environment.interpreter != "pypy")
+        longest_first = sorted(environments, key=lambda one: one.interpreter != "pypy")
         running = {one: pool.submit(run_suite, one, options, variables) for one in longest_first}
-        outcomes = [running[one].result() for one in ALL]
+        outcomes = [running[one].result() for one in environments]
     compare(outcomes)
     return outcomes
 
@@ -88,6 +91,8 @@ def main(arguments: list[str]) -> int:
     """Run what is asked for; returns 1 if a test failed."""
     options = parse(arguments)
     outcomes: list[Outcome] = []
+    if options.wheel:
+        os.environ["NBD_WHEEL"] = str(options.wheel.resolve(strict=True))
     if options.all or not options.root:
         outcomes += check_here(options.pytest, {})
     for outcome in outcomes:
@@ -95,7 +100,7 @@ def main(arguments: list[str]) -> int:
     for suite in NEWER if options.all else options.root:
         from roots import check_in_root
 
-        outcomes += check_in_root(suite, options.pytest)
+        outcomes += check_in_root(suite, options.pytest, options.wheel)
     if options.json:
         document = [dataclasses.asdict(outcome) for outcome in outcomes]
         options.json.write_text(json.dumps(document, indent=1))

@@ -33,7 +33,7 @@ class Environment(NamedTuple):
     """An interpreter, and the mode that the package is built in for it."""
 
     interpreter: str  # "cpython" or "pypy"
-    mode: str  # "api" or "abi"
+    mode: str  # "api", "abi", or "wheel": what NBD_WHEEL names
 
     @property
     def name(self) -> str:
@@ -49,6 +49,7 @@ class Environment(NamedTuple):
 
 
 ALL = tuple(Environment(i, m) for i in ("cpython", "pypy") for m in ("api", "abi"))
+OF_WHEEL = tuple(Environment(interpreter, "wheel") for interpreter in ("cpython", "pypy"))
 
 
 def base_interpreter(interpreter: str) -> str:
@@ -125,6 +126,9 @@ def ready(environment: Environment) -> None:
     """Bring an environment, and the package in it, up to date."""
     base = base_interpreter(environment.interpreter)
     venv(environment.folder, base, "suite")
+    if environment.mode == "wheel":
+        install_wheel(environment)
+        return
     version = output(
         ["pkg-config", "--modversion", "libnbd"],
         "libnbd is missing (Debian: apt install libnbd-dev)",
@@ -148,3 +152,12 @@ def ready(environment: Environment) -> None:
     if loaded.lower() != environment.mode:
         raise Failure(f"{environment.name} was built in {loaded} mode")
     (environment.folder / "package.key").write_text(key)
+
+
+def install_wheel(environment: Environment) -> None:
+    """Install the wheel that NBD_WHEEL names."""
+    log = log_path(f"package-{environment.name}")
+    log.unlink(missing_ok=True)
+    options = ("--no-deps", "--no-index", "--no-input", "--force-reinstall")
+    install = [environment.python, "-m", "pip", "install", *options, os.environ["NBD_WHEEL"]]
+    must(log, install, f"the wheel cannot be installed for {environment.name}")

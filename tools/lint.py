@@ -91,20 +91,22 @@ def c_steps() -> Iterator[Step]:
     glue = CACHE / "generated-abi"
     every = [*c_files("*.c"), *c_files("*.h")]
     shim = [*(ROOT / "csrc").glob("*.c"), glue / "nbdglue.c"]
-    includes = [f"-I{folder}" for folder in (ROOT / "csrc", glue)]
+    options = [f"-I{folder}" for folder in (ROOT / "csrc", glue)]
+    options.append("-DNBDSHIM_BUNDLED")  # all of the code, that of self-contained wheels too
     library = output(["pkg-config", "--cflags", "libnbd"], "libnbd is missing").split()
     yield Step("clang-format", ["clang-format", "--dry-run", "--Werror", *every])
     checks = ["--enable=warning,style,performance,portability", "--error-exitcode=1", "--quiet"]
     quiet = ["--inline-suppr", "--suppress=missingIncludeSystem", "--std=c11"]
-    yield Step("cppcheck", ["cppcheck", *checks, *quiet, *includes, *shim])
+    yield Step("cppcheck", ["cppcheck", *checks, *quiet, *options, *shim])
     for compiler in ("gcc", "clang"):
-        command = [compiler, *WARNINGS, *includes, *library, *shim]
+        command = [compiler, *WARNINGS, *options, *library, *shim]
         yield Step(f"{compiler} -Wall -Wextra -Werror", command)
 
 
 def shell_steps() -> Iterator[Step]:
     """The linter of the shell scripts."""
-    scripts = [ROOT / "run", ROOT / "tests" / "c" / "run", *sorted((ROOT / ".ci").glob("*"))]
+    scripts = [ROOT / "run", ROOT / "tests" / "c" / "run", ROOT / "tools" / "libraries.sh"]
+    scripts += sorted((ROOT / ".ci").glob("*"))
     yield Step("shellcheck", ["shellcheck", *scripts])
 
 

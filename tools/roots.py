@@ -3,6 +3,7 @@
 
 SUITE-bare is what debootstrap makes.  Roots for a purpose start as copies of it.  Whatever is
 mounted in a root, and whatever still runs there, goes with the command that was run in it.
+The programs of a suite like "trixie-arm64", of another processor, are run by qemu.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from console import ROOT, Failure, log_path, must, output, say
+from console import ROOT, Failure, log_path, logged, must, output, say
 from environments import tools
 from suite import Outcome
 
 CHECKOUT = Path("srv/libnbd-cffi")  # where a root has the copy of this checkout
 NOT_COPIED = (".git", ".cache", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
 SCRIPTS = Path("/usr/share/debootstrap")
+FOREIGN_PROGRAMS = Path("/proc/sys/fs/binfmt_misc")
+QEMU_NAMES = {"arm64": "aarch64"}
 
 AS_ROOT: tuple[str, ...] = () if os.geteuid() == 0 else ("sudo",)
 
@@ -104,9 +107,33 @@ def copy_into(root: Path, source: Path, target: Path) -> None:
         subprocess.run([*AS_ROOT, "cp", "--", str(source), str(root / target)], check=True)
 
 
+def emulate(architecture: str) -> None:
+    """Let the kernel start qemu for the programs of another processor, until it is booted again.
+
+    Raises:
+        Failure: It cannot be had on this machine; the message says why.
+    """
+    name = QEMU_NAMES[architecture]
+    names = (f"qemu-{name}", f"qemu-{name}-static")
+    if any((FOREIGN_PROGRAMS / one).exists() for one in names):
+        return
+    settings = [Path("/usr/lib/binfmt.d", f"{one}.conf") for one in names]
+    settings = [one for one in settings if one.exists()]
+    if not settings:
+        raise Failure(f"qemu for {name} is missing (Debian, Fedora: qemu-user-static)")
+    mount = f"test -e {FOREIGN_PROGRAMS}/register || mount -t binfmt_misc - {FOREIGN_PROGRAMS}"
+    register = f"cat {settings[0]} >{FOREIGN_PROGRAMS}/register"
+    done = subprocess.run([*AS_ROOT, "sh", "-c", f"({mount}) && {register}"], check=False)
+    if done.returncode != 0:
+        raise Failure(f"this machine's kernel does not let qemu run programs for {name}")
+
+
 def bare(suite: str) -> Path:
     """A root as debootstrap makes it, with the certificates that HTTPS needs."""
     root = cache() / f"{suite}-bare"
+    _, _, architecture = suite.partition("-")
+    if architecture:
+        emulate(architecture)
     with locked(root.name):
         if not root.is_dir():
             say(f"making the Debian root {root}")
@@ -120,9 +147,11 @@ def bootstrap(suite: str, root: Path) -> None:
     log.unlink(missing_ok=True)
     unfinished = root.with_name(root.name + ".unfinished")
     subprocess.run([*AS_ROOT, "rm", "-rf", str(unfinished)], check=True)
-    with scripts_for(suite) as folder:
+    release, _, architecture = suite.partition("-")
+    of = [f"--arch={architecture}"] if architecture else []
+    with scripts_for(release) as folder:
         debootstrap = ["env", f"DEBOOTSTRAP_DIR={folder}", "debootstrap", "--variant=minbase"]
-        options = ["--include=ca-certificates", suite, str(unfinished)]
+        options = [*of, "--include=ca-certificates", release, str(unfinished)]
         needs = "it needs Debian's mirror, and the rights to mount and to make devices"
         must(log, [*AS_ROOT, *debootstrap, *options], f"debootstrap {suite} failed; {needs}")
     subprocess.run([*AS_ROOT, "mv", str(unfinished), str(root)], check=True)
@@ -156,7 +185,8 @@ def derived(suite: str, purpose: str, packages: Sequence[str] = ()) -> Path:
         if packages:
             say(f"{root.name}: installing {' '.join(packages)}")
             install = ["apt-get", "install", "-y", "--no-install-recommends", *packages]
-            must(log, entering(copy, ["apt-get", "update"]), f"{root.name}: no package lists")
+            # The lists of debootstrap are there, if the mirror has no newer ones.
+            logged(log, entering(copy, ["apt-get", "update"]))
             must(log, entering(copy, install), f"{root.name}: cannot install {packages}")
         subprocess.run([*AS_ROOT, "mv", str(copy), str(root)], check=True)
     return root
@@ -176,7 +206,7 @@ def lend_checkout(root: Path) -> None:
         subprocess.run(unpack, stdin=packing.stdout, check=True)
 
 
-def check_in_root(suite: str, options: Sequence[str]) -> list[Outcome]:
+def check_in_root(suite: str, options: Sequence[str], wheel: Path | None) -> list[Outcome]:
     """Run the command of this checkout in a Debian root, and return its outcomes."""
     root = derived(suite, "check")
     with locked(root.name):
@@ -184,7 +214,11 @@ def check_in_root(suite: str, options: Sequence[str]) -> list[Outcome]:
         say(f"{suite}: ./run check in {root}")
         report = CHECKOUT / ".cache" / "outcomes.json"
         subprocess.run([*AS_ROOT, "rm", "-f", str(root / report)], check=True)
-        command = [f"/{CHECKOUT}/run", "check", f"--json=/{report}", "--", *options]
+        of = []
+        if wheel:
+            copy_into(root, wheel, CHECKOUT / wheel.name)
+            of = [f"--wheel=/{CHECKOUT / wheel.name}"]
+        command = [f"/{CHECKOUT}/run", "check", f"--json=/{report}", *of, "--", *options]
         run_showing(suite, entering(root, command))
         if not (root / report).is_file():
             raise Failure(f"./run check failed in {root}, for the reason above")

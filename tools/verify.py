@@ -6,22 +6,20 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from console import ROOT, Failure, clean_environment, log_path, logged, show_end, shown
+from outside import servers
 from roots import AS_ROOT, derived, entering, locked
 
 PROBE = ROOT / "tools" / "probe.py"
 PYTHONS = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14")
-# nbdkit takes a listening socket as descriptor 3 if LISTEN_PID is its own number: exec keeps it.
-ACTIVATE = 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<&0 </dev/null'
+# How many methods libnbd's manual has, by release.
+METHODS = {"1.22": 156, "1.24": 161}
 
 
 class Found(NamedTuple):
@@ -30,6 +28,7 @@ class Found(NamedTuple):
     where: str
     mode: str
     libnbd: str
+    gnutls: str
     note: str = ""
 
 
@@ -92,85 +91,77 @@ def judged(findings: dict[str, Any], mode: str) -> Found:
         raise Failure(f"{findings['module']} is in {found} mode, not in {mode} mode")
     path = findings["libnbd_file"]
     origin = "its own" if "libnbd_cffi.libs" in path else "the system's"
-    return Found(f"{interpreter} {version}", found, f"{findings['libnbd']}, {origin}")
+    gnutls = re.search(r"^GnuTLS (\d[.\d]*)", findings["version"], re.MULTILINE)
+    if gnutls is None:
+        raise Failure(f"python -m nbd --version names no GnuTLS: {findings['version']}")
+    libnbd = f"{findings['libnbd']}, {origin}"
+    return Found(f"{interpreter} {version}", found, libnbd, gnutls.group(1))
 
 
-@contextmanager
-def serving(sock: socket.socket, *options: str) -> Iterator[None]:
-    """Run nbdkit's pattern plugin on a socket that listens already."""
-    command = ["nbdkit", "--foreground", "--exit-with-parent", *options, "pattern", "1M"]
-    with sock:
-        sock.listen()
-        shell = ["/bin/sh", "-c", ACTIVATE, "sh", *command]
-        process = subprocess.Popen(shell, stdin=sock.fileno(), stdout=subprocess.DEVNULL)
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
-
-
-@contextmanager
-def servers(root: Path) -> Iterator[list[str]]:
-    """Servers outside a root, and the URIs by which they are reached from inside."""
-    with ExitStack() as stack:
-        inside = Path(tempfile.mkdtemp(prefix="nbd-", dir=root / "tmp"))
-        stack.callback(shutil.rmtree, inside)
-        visible = "/" / inside.relative_to(root)
-        keys = inside / "keys.psk"
-        keys.write_text(f"alice:{os.urandom(32).hex()}\n")
-
-        local = socket.socket(socket.AF_UNIX)
-        # A path inside a root can be too long for a socket's address.  One by a descriptor is not.
-        folder = os.open(inside, os.O_PATH)
-        local.bind(f"/proc/self/fd/{folder}/sock")
-        os.close(folder)
-        plain, secure = socket.socket(), socket.socket()
-        plain.bind(("127.0.0.1", 0))
-        secure.bind(("127.0.0.1", 0))
-        uris = [
-            f"nbd://127.0.0.1:{plain.getsockname()[1]}",
-            f"nbd+unix:///?socket={visible}/sock",
-            f"nbds://alice@127.0.0.1:{secure.getsockname()[1]}/?tls-psk-file={visible}/keys.psk",
-        ]
-        stack.enter_context(serving(local))
-        stack.enter_context(serving(plain))
-        stack.enter_context(serving(secure, "--tls=require", f"--tls-psk={keys}"))
-        yield uris
-
-
+# Each with the authority of our server in the file where a distribution has it, and without.
 _INSIDE = """
 set -e
-"$1" -m venv /tmp/fresh
+python=$1 uris=$2 uri=$3 authority=$4
+"$python" -m venv /tmp/fresh
 date +%s.%N
-/tmp/fresh/bin/python -m pip install --no-input --no-cache-dir "$2"
+/tmp/fresh/bin/python -m pip install --no-input --no-cache-dir --find-links /tmp/offered \\
+    --only-binary :all: libnbd-cffi
 cd /
-shift 2
-/tmp/fresh/bin/python /tmp/probe.py "$@"
+probe() {
+    env -u SSL_CERT_FILE "$@"
+}
+for file in etc/ssl/certs/ca-certificates.crt etc/pki/tls/certs/ca-bundle.crt etc/ssl/cert.pem; do
+    mkdir -p /etc/pki
+    mount -t tmpfs none /etc/ssl
+    mount -t tmpfs none /etc/pki
+    if probe /tmp/fresh/bin/python /tmp/probe.py trust "$uri" 2>/dev/null; then
+        echo "a server that nobody vouches for is trusted" >&2
+        exit 1
+    fi
+    mkdir -p "/${file%/*}"
+    cp "$authority" "/$file"
+    probe /tmp/fresh/bin/python /tmp/probe.py trust "$uri"
+    umount /etc/ssl /etc/pki
+done
+probe SSL_CERT_FILE="$authority" /tmp/fresh/bin/python /tmp/probe.py trust "$uri"
+probe /tmp/fresh/bin/python /tmp/probe.py "$uris"
 """
 
 
-def verify_in_root(suite: str, wheel: Path, python: str, mode: str) -> Found:
-    """Install into a bare root with python3 and pip; read from servers outside it."""
-    packages = ("python3", "python3-venv", "pypy3", "pypy3-venv")
-    root = derived(suite, "python", packages)
+def installable(suite: str) -> Path:
+    """A bare root with python3 and pip, and PyPy where there is one that is not too old."""
+    pypy = () if "-" in suite or suite == "bullseye" else ("pypy3", "pypy3-venv")
+    return derived(suite, "python", ("python3", "python3-venv", *pypy))
+
+
+def verify_in_root(suite: str, wheel: Path, offered: Sequence[Path], python: str) -> Found:
+    """Let pip choose a wheel among those offered, in a bare root with python3 and pip; use it."""
+    root = installable(suite)
     log = log_path(f"verify-{suite}-{Path(python).name}")
     log.unlink(missing_ok=True)
-    with locked(root.name), servers(root) as uris:
-        for stale in ("fresh", "probe.py"):
-            subprocess.run([*AS_ROOT, "rm", "-rf", str(root / "tmp" / stale)], check=True)
-        for file in (wheel, PROBE):
-            subprocess.run([*AS_ROOT, "cp", str(file), str(root / "tmp")], check=True)
-        inside = ["sh", "-c", _INSIDE, "sh", python, f"/tmp/{wheel.name}", *uris]
+    with locked(root.name), servers(root) as outside:
+        temporary = root / "tmp"
+        stale = [temporary / name for name in ("fresh", "offered", "probe.py")]
+        subprocess.run([*AS_ROOT, "rm", "-rf", *map(str, stale)], check=True)
+        subprocess.run([*AS_ROOT, "mkdir", str(temporary / "offered")], check=True)
+        copy = [*AS_ROOT, "cp"]
+        subprocess.run([*copy, *map(str, offered), str(temporary / "offered")], check=True)
+        subprocess.run([*copy, str(PROBE), str(temporary)], check=True)
+        arguments = [json.dumps(outside.uris), outside.uris["x509"], outside.authority]
+        inside = ["sh", "-c", _INSIDE, "sh", python, *arguments]
         text = probed(entering(root, inside), Path("/"), log)
-        subprocess.run([*AS_ROOT, "rm", str(root / "tmp" / wheel.name)], check=True)
     lines = text.splitlines()
     findings = json.loads(lines[-1])
+    if not any(line.startswith("Processing ") and wheel.name in line for line in lines):
+        raise Failure(f"{suite}: pip did not choose {wheel.name} (log: {shown(log)})")
     downloads = [line.split()[1].rpartition("/")[2] for line in lines if "Downloading" in line]
     seconds = findings["read_at"] - float(lines[0])
-    found = judged(findings, mode)
+    found = judged(findings, "ABI")
     if not found.libnbd.endswith("its own"):
         raise Failure(f"{suite}: libnbd came from {findings['libnbd_file']}")
+    wanted = METHODS[findings["libnbd"].rpartition(".")[0]]
+    if findings["methods"] != wanted:
+        raise Failure(f"{suite}: {findings['methods']} methods, libnbd's manual has {wanted}")
     what = ", ".join(downloads) or "nothing"
     note = f"pip install to first byte read {seconds:.1f} s, downloaded {what}"
     return found._replace(where=f"{suite} {found.where}", note=note)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""Self-contained wheels: libnbd and what it needs inside, with their licences and an SBOM."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from console import Failure, clean_environment, log_path, must
+from debian import libraries
+from environments import tools
+from sbom import bill_of_materials
+from targets import Libraries, Part, Target, zig
+from wheels import DIST
+
+FORMULA = re.compile(r"/usr/share/common-licenses/([A-Za-z]+[-.\w]*\w)")
+
+
+def build_contained(sdist: Path, target: Target) -> Path:
+    """Make the self-contained wheel for a target."""
+    log = log_path(f"dist-{target.platform}")
+    log.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="nbd-contained-") as name:
+        folder = Path(name)
+        found = libraries(target, folder / "libraries")
+        plain = compiled(sdist, target, found, folder)
+        environ = clean_environment(PATH=f"{tools('dist')}:/usr/bin:/bin")
+        repair = [
+            *(tools("dist") / "auditwheel", "repair", "--only-plat"),
+            *("--ldpaths", ":".join(map(str, found.folders))),
+            *("--wheel-dir", folder / "repaired", plain),
+        ]
+        must(log, repair, "auditwheel cannot repair the wheel", environ=environ)
+        (repaired,) = (folder / "repaired").glob("*.whl")
+        program = [tools("dist") / "python", "-m", "wheel"]
+        must(log, [*program, "unpack", "--dest", folder, repaired], "the wheel cannot be unpacked")
+        (unpacked,) = folder.glob("libnbd_cffi-*")
+        describe(unpacked, found)
+        must(log, [*program, "pack", "--dest-dir", DIST, unpacked], "the wheel cannot be packed")
+    wheel = DIST / repaired.name
+    if target.platform not in wheel.name:
+        raise Failure(f"{wheel.name} asks for another system than {target.platform}")
+    return wheel
+
+
+def compiled(sdist: Path, target: Target, found: Libraries, folder: Path) -> Path:
+    """Build the wheel, not self-contained yet, with a compiler for the target."""
+    compiler = folder / "cc"
+    compiler.write_text(f'#!/bin/sh\nexec {zig()} cc -target {target.zig} "$@"\n')
+    compiler.chmod(0o755)
+    environ = clean_environment(
+        CC=str(compiler),
+        CFLAGS="-O2 -g0",
+        LDSHARED=f"{compiler} -shared -s",
+        PKG_CONFIG_LIBDIR=str(found.pkgconfig),
+        NBD_CFFI_MODE="abi",
+        NBD_CFFI_BUNDLED="1",
+        _PYTHON_HOST_PLATFORM=f"linux-{target.architecture}",
+    )
+    pip = [tools("dist") / "python", "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    must(
+        log_path(f"dist-{target.platform}"),
+        [*pip, "--wheel-dir", folder / "plain", sdist],
+        f"no wheel for {target.platform}",
+        environ=environ,
+        cwd=Path("/"),
+    )
+    (plain,) = (folder / "plain").glob("*.whl")
+    return plain
+
+
+def describe(unpacked: Path, found: Libraries) -> None:
+    """Put into a wheel's metadata which libraries it has, and their licences."""
+    (information,) = unpacked.glob("*.dist-info")
+    files = sorted((unpacked / "libnbd_cffi.libs").iterdir())
+    parts = {part.name: part for part in (owner(file, found.parts) for file in files)}
+    added: set[str] = set()
+    for part in parts.values():
+        added |= add_licences(part, found.common_licences, information / "licenses")
+    metadata = information / "METADATA"
+    header, blank, body = metadata.read_text(encoding="utf-8").partition("\n\n")
+    lines = "".join(f"\nLicense-File: {name}" for name in sorted(added))
+    metadata.write_text(header + lines + blank + body, encoding="utf-8")
+    boms = information / "sboms"
+    boms.mkdir()
+    (boms / "libraries.cdx.json").write_text(bill_of_materials(unpacked.name, parts.values()))
+
+
+def owner(library: Path, parts: list[Part]) -> Part:
+    """The package that a library in a wheel came from."""
+    # auditwheel has put a digest into the file's name.
+    name = re.sub(r"-[0-9a-f]{8}$", "", library.name.partition(".so")[0])
+    for part in parts:
+        if name in part.libraries:
+            return part
+    raise Failure(f"no package has {library.name}, which auditwheel has put into the wheel")
+
+
+def add_licences(part: Part, common: Path, target: Path) -> set[str]:
+    """Copy the licence of a package, and the texts that it refers to; returns the files' names."""
+    added = {f"{part.name}.txt"}
+    shutil.copyfile(part.copyright, target / f"{part.name}.txt")
+    text = part.copyright.read_text(encoding="utf-8", errors="replace")
+    for name in FORMULA.findall(text):
+        if (common / name).is_file():
+            shutil.copyfile(common / name, target / f"{name}.txt")
+            added.add(f"{name}.txt")
+    return added

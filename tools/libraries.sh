@@ -1,0 +1,65 @@
+#!/bin/bash
+# SPDX-License-Identifier: LGPL-2.0-or-later
+# Build libnbd and what it needs from the sources in ./NAME, for a target, into ./prefix.
+# Usage, in a folder of its own: libraries.sh SOURCES ZIG ARCHITECTURE ZIG-TARGET
+#
+# Only what libnbd uses: TLS without the system's tokens, and of libxml2 the part that reads URIs.
+set -euo pipefail
+sources=$1 zig=$2 architecture=$3 target=$4
+here=$PWD
+prefix=$here/prefix
+
+mkdir -p bin
+for tool in cc ar ranlib; do
+    options=
+    [[ $tool == cc ]] && options="-target $target"
+    printf '#!/bin/sh\nexec %s %s %s "$@"\n' "$zig" $tool "$options" >"bin/$tool"
+    chmod +x "bin/$tool"
+done
+export CC=$here/bin/cc AR=$here/bin/ar RANLIB=$here/bin/ranlib
+export CFLAGS="-O2 -g0 -fPIC -ffile-prefix-map=$here=." CPPFLAGS="-I$prefix/include"
+# Version scripts name functions that are left out here; GNU's linker does not mind.
+export LDFLAGS="-s -Wl,--undefined-version -L$prefix/lib"
+export PKG_CONFIG_LIBDIR=$prefix/lib/pkgconfig
+
+# configure NAME OPTION...: copy a source, enter the copy, and configure it.
+configure() {
+    cp -a "$sources/$1" "$here/$1"
+    cd "$here/$1"
+    # What comes made with a source must not be made again, although Debian's patches are newer.
+    find . -name aclocal.m4 -exec touch {} +
+    find . \( -name configure -o -name '*.in' -o -name '*.info' \) -exec touch {} +
+    ./configure --host="$architecture-linux-gnu" --prefix="$prefix" --libdir="$prefix/lib" \
+        --sysconfdir=/etc --localstatedir=/var --enable-shared --disable-static \
+        --disable-dependency-tracking "${@:2}"
+}
+
+# Debian leaves the manual out, which is not free.
+mkdir -p "$sources/gmp/doc"
+printf 'all install:\n' >"$sources/gmp/doc/Makefile.in"
+configure gmp
+make install
+
+configure nettle --disable-documentation --disable-openssl --enable-fat
+make install
+
+configure libtasn1-6 --disable-doc
+make -C lib install
+
+configure libxml2 --with-minimum --without-python
+make libxml2.la
+make install-libLTLIBRARIES install-pkgconfigDATA install-data
+
+configure gnutls28 --with-included-unistring --without-idn --without-p11-kit --without-tpm \
+    --without-tpm2 --without-zlib --without-brotli --without-zstd --disable-cxx --disable-doc \
+    --disable-libdane --disable-nls --disable-tests --disable-tools \
+    --with-default-trust-store-file=/etc/ssl/certs/ca-certificates.crt
+make -C gl
+make -C lib install
+
+configure libnbd --disable-fuse --disable-golang --disable-ocaml --disable-python --disable-rust \
+    --disable-ublk --with-tls-priority=NORMAL
+make -C common/include
+make -C common/utils
+make -C lib install
+make -C include install
