@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/falloc.h> /* musl's fcntl.h has not all of it */
 #include <linux/fs.h>
 #include <stdbool.h>
 #include <sys/ioctl.h>
