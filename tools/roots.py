@@ -107,12 +107,15 @@ def copy_into(root: Path, source: Path, target: Path) -> None:
         subprocess.run([*AS_ROOT, "cp", "--", str(source), str(root / target)], check=True)
 
 
-def emulate(architecture: str) -> None:
+def able_to_run(suite: str) -> None:
     """Let the kernel start qemu for the programs of another processor, until it is booted again.
 
     Raises:
         Failure: It cannot be had on this machine; the message says why.
     """
+    _, _, architecture = suite.partition("-")
+    if not architecture:
+        return
     name = QEMU_NAMES[architecture]
     names = (f"qemu-{name}", f"qemu-{name}-static")
     if any((FOREIGN_PROGRAMS / one).exists() for one in names):
@@ -131,9 +134,7 @@ def emulate(architecture: str) -> None:
 def bare(suite: str) -> Path:
     """A root as debootstrap makes it, with the certificates that HTTPS needs."""
     root = cache() / f"{suite}-bare"
-    _, _, architecture = suite.partition("-")
-    if architecture:
-        emulate(architecture)
+    able_to_run(suite)
     with locked(root.name):
         if not root.is_dir():
             say(f"making the Debian root {root}")

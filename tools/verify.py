@@ -26,9 +26,9 @@ class Found(NamedTuple):
     """What an installed distribution said."""
 
     where: str
-    mode: str
-    libnbd: str
-    gnutls: str
+    mode: str = ""
+    libnbd: str = ""  # nothing if it could not be run
+    gnutls: str = ""
     note: str = ""
 
 

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import os
 import shutil
 import subprocess
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -13,6 +16,8 @@ from console import ROOT, clean_environment, log_path, must
 from environments import Environment, tools
 
 DIST = ROOT / "dist"
+# Wheels without libnbd, apart: pip would prefer them, and they fit systems like this one only.
+FOR_SYSTEM = DIST / "this-system"
 NOT_IN_SDIST = shutil.ignore_patterns(
     ".git", ".cache", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "*.so"
 )
@@ -28,12 +33,6 @@ def set_time() -> None:
         os.environ["SOURCE_DATE_EPOCH"] = done.stdout.strip() or "1000000000"
 
 
-def newest(pattern: str) -> Path:
-    """The one file in dist/ of a pattern."""
-    (found,) = DIST.glob(pattern)
-    return found
-
-
 def build_sdist() -> Path:
     """Build the sdist as anybody's tool does, in an isolated environment."""
     log = log_path("dist-sdist")
@@ -43,21 +42,39 @@ def build_sdist() -> Path:
         shutil.copytree(ROOT, folder, ignore=NOT_IN_SDIST)
         command = [tools("dist") / "python", "-m", "build", "--sdist", "--outdir", DIST, folder]
         must(log, command, "the sdist cannot be built", environ=clean_environment())
-    return newest("*.tar.gz")
+    (sdist,) = DIST.glob("*.tar.gz")
+    sdist.write_bytes(with_one_time(sdist))
+    return sdist
+
+
+def with_one_time(archive: Path) -> bytes:
+    """An archive of setuptools, whose bytes depend on nothing but what is in it and the time."""
+    now = int(os.environ["SOURCE_DATE_EPOCH"])
+    target = io.BytesIO()
+    with (
+        tarfile.open(archive) as old,
+        gzip.GzipFile(filename="", mode="wb", fileobj=target, mtime=now) as packed,
+        tarfile.open(fileobj=packed, mode="w") as new,
+    ):
+        for member in sorted(old.getmembers(), key=lambda member: member.name):
+            member.mtime, member.uid, member.gid, member.uname, member.gname = now, 0, 0, "", ""
+            member.pax_headers.pop("mtime", None)
+            new.addfile(member, old.extractfile(member) if member.isreg() else None)
+    return target.getvalue()
 
 
 def build_wheel(sdist: Path, environment: Environment) -> Path:
     """Build a wheel from the sdist alone, with an interpreter and in a mode."""
     log = log_path(f"dist-wheel-{environment.name}")
     log.unlink(missing_ok=True)
-    before = set(DIST.glob("*.whl"))
+    before = set(FOR_SYSTEM.glob("*.whl"))
     pip = [environment.python, "-m", "pip", "wheel", "--no-input", "--no-deps"]
     must(
         log,
-        [*pip, "--wheel-dir", DIST, sdist],
+        [*pip, "--wheel-dir", FOR_SYSTEM, sdist],
         f"no wheel for {environment.name}",
         environ=clean_environment(NBD_CFFI_MODE=environment.mode, **SAME_BYTES),
         cwd=Path("/"),
     )
-    (built,) = set(DIST.glob("*.whl")) - before
+    (built,) = set(FOR_SYSTEM.glob("*.whl")) - before
     return built
