@@ -58,7 +58,7 @@ def with_one_time(archive: Path) -> bytes:
     ):
         for member in sorted(old.getmembers(), key=lambda member: member.name):
             member.mtime, member.uid, member.gid, member.uname, member.gname = now, 0, 0, "", ""
-            member.pax_headers.pop("mtime", None)
+            member.pax_headers = {}
             new.addfile(member, old.extractfile(member) if member.isreg() else None)
     return target.getvalue()
 
