@@ -21,7 +21,11 @@
  * For variables of a thread: they are in memory that the thread has from its start.  Other models
  * may allocate it at the first use, which can fail.
  */
+#ifdef __GLIBC__
 #define NBDSHIM_TLS __attribute__((tls_model("initial-exec")))
+#else
+#define NBDSHIM_TLS /* musl has no room for such variables of what is loaded later */
+#endif
 
 struct nbdshim {
     struct nbd_handle *h;

@@ -30,6 +30,7 @@ def build_contained(sdist: Path, target: Target) -> Path:
         repair = [
             *(tools("dist") / "auditwheel", "repair", "--only-plat"),
             *("--ldpaths", ":".join(map(str, found.folders))),
+            *("--exclude", "libc.so"),  # musl, by the name that zig uses
             *("--wheel-dir", folder / "repaired", plain),
         ]
         must(log, repair, "auditwheel cannot repair the wheel", environ=environ)
@@ -57,7 +58,8 @@ def compiled(sdist: Path, target: Target, found: Libraries, folder: Path) -> Pat
         PKG_CONFIG_LIBDIR=str(found.pkgconfig),
         NBD_CFFI_MODE="abi",
         NBD_CFFI_BUNDLED="1",
-        _PYTHON_HOST_PLATFORM=f"linux-{target.architecture}",
+        # auditwheel does not see that what zig makes is for musl.
+        _PYTHON_HOST_PLATFORM=target.platform if target.is_musl else f"linux-{target.architecture}",
     )
     pip = [tools("dist") / "python", "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     must(

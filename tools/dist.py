@@ -61,6 +61,8 @@ def in_roots(target: Target, wheels: dict[Target, Path]) -> Row:
     # Programs of another processor have a new root only; an old wheel is the only one offered.
     is_only = target.architecture == "aarch64" and target.from_source
     offered = [wheel] if is_only else list(wheels.values())
+    if target.is_musl:
+        return wheel, [Found("not run: Debian has no Python for musl")]
     found = []
     for suite, python in VERIFIED_IN[target.platform]:
         reason = obstacle(suite)

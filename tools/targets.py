@@ -27,6 +27,11 @@ class Target(NamedTuple):
         return f"{self.tag}_{self.architecture}"
 
     @property
+    def is_musl(self) -> bool:
+        """Whether it has musl in place of glibc."""
+        return self.libc == "musl"
+
+    @property
     def zig(self) -> str:
         """The target in zig's words."""
         return f"{self.architecture}-linux-{self.libc}"
@@ -39,7 +44,7 @@ class Target(NamedTuple):
 
 CURRENT = [Target(a, "gnu.2.38", "manylinux_2_38", "forky", False) for a in DEBIAN_NAMES]
 OLDER = [Target(a, "gnu.2.17", "manylinux_2_17", "trixie", True) for a in DEBIAN_NAMES]
-MUSL = [Target(a, "musl", "musllinux_1_2", "trixie", True) for a in DEBIAN_NAMES]
+MUSL = [Target("x86_64", "musl", "musllinux_1_2", "trixie", True)]
 TARGETS = (*CURRENT, *OLDER, *MUSL)
 
 
