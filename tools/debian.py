@@ -13,8 +13,8 @@ import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 
-from console import ROOT, Failure, log_path, must, output, say
-from roots import AS_ROOT, cache, derived, entering, locked, scripts_for
+from console import CACHE, ROOT, Failure, log_path, must, output, say
+from roots import AS_ROOT, derived, entering, locked, scripts_for
 from targets import Libraries, Part, Target, zig
 
 # The source packages that tools/libraries.sh builds, and their libraries.
@@ -27,7 +27,7 @@ SOURCES = {
     "libnbd": frozenset({"libnbd"}),
 }
 
-PACKAGES_FOLDER, SOURCES_FOLDER = "-packages", "-unpacked"  # in the folder of all roots
+DOWNLOADS = CACHE / "downloads"
 
 # The library by its path: compilers may have other folders before any that is given by -L.
 _LIBNBD_PC = """\
@@ -92,21 +92,15 @@ def to_link_with(folder: Path, include: Path, library: Path, version: str) -> Pa
 
 def packages(target: Target) -> Path:
     """A folder with libnbd's packages and all that they depend on."""
-    name = f"{target.suite}-{target.debian}{PACKAGES_FOLDER}"
-    folder = cache() / name
-    with locked(name):
-        if not folder.is_dir():
-            say(f"getting the packages of libnbd, {target.suite}, {target.debian}")
-            unfinished = folder.with_name(f"{name}.unfinished")
-            subprocess.run([*AS_ROOT, "rm", "-rf", str(unfinished)], check=True)
-            with scripts_for(target.suite) as scripts:
-                command = [
-                    *(*AS_ROOT, "env", f"DEBOOTSTRAP_DIR={scripts}", "debootstrap"),
-                    *("--download-only", "--variant=minbase", f"--arch={target.debian}"),
-                    *("--include=libnbd-dev", target.suite, unfinished),
-                ]
-                must(log(target), command, f"no packages for {target.debian}")
-            subprocess.run([*AS_ROOT, "mv", str(unfinished), str(folder)], check=True)
+    say(f"getting the packages of libnbd, {target.suite}, {target.debian}")
+    folder = DOWNLOADS / f"{target.suite}-{target.debian}"
+    with scripts_for(target.suite) as scripts:
+        command = [
+            *(*AS_ROOT, "env", f"DEBOOTSTRAP_DIR={scripts}", "debootstrap", "--download-only"),
+            *("--variant=minbase", f"--arch={target.debian}", "--include=libnbd-dev"),
+            *(target.suite, folder),
+        ]
+        must(log(target), command, f"no packages for {target.debian}")
     return folder / "var" / "cache" / "apt" / "archives"
 
 
@@ -127,7 +121,7 @@ def built(target: Target, folder: Path) -> Libraries:
         version = next(line.split()[1] for line in lines if line.startswith("Version: "))
         purl = package_url(name, version, "source", target.suite)
         parts.append(Part(name, version, purl, files, sources / name / "debian" / "copyright"))
-    prefix = folder / "prefix"
+    prefix = folder / "root" / "usr"
     libnbd = prefix / "lib" / "libnbd.so.0"
     pkgconfig = to_link_with(folder, prefix / "include", libnbd, parts[-1].version)
     common = source_root(target.suite) / "usr" / "share" / "common-licenses"
@@ -153,7 +147,7 @@ def source_root(suite: str) -> Path:
 
 def unpacked_sources(suite: str) -> Path:
     """A folder with the sources, Debian's patches applied: NAME/ and NAME.dsc for each."""
-    folder = cache() / f"{suite}{SOURCES_FOLDER}"
+    folder = DOWNLOADS / f"{suite}-sources"
     root = source_root(suite)
     with locked(folder.name):
         if not folder.is_dir():
@@ -172,11 +166,9 @@ def unpacked_sources(suite: str) -> Path:
 
 
 def forget() -> None:
-    """Remove what was got from Debian earlier: it may have repaired something since."""
-    for suffix in (PACKAGES_FOLDER, SOURCES_FOLDER):
-        for folder in cache().glob(f"*{suffix}"):
-            with locked(folder.name):
-                subprocess.run([*AS_ROOT, "rm", "-rf", str(folder)], check=True)
+    """Remove what was got from Debian earlier: something may have been repaired since."""
+    subprocess.run([*AS_ROOT, "rm", "-rf", str(DOWNLOADS)], check=True)
+    DOWNLOADS.mkdir()
 
 
 def unpack_source(name: str, listed: Iterable[str], folder: Path) -> None:

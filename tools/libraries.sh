@@ -1,13 +1,13 @@
 #!/bin/bash
 # SPDX-License-Identifier: LGPL-2.0-or-later
-# Build libnbd and what it needs from the sources in ./NAME, for a target, into ./prefix.
+# Build libnbd and what it needs from the sources in SOURCES/NAME, for a target, into ./root/usr.
 # Usage, in a folder of its own: libraries.sh SOURCES ZIG ARCHITECTURE ZIG-TARGET
 #
 # Only what libnbd uses: TLS without the system's tokens, and of libxml2 the part that reads URIs.
 set -euo pipefail
 sources=$1 zig=$2 architecture=$3 target=$4
 here=$PWD
-prefix=$here/prefix
+root=$here/root
 
 mkdir -p bin
 for tool in cc ar ranlib; do
@@ -17,10 +17,11 @@ for tool in cc ar ranlib; do
     chmod +x "bin/$tool"
 done
 export CC=$here/bin/cc AR=$here/bin/ar RANLIB=$here/bin/ranlib
-export CFLAGS="-O2 -g0 -fPIC -ffile-prefix-map=$here=." CPPFLAGS="-I$prefix/include"
+export CFLAGS="-O2 -g0 -fPIC -ffile-prefix-map=$here=." CPPFLAGS="-I$root/usr/include"
 # Version scripts name functions that are left out here; GNU's linker does not mind.
-export LDFLAGS="-s -Wl,--undefined-version -L$prefix/lib"
-export PKG_CONFIG_LIBDIR=$prefix/lib/pkgconfig
+# libtool would lose a plain -s.
+export LDFLAGS="-Wl,-s -Wl,--undefined-version -L$root/usr/lib"
+export PKG_CONFIG_SYSROOT_DIR=$root PKG_CONFIG_LIBDIR=$root/usr/lib/pkgconfig
 
 # configure NAME OPTION...: copy a source, enter the copy, and configure it.
 configure() {
@@ -29,37 +30,43 @@ configure() {
     # What comes made with a source must not be made again, although Debian's patches are newer.
     find . -name aclocal.m4 -exec touch {} +
     find . \( -name configure -o -name '*.in' -o -name '*.info' \) -exec touch {} +
-    ./configure --host="$architecture-linux-gnu" --prefix="$prefix" --libdir="$prefix/lib" \
+    ./configure --host="$architecture-linux-gnu" --prefix=/usr --libdir=/usr/lib \
         --sysconfdir=/etc --localstatedir=/var --enable-shared --disable-static \
         --disable-dependency-tracking "${@:2}"
+}
+
+# into_root TARGET...: make, and install into our root.  The files of libtool would lead to /usr.
+into_root() {
+    make DESTDIR="$root" "$@"
+    find "$root" -name '*.la' -delete
 }
 
 # Debian leaves the manual out, which is not free.
 mkdir -p "$sources/gmp/doc"
 printf 'all install:\n' >"$sources/gmp/doc/Makefile.in"
 configure gmp
-make install
+into_root install
 
 configure nettle --disable-documentation --disable-openssl --enable-fat
-make install
+into_root install
 
 configure libtasn1-6 --disable-doc
-make -C lib install
+into_root -C lib install
 
 configure libxml2 --with-minimum --without-python
 make libxml2.la
-make install-libLTLIBRARIES install-pkgconfigDATA install-data
+into_root install-libLTLIBRARIES install-pkgconfigDATA install-data
 
 configure gnutls28 --with-included-unistring --without-idn --without-p11-kit --without-tpm \
     --without-tpm2 --without-zlib --without-brotli --without-zstd --disable-cxx --disable-doc \
     --disable-libdane --disable-nls --disable-tests --disable-tools \
     --with-default-trust-store-file=/etc/ssl/certs/ca-certificates.crt
 make -C gl
-make -C lib install
+into_root -C lib install
 
 configure libnbd --disable-fuse --disable-golang --disable-ocaml --disable-python --disable-rust \
     --disable-ublk --with-tls-priority=NORMAL
 make -C common/include
 make -C common/utils
-make -C lib install
-make -C include install
+into_root -C lib install
+into_root -C include install
