@@ -144,8 +144,7 @@ def main(arguments: list[str]) -> int:
 
     say("verifying: fresh environments, from another folder")
     with ThreadPoolExecutor(max_workers=2) as pool:
-        emulated_first = sorted(TARGETS, key=lambda target: target.architecture == "x86_64")
-        verifying = {one: pool.submit(in_roots, one, contained) for one in emulated_first}
+        verifying = {one: pool.submit(in_roots, one, contained) for one in TARGETS}
         rows = [
             here(sdist, [os.environ["NBD_PYTHON"], pypy], "API"),
             here(api, every, "API"),
