@@ -175,6 +175,15 @@ def test_the_shell_says_it_in_a_line(failing: Failing, old_libnbd: Callable[[str
     assert len(message.splitlines()) == 1
 
 
+@pytest.mark.skipif(not BUNDLED, reason="libnbd did not come with the package")
+def test_a_libnbd_of_the_package_that_is_missing_is_named(failing: Failing, site: Path) -> None:
+    for file in (site / "libnbd_cffi.libs").glob("libnbd-*"):
+        file.unlink()
+    last = failing("-c", "import nbd", PYTHONPATH=str(site)).splitlines()[-1]
+    assert last.startswith("ImportError: nbd cannot load the libnbd ")
+    assert "Install the wheel again (pip install --force-reinstall FILE)" in last
+
+
 @pytest.mark.skipif(platform.python_implementation() == "PyPy", reason="PyPy contains cffi")
 def test_a_python_without_cffi_is_told_so(failing: Failing) -> None:
     code = "import sys; sys.modules['_cffi_backend'] = None; import nbd"

@@ -15,7 +15,7 @@ from sbom import bill_of_materials
 from targets import Libraries, Part, Target, zig
 from wheels import DIST
 
-FORMULA = re.compile(r"/usr/share/common-licenses/([A-Za-z]+[-.\w]*\w)")
+COMMON_LICENCE = re.compile(r"/usr/share/common-licenses/([A-Za-z]+[-.\w]*\w)")
 
 
 def build_contained(sdist: Path, target: Target) -> Path:
@@ -105,7 +105,7 @@ def add_licences(part: Part, common: Path, target: Path) -> set[str]:
     added = {f"{part.name}.txt"}
     shutil.copyfile(part.copyright, target / f"{part.name}.txt")
     text = part.copyright.read_text(encoding="utf-8", errors="replace")
-    for name in FORMULA.findall(text):
+    for name in COMMON_LICENCE.findall(text):
         if (common / name).is_file():
             shutil.copyfile(common / name, target / f"{name}.txt")
             added.add(f"{name}.txt")

@@ -19,7 +19,7 @@ import sys
 from _thread import get_ident
 
 try:
-    from nbd._core.build import LIBNBD, MODE
+    from nbd._core.build import BUNDLED, LIBNBD, MODE
 except ModuleNotFoundError:
     _folder = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     raise ImportError(
@@ -60,6 +60,11 @@ IS_CPYTHON = sys.implementation.name == "cpython"
 def _explain(reason: Exception) -> str:
     if isinstance(reason, ModuleNotFoundError):
         return f"nbd needs cffi: {reason}. Type: pip install cffi"
+    if BUNDLED:
+        return (
+            f"nbd cannot load the libnbd {LIBNBD} that came with it: {reason}. Install the wheel "
+            "again (pip install --force-reinstall FILE), one that is for this system"
+        )
     return (
         f"nbd was built against libnbd {LIBNBD} and cannot load it here: {reason}. "
         f"Install libnbd {LIBNBD} or newer (Debian: apt install libnbd0; Fedora: dnf install "
