@@ -2,7 +2,7 @@
 /*
  * The GnuTLS that libnbd brings: which one it is, and in a self-contained wheel, whom it trusts.
  *
- * It is declared here, so that a build does not need its header.  It is in the process before us.
+ * Its functions are declared here, so that a build needs no header of GnuTLS.
  */
 #include "nbdshim.h"
 
@@ -32,11 +32,12 @@ int gnutls_certificate_set_x509_system_trust(struct gnutls_certificate_credentia
 
 /* Where distributions keep the certificates of the authorities that they trust. */
 static const char *const places[] = {
-    NBDSHIM_ROOT "/etc/ssl/certs/ca-certificates.crt",                /* Debian, Arch, Alpine */
-    NBDSHIM_ROOT "/etc/pki/tls/certs/ca-bundle.crt",                  /* Fedora before 43 */
-    NBDSHIM_ROOT "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem", /* Fedora */
-    NBDSHIM_ROOT "/etc/ssl/ca-bundle.pem",                            /* openSUSE */
-    NBDSHIM_ROOT "/etc/ssl/cert.pem",                                 /* Alpine without a package */
+    NBDSHIM_ROOT "/etc/ssl/certs/ca-certificates.crt", /* Debian, Arch, Alpine */
+    NBDSHIM_ROOT "/etc/pki/tls/certs/ca-bundle.crt",   /* Fedora, CentOS */
+    NBDSHIM_ROOT
+    "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem", /* the same, without its links */
+    NBDSHIM_ROOT "/etc/ssl/ca-bundle.pem",               /* openSUSE */
+    NBDSHIM_ROOT "/etc/ssl/cert.pem",                    /* Alpine without a package */
 };
 
 /*

@@ -86,7 +86,7 @@ def describe(unpacked: Path, found: Libraries) -> None:
     lines = "".join(f"\nLicense-File: {name}" for name in sorted(added))
     metadata.write_text(header + lines + blank + body, encoding="utf-8")
     boms = information / "sboms"
-    boms.mkdir()
+    boms.mkdir(exist_ok=True)
     (boms / "libraries.cdx.json").write_text(bill_of_materials(unpacked.name, parts.values()))
 
 

@@ -156,7 +156,7 @@ def unpacked_sources(suite: str) -> Path:
             must(log_path(f"root-{root.name}"), update, f"{suite} has no list of its sources")
             unfinished = folder.with_name(f"{folder.name}.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
+            unfinished.mkdir(parents=True)
             for name in SOURCES:
                 command = ["apt-get", "source", "--print-uris", "-qq", name]
                 listed = output(entering(root, command), f"{suite} has no sources of {name}")
@@ -168,7 +168,6 @@ def unpacked_sources(suite: str) -> Path:
 def forget() -> None:
     """Remove what was got from Debian earlier: something may have been repaired since."""
     subprocess.run([*AS_ROOT, "rm", "-rf", str(DOWNLOADS)], check=True)
-    DOWNLOADS.mkdir()
 
 
 def unpack_source(name: str, listed: Iterable[str], folder: Path) -> None:

@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import configparser
 import hashlib
 import html
 from collections.abc import Iterable
 from pathlib import Path
 
-PROJECT = "libnbd-cffi"
-NEEDS = "&gt;=3.9"  # Requires-Python, as HTML writes it
+from console import ROOT
+
+_SETUP = configparser.ConfigParser()
+_SETUP.read(ROOT / "setup.cfg")
+PROJECT = _SETUP["metadata"]["name"]
+NEEDS = html.escape(_SETUP["options"]["python_requires"])
 
 _PAGE = """<!DOCTYPE html>
 <html>
