@@ -8,13 +8,18 @@ import io
 from nbd._core.connecting import connect
 from nbd._core.convert import as_number, as_seconds
 from nbd._core.diskfile import DiskFile
+from nbd._core.memory import as_bytes
 from nbd._core.methods import NBD
 from nbd._core.openfiles import look_after
 from nbd._core.readahead import PIECE
+from nbd._core.shim import IS_CPYTHON
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import BinaryIO
+
+    from _typeshed import WriteableBuffer
 
 
 def open(
@@ -141,7 +146,10 @@ def _buffered(raw: DiskFile, readable: bool, writable: bool, size: int) -> Binar
 
 
 class _BufferedDisk(io.BufferedRandom):
-    """A buffer whose flush reaches the disk: io's own does not flush what is below it."""
+    """A buffer whose flush reaches the disk: io's own does not flush what is below it.
+
+    The other methods here lose bytes in io.BufferedRandom.
+    """
 
     raw: DiskFile
 
@@ -149,6 +157,31 @@ class _BufferedDisk(io.BufferedRandom):
         if not self.raw.is_inherited:  # else what is in the buffer is the parent's
             super().flush()
             self.raw.flush()
+
+    def read1(self, size: int = -1, /) -> bytes:
+        # CPython 3.11 drops what was written to the buffer, and 3.13 does not.  This seek writes it
+        # to the disk, and does nothing if there is something to read in the buffer.
+        self.seek(0, io.SEEK_CUR)
+        return super().read1(size)
+
+    if not IS_CPYTHON:
+        # PyPy 3.11 reads once more from the disk what it has had from the buffer.
+
+        def readinto(self, buffer: WriteableBuffer, /) -> int:
+            return _copy_into(buffer, self.read)
+
+        def readinto1(self, buffer: WriteableBuffer, /) -> int:
+            return _copy_into(buffer, self.read1)
+
+
+def _copy_into(buffer: WriteableBuffer, read: Callable[[int], bytes]) -> int:
+    """Read into writable memory by a method that returns bytes; returns how many."""
+    with as_bytes(buffer) as view:
+        if view.readonly:
+            raise TypeError("buffer: writable memory is needed, as a bytearray has")
+        data = read(len(view))
+        view[: len(data)] = data
+        return len(data)
 
 
 class _BufferedDiskWriter(io.BufferedWriter):
