@@ -27,6 +27,12 @@
 #define NBDSHIM_TLS /* musl has no room for such variables of what is loaded later */
 #endif
 
+/* The range of an orphan that changes the disk; one that does not has an empty range. */
+struct nbdshim_range {
+    uint64_t start, stop;
+    struct nbdshim_range *next, *previous; /* in s->changing */
+};
+
 struct nbdshim {
     struct nbd_handle *h;
     atomic_uint users;
@@ -43,8 +49,9 @@ struct nbdshim {
     atomic_bool is_leaving;       /* the server was told that the connection ends */
     atomic_uint orphans;          /* commands whose caller was stopped */
     atomic_size_t orphan_bytes;   /* the sizes of their buffers */
-    pthread_mutex_t lock;         /* protects `held`; nothing is called while it is locked */
+    pthread_mutex_t lock;         /* protects what follows; nothing is called while it is locked */
     struct nbdshim_closure *held; /* the closures that libnbd has not freed yet */
+    struct nbdshim_range *changing; /* the ranges of orphans that change the disk */
 };
 
 /*

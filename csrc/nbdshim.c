@@ -108,6 +108,7 @@ struct nbdshim *nbdshim_create(void)
     atomic_init(&s->orphans, 0);
     atomic_init(&s->orphan_bytes, 0);
     s->held = NULL;
+    s->changing = NULL;
     atomic_init(&s->initializes, true);
 #ifdef LIBNBD_HAVE_NBD_SET_PREAD_INITIALIZE
     (void)nbd_set_pread_initialize(s->h, false);

@@ -15,9 +15,9 @@
 #define NEVER NBDSHIM_NEVER
 #define SLICE NBDSHIM_SLICE
 
-/* A handle has so many orphans at the most, and so many bytes in their buffers. */
-#define MOST_ORPHANS 64
-#define MOST_ORPHAN_BYTES (UINT64_C(64) << 20)
+/* The largest number of orphans of a handle, and of bytes in their buffers. */
+#define MAX_ORPHANS 64
+#define MAX_ORPHAN_BYTES (UINT64_C(64) << 20)
 
 /* So often an upcall is tried if handlers of signals raise in it. */
 #define KEEP_TRIES 100
@@ -31,6 +31,11 @@ static int64_t nanoseconds(clockid_t clock)
 
     clock_gettime(clock, &now);
     return now.tv_sec * SECOND + now.tv_nsec;
+}
+
+int64_t nbdshim_now(void)
+{
+    return nanoseconds(CLOCK_MONOTONIC);
 }
 
 int64_t nbdshim_slice(int64_t until)
@@ -251,10 +256,8 @@ static void drop(struct nbdshim_command *c)
 
     if (atomic_fetch_sub(&c->references, 1) != 1)
         return;
-    if (atomic_load(&c->state) & NBDSHIM_ORPHAN) {
-        atomic_fetch_sub(&s->orphans, 1);
-        atomic_fetch_sub(&s->orphan_bytes, c->size);
-    }
+    if (atomic_load(&c->state) & NBDSHIM_ORPHAN)
+        nbdshim_remove_orphan(s, &c->range, c->size);
     if (c->buffer.token != 0)
         nbdshim_closure_free(&c->buffer);
     else
@@ -306,10 +309,7 @@ static bool keep_buffer(struct nbdshim_command *c)
 /* Make an orphan of the command of a call that is stopped.  Returns whether it was done already. */
 static bool orphan(struct nbdshim_command *c)
 {
-    struct nbdshim *s = c->buffer.s;
-
-    atomic_fetch_add(&s->orphans, 1);
-    atomic_fetch_add(&s->orphan_bytes, c->size);
+    nbdshim_add_orphan(c->buffer.s, &c->range, c->size);
     return atomic_fetch_or(&c->state, NBDSHIM_ORPHAN) & NBDSHIM_DONE;
 }
 
@@ -346,25 +346,71 @@ int nbdshim_begin(struct nbdshim_wait *w, struct nbdshim *s, const char *name)
     return ret == 0 ? 0 : finish(w, ret);
 }
 
-/* Whether one orphan more, with a buffer of size bytes, would be too much. */
-static bool is_full(struct nbdshim *s, size_t size)
+void nbdshim_add_orphan(struct nbdshim *s, struct nbdshim_range *range, size_t size)
+{
+    atomic_fetch_add(&s->orphans, 1);
+    atomic_fetch_add(&s->orphan_bytes, size);
+    if (range->start == range->stop)
+        return;
+    pthread_mutex_lock(&s->lock);
+    range->previous = NULL;
+    range->next = s->changing;
+    if (range->next != NULL)
+        range->next->previous = range;
+    s->changing = range;
+    pthread_mutex_unlock(&s->lock);
+}
+
+void nbdshim_remove_orphan(struct nbdshim *s, struct nbdshim_range *range, size_t size)
+{
+    if (range->start != range->stop) {
+        pthread_mutex_lock(&s->lock);
+        if (range->next != NULL)
+            range->next->previous = range->previous;
+        if (range->previous != NULL)
+            range->previous->next = range->next;
+        else
+            s->changing = range->next;
+        pthread_mutex_unlock(&s->lock);
+    }
+    atomic_fetch_sub(&s->orphan_bytes, size);
+    atomic_fetch_sub(&s->orphans, 1);
+}
+
+bool nbdshim_is_changing(struct nbdshim *s, uint64_t start, uint64_t stop)
+{
+    const struct nbdshim_range *range;
+
+    if (atomic_load_explicit(&s->orphans, memory_order_relaxed) == 0)
+        return false;
+    pthread_mutex_lock(&s->lock);
+    range = s->changing;
+    while (range != NULL && !(range->start < stop && start < range->stop))
+        range = range->next;
+    pthread_mutex_unlock(&s->lock);
+    return range != NULL;
+}
+
+bool nbdshim_is_full(struct nbdshim *s, unsigned flying, size_t size)
 {
     unsigned orphans = atomic_load_explicit(&s->orphans, memory_order_relaxed);
 
-    return orphans != 0 &&
-           (orphans >= MOST_ORPHANS || atomic_load(&s->orphan_bytes) + size > MOST_ORPHAN_BYTES);
+    return orphans != 0 && (orphans + flying >= MAX_ORPHANS ||
+                            atomic_load(&s->orphan_bytes) + size > MAX_ORPHAN_BYTES);
 }
 
-int nbdshim_begin_command(struct nbdshim_wait *w, struct nbdshim *s, const char *name, size_t size,
-                          bool has_buffer_alone)
+int nbdshim_begin_command(struct nbdshim_wait *w, struct nbdshim *s, const char *name,
+                          const struct nbdshim_plan *plan)
 {
+    uint64_t stop = plan->offset + plan->count;
     int ret = nbdshim_begin(w, s, name);
     struct nbdshim_command *c;
 
     if (ret != 0)
         return ret;
     ret = finish_stalled(w);
-    while (ret == 0 && is_full(s, size))
+    while (ret == 0 && (nbdshim_is_full(s, 0, plan->size) ||
+                        (plan->count > 0 && nbdshim_is_changing(s, plan->offset, stop))))
         ret = move(w);
     if (ret != 0)
         return finish(w, ret);
@@ -372,7 +418,9 @@ int nbdshim_begin_command(struct nbdshim_wait *w, struct nbdshim *s, const char 
     if (c == NULL)
         return finish(w, NBDSHIM_NO_MEMORY);
     *c = (struct nbdshim_command){
-        .buffer = {.s = s}, .size = size, .has_buffer_alone = has_buffer_alone};
+        .buffer = {.s = s}, .size = plan->size, .has_buffer_alone = plan->has_buffer_alone};
+    if (plan->changes)
+        c->range = (struct nbdshim_range){.start = plan->offset, .stop = stop};
     atomic_init(&c->references, 2);
     atomic_init(&c->state, 0);
     w->command = c;

@@ -50,10 +50,11 @@ struct nbdshim_command {
     struct nbdshim_closure buffer; /* its token stands for the buffer of an orphan; must be first */
     atomic_uint references;        /* libnbd's, and the caller's */
     atomic_uint state;
-    size_t size;           /* of the buffer */
-    bool has_buffer_alone; /* no other token stands for the buffer */
-    int error;             /* what its completion was told */
-    int items;             /* how often its other callback was called */
+    struct nbdshim_range range; /* what it changes of the disk, if anything */
+    size_t size;                /* of the buffer */
+    bool has_buffer_alone;      /* no other token stands for the buffer */
+    int error;                  /* what its completion was told */
+    int items;                  /* how often its other callback was called */
 };
 
 /* Whether the caller of a command was stopped; if not, one item more has arrived for it. */
@@ -98,13 +99,20 @@ static inline const char *nbdshim_name_of_call(const struct nbdshim *s, const ch
  */
 int nbdshim_begin(struct nbdshim_wait *w, struct nbdshim *s, const char *name);
 
+/* What nbdshim_begin_command has to know of a command or an option. */
+struct nbdshim_plan {
+    size_t size;            /* of its buffer in bytes */
+    bool has_buffer_alone;  /* no token of a callback stands for the buffer */
+    bool changes;           /* it changes the disk */
+    uint64_t offset, count; /* the range of the disk; count is 0 if it has none */
+};
+
 /*
- * The same for a command or an option, with a buffer of size bytes.  has_buffer_alone says that no
- * token of a callback stands for the buffer.  Waits also for the end of a connect or option that
- * was stopped, and for room for one orphan more.
+ * The same for a command or an option.  Waits also for the end of a connect or option that was
+ * stopped, for orphans that change the same range, and for room for one orphan more.
  */
-int nbdshim_begin_command(struct nbdshim_wait *w, struct nbdshim *s, const char *name, size_t size,
-                          bool has_buffer_alone);
+int nbdshim_begin_command(struct nbdshim_wait *w, struct nbdshim *s, const char *name,
+                          const struct nbdshim_plan *plan);
 
 /* The completion callback of the command; libnbd frees it. */
 nbd_completion_callback nbdshim_completion(struct nbdshim_wait *w);
@@ -131,6 +139,9 @@ int nbdshim_end_connect(struct nbdshim_wait *w, int ret);
  */
 int64_t nbdshim_deadline(double seconds);
 
+/* The time of that clock. */
+int64_t nbdshim_now(void);
+
 /* How many nanoseconds to wait at once, until `until`; 0 if that is past. */
 int64_t nbdshim_slice(int64_t until);
 
@@ -143,6 +154,22 @@ bool nbdshim_wait_for(sem_t *turn, int64_t deadline);
  * caller cuts its connections.
  */
 int nbdshim_run_handlers(bool *has_forked);
+
+/*
+ * Count an orphan of s with a buffer of size bytes, and list its range until it is removed.  The
+ * caller keeps *range in place until then.
+ */
+void nbdshim_add_orphan(struct nbdshim *s, struct nbdshim_range *range, size_t size);
+void nbdshim_remove_orphan(struct nbdshim *s, struct nbdshim_range *range, size_t size);
+
+/* Whether an orphan of s changes a part of a range. */
+bool nbdshim_is_changing(struct nbdshim *s, uint64_t start, uint64_t stop);
+
+/*
+ * Whether s has too many orphans for one command more.  flying is how many others are in flight
+ * that may become orphans, size the bytes of their buffers and of that of the command.
+ */
+bool nbdshim_is_full(struct nbdshim *s, unsigned flying, size_t size);
 
 /*
  * The descriptor to poll: our own duplicate, since libnbd's number may be a stranger's by now.

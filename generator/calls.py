@@ -110,6 +110,21 @@ def takes_turn(function: Function) -> bool:
     return may_wait and function.returns == "int"
 
 
+#: Commands that ask about a range of the disk, or have it ready, begin like this.
+HARMLESS = ("block_status", "cache")
+
+
+def changes_disk(function: Function) -> bool:
+    """Whether a command may change the range of the disk that it is given.
+
+    If this is wrongly true, later commands for the same range wait until one that was stopped has
+    ended.
+    """
+    reads = function.buffer is not None and function.buffer.kind is Kind.ROOM
+    is_command = any(parameter.name == "offset" for parameter in function.parameters)
+    return is_command and not reads and not function.name.startswith(HARMLESS)
+
+
 def returned(function: Function, header: Header) -> Returns:
     """The kind of the value that a call returns."""
     if function.returns == "char *":

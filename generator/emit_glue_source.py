@@ -9,7 +9,14 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
-from generator.calls import COUNTED, GRANTED, LOCK_FREE, moves_connection, takes_turn
+from generator.calls import (
+    COUNTED,
+    GRANTED,
+    LOCK_FREE,
+    changes_disk,
+    moves_connection,
+    takes_turn,
+)
 from generator.emit_glue_header import declare, prototype, returned_type
 from generator.model import (
     CallbackArgument,
@@ -271,6 +278,8 @@ def refusal(function: Function) -> list[str]:
     lines = [f"    struct nbdshim_closure *{p.name}_closure;" for p in function.closures]
     if "wait" in enter:
         lines.append("    struct nbdshim_wait wait;")
+    if "plan" in enter:
+        lines += plan(function)
     lines += [wrap_c(f"    int refused = {enter};"), ""]
     lines += ["    if (refused)", f"        return {refused_value(function)};"]
     return [*lines, *holding(function)]
@@ -279,12 +288,34 @@ def refusal(function: Function) -> list[str]:
 def entering(function: Function) -> str:
     """The call by which a flat function enters the handle."""
     if function.waits in (Waits.COMMAND, Waits.OPTION):
-        length = function.buffer.length if function.buffer else 0
-        is_alone = str(function.has_buffer_alone).lower()
-        return f'nbdshim_begin_command(&wait, s, "nbd_{function.name}", {length}, {is_alone})'
+        return f'nbdshim_begin_command(&wait, s, "nbd_{function.name}", &plan)'
     if function.waits is Waits.CONNECT or takes_turn(function):
         return f'nbdshim_begin(&wait, s, "nbd_{function.name}")'
     return "nbdshim_enter_unlocked(s)" if function.name in LOCK_FREE else "nbdshim_enter(s)"
+
+
+def plan(function: Function) -> list[str]:
+    """What nbdshim_begin_command has to know of a command or an option.
+
+    The range of the disk is what a later command may not overlap, if this one is stopped and
+    changes it.
+    """
+    names = [p.name for p in function.parameters]
+    count = function.buffer.length if function.buffer else "count" if "count" in names else ""
+    fields = [f".size = {function.buffer.length}"] if function.buffer else []
+    if function.has_buffer_alone:
+        fields.append(".has_buffer_alone = true")
+    if changes_disk(function):
+        fields.append(".changes = true")
+    if "offset" in names and count:
+        fields += [".offset = offset", f".count = {count}"]
+    if not fields:
+        return ["    const struct nbdshim_plan plan = {0};"]
+    return [
+        "    const struct nbdshim_plan plan = {",
+        *(f"        {field}," for field in fields),
+        "    };",
+    ]
 
 
 def holding(function: Function) -> list[str]:
