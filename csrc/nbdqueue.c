@@ -22,13 +22,12 @@ struct nbdqueue *nbdqueue_create(unsigned depth, uint32_t piece, uintptr_t token
 
     if (q == NULL)
         return NULL;
-    q->waker = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     q->slots = calloc(depth, sizeof *q->slots);
     q->keeper = calloc(1, sizeof *q->keeper);
-    if (q->waker < 0 || q->slots == NULL || q->keeper == NULL ||
-        pthread_mutex_init(&q->lock, NULL) != 0) {
-        if (q->waker >= 0)
-            close(q->waker);
+    q->waker = -1;
+    if (q->slots != NULL && q->keeper != NULL && pthread_mutex_init(&q->lock, NULL) == 0)
+        q->waker = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (q->waker < 0) { /* errno is that of the call that failed: free keeps it */
         free(q->slots);
         free(q->keeper);
         free(q);
@@ -60,9 +59,10 @@ void nbdqueue_unrefer(struct nbdqueue *q)
     for (unsigned i = 0; i < q->depth; i++)
         free(q->slots[i].own);
     watch_end(q);
-    for (size_t i = 0; i < q->count; i++)
+    for (size_t i = 0; i < q->added; i++)
         nbdshim_disown(q->members[i].s);
-    close(q->waker);
+    if (q->waker >= 0)
+        close(q->waker);
     pthread_mutex_destroy(&q->lock);
     sem_destroy(&q->turn);
     free(q->zeroes);
@@ -82,47 +82,6 @@ static uint32_t constraint(struct nbdshim *s, int which)
     (void)s, (void)which;
     return 0;
 #endif
-}
-
-/* Ask a handle that was entered for what the queue has to know.  Returns 0, or -1 if it fails. */
-static int note_export(struct end *end, struct nbdshim *s)
-{
-    int64_t size = nbd_get_size(s->h);
-    uint32_t minimum = constraint(s, LIBNBD_SIZE_MINIMUM);
-    uint32_t maximum = constraint(s, LIBNBD_SIZE_MAXIMUM);
-    bool has_zero = nbd_can_zero(s->h) == 1;
-
-    if (size == -1)
-        return -1;
-    if (end->count == 0 || (uint64_t)size < end->size)
-        end->size = (uint64_t)size;
-    if (minimum > end->minimum && (minimum & (minimum - 1)) == 0)
-        end->minimum = minimum;
-    if (maximum != 0 && (end->maximum == 0 || maximum < end->maximum))
-        end->maximum = maximum;
-    end->has_zero = has_zero && (end->count == 0 || end->has_zero);
-    return 0;
-}
-
-int nbdqueue_add(struct nbdqueue *q, enum nbdqueue_end which, struct nbdshim *s)
-{
-    struct end *end = &q->ends[which];
-    int ret = nbdshim_enter(s);
-
-    if (ret != 0)
-        return ret;
-    if (q->count == NBDQUEUE_MOST_HANDLES) {
-        nbdshim_leave(s);
-        return NBDSHIM_NO_MEMORY;
-    }
-    ret = note_export(end, s);
-    if (ret == 0) {
-        atomic_fetch_add(&s->owners, 1);
-        end->count++;
-        q->members[q->count++] = (struct member){.s = s, .end = which, .socket = -1};
-    }
-    nbdshim_leave(s);
-    return ret;
 }
 
 void nbdqueue_add_file(struct nbdqueue *q, enum nbdqueue_end which, int fd, uint64_t base,
@@ -146,14 +105,44 @@ void nbdqueue_rouse(struct nbdqueue *q)
 {
     const uint64_t one = 1;
 
-    if (q->is_sleeping)
+    if (q->is_sleeping && q->waker >= 0)
         (void)!write(q->waker, &one, sizeof one);
     q->is_sleeping = false;
 }
 
-/* Enter all handles.  Those that are closed are lost.  Returns 0 or NBDSHIM_REENTERED. */
+void nbdqueue_note_move(struct nbdqueue *q)
+{
+    atomic_store_explicit(&q->last_moved, nbdshim_now(), memory_order_relaxed);
+}
+
+double nbdqueue_last_moved(const struct nbdqueue *q)
+{
+    int64_t last = q == NULL ? 0 : atomic_load_explicit(&q->last_moved, memory_order_relaxed);
+
+    return (double)last / (double)NBDSHIM_SECOND;
+}
+
+/* Whether a queue was destroyed, or belongs to the parent of this process. */
+static bool is_unusable(const struct nbdqueue *q)
+{
+    return q == NULL || nbdqueue_is_inherited(q);
+}
+
+/* Take over the handles that were added.  The caller has the turn. */
+static void take_over(struct nbdqueue *q)
+{
+    pthread_mutex_lock(&q->lock);
+    q->count = q->added;
+    pthread_mutex_unlock(&q->lock);
+}
+
+/*
+ * Enter all handles, also those that were added meanwhile.  Those that are closed are lost. Returns
+ * 0 or NBDSHIM_REENTERED.
+ */
 static int enter_all(struct nbdqueue *q)
 {
+    take_over(q);
     for (size_t i = 0; i < q->count; i++) {
         struct member *m = &q->members[i];
         int ret = nbdshim_enter(m->s);
@@ -190,7 +179,7 @@ static void let_loop_sleep(struct nbdqueue *q)
  */
 static void end_turn(struct nbdqueue *q)
 {
-    struct nbdshim *entered[NBDQUEUE_MOST_HANDLES];
+    struct nbdshim *entered[NBDQUEUE_MAX_HANDLES];
     size_t count = 0;
 
     if (q->epoll >= 0)
@@ -205,6 +194,96 @@ static void end_turn(struct nbdqueue *q)
         nbdshim_leave(entered[--count]);
 }
 
+/*
+ * Ask a handle that was entered what the queue has to know of its export.  Returns 0; -1 if libnbd
+ * fails, or NBDSHIM_TOO_LARGE.
+ */
+static int ask_export(struct end *export, struct nbdshim *s)
+{
+    int64_t size = nbdshim_number(nbd_get_size(s->h), "nbd_get_size");
+    uint32_t minimum = constraint(s, LIBNBD_SIZE_MINIMUM);
+
+    if (size < 0)
+        return size == -1 ? -1 : NBDSHIM_TOO_LARGE;
+    *export = (struct end){.size = (uint64_t)size,
+                           .minimum = (minimum & (minimum - 1)) == 0 ? minimum : 1,
+                           .maximum = constraint(s, LIBNBD_SIZE_MAXIMUM),
+                           .has_zero = nbd_can_zero(s->h) == 1};
+    if (export->minimum == 0)
+        export->minimum = 1;
+    return 0;
+}
+
+/* Before the first request: make an end as small as its next handle needs.  q->lock is locked. */
+static void narrow(struct end *end, const struct end *export)
+{
+    if (end->count == 0 || export->size < end->size)
+        end->size = export->size;
+    if (export->minimum > end->minimum)
+        end->minimum = export->minimum;
+    if (export->maximum != 0 && (end->maximum == 0 || export->maximum < end->maximum))
+        end->maximum = export->maximum;
+    end->has_zero = export->has_zero && (end->count == 0 || end->has_zero);
+}
+
+/* Later: whether the next handle of an end can do all that is asked of the others. */
+static bool fits(const struct end *end, const struct end *export)
+{
+    bool has_maximum =
+        export->maximum == 0 || (end->maximum != 0 && export->maximum >= end->maximum);
+
+    return export->size == end->size && export->minimum == end->minimum && has_maximum &&
+           (export->has_zero || !end->has_zero);
+}
+
+/* Give an end one handle more.  Returns 0 or a refusal. */
+static int add_member(struct nbdqueue *q, enum nbdqueue_end which, struct nbdshim *s,
+                      const struct end *export)
+{
+    struct end *end = &q->ends[which];
+    int ret = 0;
+
+    pthread_mutex_lock(&q->lock);
+    if (q->is_dropped)
+        ret = NBDSHIM_CLOSED;
+    else if (q->added == NBDQUEUE_MAX_HANDLES)
+        ret = NBDSHIM_TOO_MANY;
+    else if (q->is_started && !fits(end, export))
+        ret = NBDSHIM_OTHER_EXPORT;
+    if (ret == 0) {
+        if (!q->is_started)
+            narrow(end, export);
+        atomic_fetch_add(&s->owners, 1);
+        end->count++;
+        q->members[q->added++] = (struct member){.s = s, .end = which, .socket = -1};
+        q->has_news = true;
+        nbdqueue_rouse(q);
+    }
+    pthread_mutex_unlock(&q->lock);
+    return ret;
+}
+
+int nbdqueue_add(struct nbdqueue *q, enum nbdqueue_end which, struct nbdshim *s)
+{
+    struct end export;
+    int ret;
+
+    if (is_unusable(q))
+        return NBDSHIM_CLOSED;
+    ret = nbdshim_enter(s);
+    if (ret != 0)
+        return ret;
+    ret = ask_export(&export, s);
+    if (ret == 0)
+        ret = add_member(q, which, s, &export);
+    nbdshim_leave(s);
+    if (ret == 0 && sem_trywait(&q->turn) == 0) {
+        (void)enter_all(q);
+        end_turn(q);
+    }
+    return ret;
+}
+
 /* Whether this thread is in a callback of one of the handles, where libnbd's lock is held. */
 static bool is_reentry(const struct nbdqueue *q)
 {
@@ -215,7 +294,10 @@ static bool is_reentry(const struct nbdqueue *q)
     return false;
 }
 
-/* Let the handlers of signals run.  Returns 0 or NBDSHIM_STOPPED. */
+/*
+ * Let the handlers of signals run.  Returns 0 or NBDSHIM_STOPPED; in a child that one of them has
+ * forked NBDSHIM_CLOSED, since the queue is the parent's.
+ */
 static int run_handlers(struct nbdqueue *q)
 {
     bool has_forked;
@@ -223,10 +305,10 @@ static int run_handlers(struct nbdqueue *q)
 
     for (size_t i = 0; has_forked && i < q->count; i++)
         nbdshim_cut(q->members[i].s);
-    return ret;
+    return has_forked && ret == 0 ? NBDSHIM_CLOSED : ret;
 }
 
-/* Wait for the queue's turn.  Returns 0, NBDSHIM_STOPPED or NBDSHIM_TIMED_OUT. */
+/* Wait for the queue's turn.  Returns 0, NBDSHIM_TIMED_OUT, or as run_handlers. */
 static int take_turn(struct nbdqueue *q, int64_t until)
 {
     while (sem_trywait(&q->turn) != 0) {
@@ -246,7 +328,7 @@ static int take_turn(struct nbdqueue *q, int64_t until)
 
 /*
  * Run the handlers of signals.  They may use the queue and the handles, so the turn is given back.
- * Returns 0 or NBDSHIM_STOPPED: then the turn is not taken again.
+ * Returns 0, or as run_handlers: then the turn is not taken again.
  */
 static int pause_for_handlers(struct nbdqueue *q)
 {
@@ -274,7 +356,9 @@ static bool take_turns(struct nbdqueue *q)
     for (size_t i = 0; i < q->count; i++) {
         struct member *m = &q->members[i];
 
-        if (!m->is_entered || m->is_lost || (m->flying == 0 && q->epoll < 0))
+        if (!m->is_entered || m->is_lost)
+            continue;
+        if (m->flying == 0 && q->epoll < 0 && q->held == NULL)
             continue;
         m->has_turn = atomic_load(&m->s->waiting) == 0 && sem_trywait(&m->s->turn) == 0;
         m->is_shared = !m->has_turn;
@@ -331,29 +415,52 @@ static int sleep_in_poll(struct nbdqueue *q, struct pollfd *fds, nfds_t count, i
 /* Tell libnbd what poll has said of the handles. */
 static void notify_all(struct nbdqueue *q, const struct pollfd *fds)
 {
+    bool has_moved = false;
     uint64_t count;
 
     for (size_t i = 0; i < q->count; i++) {
         struct member *m = &q->members[i];
 
-        if (m->has_turn && fds[i].revents != 0 && nbdshim_notify(m->s, fds[i].revents) == -1 &&
+        if (!m->has_turn || fds[i].revents == 0)
+            continue;
+        has_moved = true;
+        if (nbdshim_notify(m->s, fds[i].revents) == -1 &&
             (nbd_aio_is_dead(m->s->h) == 1 || nbd_aio_is_closed(m->s->h) == 1))
             pieces_lose(q, m, nbd_get_errno());
     }
+    if (has_moved)
+        nbdqueue_note_move(q);
     if (fds[q->count].revents != 0)
         (void)!read(q->waker, &count, sizeof count);
 }
 
+/* Enter the handles that were added while this thread waits. */
+static void enter_new(struct nbdqueue *q)
+{
+    size_t before = q->count;
+
+    take_over(q);
+    for (size_t i = before; i < q->count; i++) {
+        struct member *m = &q->members[i];
+
+        m->is_entered = nbdshim_enter(m->s) == 0;
+        if (!m->is_entered || watch_add(q, m) != 0)
+            pieces_lose(q, m, ENOTCONN);
+    }
+}
+
 /*
- * Wait for the sockets, so many nanoseconds at the most, and let libnbd go on.  Returns 1; 0 if
+ * Wait for the sockets, at most `longest` nanoseconds, and let libnbd go on.  Returns 1; 0 if
  * nothing has happened; or as pause_for_handlers.
  */
 static int move(struct nbdqueue *q, int64_t longest)
 {
-    struct pollfd fds[NBDQUEUE_MOST_HANDLES + 1];
-    bool is_shared = take_turns(q);
+    struct pollfd fds[NBDQUEUE_MAX_HANDLES + 1];
+    bool is_shared;
     int ready, ret;
 
+    enter_new(q);
+    is_shared = take_turns(q);
     for (size_t i = 0; i < q->count; i++)
         fds[i] = poll_of(q, &q->members[i]);
     fds[q->count] = (struct pollfd){.fd = q->waker, .events = POLLIN};
@@ -393,7 +500,10 @@ static int tell(struct nbdqueue *q, struct nbdqueue_done *done, int room)
     pthread_mutex_lock(&q->lock);
     for (r = q->done; r != NULL && count < room; r = r->next) {
         done[count++] = (struct nbdqueue_done){.token = r->token,
+                                               .serial = r->serial,
                                                .offset = r->error_offset,
+                                               .length = r->error_length,
+                                               .moved = r->moved,
                                                .error = r->error,
                                                .end = (int)r->error_end};
     }
@@ -415,10 +525,25 @@ static struct nbdshim *releaser(const struct nbdqueue *q)
     return q->count > 0 ? q->members[0].s : NULL;
 }
 
+/* Close the descriptors of a queue that was dropped: nobody sleeps on them any more. */
+static void close_descriptors(struct nbdqueue *q)
+{
+    int waker;
+
+    watch_end(q);
+    pthread_mutex_lock(&q->lock);
+    waker = q->waker;
+    q->waker = -1;
+    pthread_mutex_unlock(&q->lock);
+    if (waker >= 0)
+        close(waker);
+}
+
 /* Forget everything, give the turn back, and hand the token over if that is the end of it. */
 static void forget_and_leave(struct nbdqueue *q)
 {
     pieces_forget(q, releaser(q));
+    close_descriptors(q);
     end_turn(q);
     if (!is_reentry(q))
         nbdshim_hand_over(releaser(q));
@@ -431,7 +556,7 @@ int nbdqueue_wait(struct nbdqueue *q, struct nbdqueue_done *done, int room, int 
     unsigned enough = least > 0 ? (unsigned)least : 0;
     int ret;
 
-    if (q == NULL)
+    if (is_unusable(q))
         return NBDSHIM_CLOSED;
     ret = is_reentry(q) ? NBDSHIM_REENTERED : take_turn(q, until);
     if (ret == NBDSHIM_TIMED_OUT)
@@ -464,7 +589,7 @@ int nbdqueue_fd(struct nbdqueue *q)
 {
     int ret;
 
-    if (q == NULL)
+    if (is_unusable(q))
         return NBDSHIM_CLOSED;
     if (is_reentry(q))
         return NBDSHIM_REENTERED;
@@ -472,6 +597,8 @@ int nbdqueue_fd(struct nbdqueue *q)
     if (ret != 0)
         return ret;
     ret = enter_all(q);
+    if (ret == 0 && q->waker < 0)
+        ret = NBDSHIM_CLOSED; /* it was dropped */
     if (ret == 0)
         ret = q->epoll >= 0 ? q->epoll : watch_begin(q);
     end_turn(q);
@@ -483,7 +610,7 @@ int nbdqueue_step(struct nbdqueue *q, struct nbdqueue_done *done, int room)
     int64_t until = nbdshim_deadline(STEP);
     int ret;
 
-    if (q == NULL)
+    if (is_unusable(q))
         return NBDSHIM_CLOSED;
     if (is_reentry(q))
         return NBDSHIM_REENTERED;
@@ -510,7 +637,7 @@ int nbdqueue_step(struct nbdqueue *q, struct nbdqueue_done *done, int room)
 
 void nbdqueue_cancel(struct nbdqueue *q, uintptr_t token)
 {
-    if (q == NULL)
+    if (is_unusable(q))
         return;
     pthread_mutex_lock(&q->lock);
     for (struct request *r = q->queued; r != NULL; r = r->next) {
@@ -520,27 +647,41 @@ void nbdqueue_cancel(struct nbdqueue *q, uintptr_t token)
         if (r->error == 0) {
             r->error = ECANCELED;
             r->error_offset = r->start;
+            r->error_length = r->end - r->start;
         }
     }
+    pieces_cancel(q, token);
     nbdqueue_rouse(q);
     pthread_mutex_unlock(&q->lock);
 }
 
-void nbdqueue_take(struct nbdqueue *q, int count)
+/* Take a request out of the list of those that are done, if it is there.  q->lock is locked. */
+static void take(struct nbdqueue *q, uint64_t serial)
 {
-    pthread_mutex_lock(&q->lock);
-    while (count-- > 0 && q->done != NULL) {
-        struct request *r = q->done;
+    struct request **link = &q->done, *r;
 
-        q->done = r->next;
-        q->done_length--;
-        q->length--;
-        if (q->told > 0)
-            q->told--;
-        free(r);
-    }
-    if (q->done == NULL)
-        q->last_done = &q->done;
+    while (*link != NULL && (*link)->serial != serial) /* mostly it is the first one */
+        link = &(*link)->next;
+    r = *link;
+    if (r == NULL)
+        return;
+    *link = r->next;
+    if (r->next == NULL)
+        q->last_done = link;
+    q->done_length--;
+    q->length--;
+    if (q->told > 0)
+        q->told--;
+    free(r);
+}
+
+void nbdqueue_take(struct nbdqueue *q, const struct nbdqueue_done *done, int count)
+{
+    if (is_unusable(q))
+        return;
+    pthread_mutex_lock(&q->lock);
+    for (int i = 0; i < count; i++)
+        take(q, done[i].serial);
     pthread_mutex_unlock(&q->lock);
 }
 
@@ -549,7 +690,7 @@ int nbdqueue_submit(struct nbdqueue *q, enum nbdqueue_operation operation, uintp
 {
     struct request *r;
 
-    if (q == NULL)
+    if (is_unusable(q))
         return NBDSHIM_CLOSED;
     if (is_reentry(q))
         return NBDSHIM_REENTERED;
@@ -566,6 +707,7 @@ int nbdqueue_submit(struct nbdqueue *q, enum nbdqueue_operation operation, uintp
     r->error = pieces_check(q, r);
     if (r->error != 0) {
         r->error_offset = offset;
+        r->error_length = length;
         r->cut = r->end;
     }
     pthread_mutex_lock(&q->lock);
@@ -576,6 +718,8 @@ int nbdqueue_submit(struct nbdqueue *q, enum nbdqueue_operation operation, uintp
     }
     if (q->length == 0 && q->flying == 0)
         pieces_settle_size(q);
+    q->is_started = true;
+    r->serial = ++q->serial;
     *q->last_queued = r;
     q->last_queued = &r->next;
     q->length++;
@@ -595,7 +739,7 @@ int nbdqueue_submit(struct nbdqueue *q, enum nbdqueue_operation operation, uintp
 
 void nbdqueue_wake(struct nbdqueue *q)
 {
-    if (q == NULL)
+    if (is_unusable(q))
         return;
     pthread_mutex_lock(&q->lock);
     q->is_woken = true;
@@ -605,7 +749,7 @@ void nbdqueue_wake(struct nbdqueue *q)
 
 int nbdqueue_error(const struct nbdqueue *q, const struct nbdshim *s)
 {
-    for (size_t i = 0; q != NULL && i < q->count; i++) {
+    for (size_t i = 0; !is_unusable(q) && i < q->count; i++) {
         if (q->members[i].s == s && q->members[i].is_lost)
             return q->members[i].error;
     }
@@ -616,6 +760,8 @@ unsigned nbdqueue_length(struct nbdqueue *q)
 {
     unsigned length;
 
+    if (is_unusable(q))
+        return 0;
     pthread_mutex_lock(&q->lock);
     length = q->length;
     pthread_mutex_unlock(&q->lock);
@@ -645,35 +791,45 @@ static bool mark_dropped(struct nbdqueue *q)
     return !was_dropped;
 }
 
-/*
- * Take the turn for the last time.  Who has it gives it back at once.  But in the child of a fork,
- * a thread of the parent may have it: then this returns false.
- */
-static bool take_last_turn(struct nbdqueue *q)
+/* Take the turn for the last time.  The thread that has it gives it back at once. */
+static void take_last_turn(struct nbdqueue *q)
 {
-    if (atomic_load(&nbdshim_forks) != q->forks)
-        return sem_trywait(&q->turn) == 0;
     while (sem_wait(&q->turn) != 0)
         ; /* interrupted by a signal */
-    return true;
+}
+
+/* In the child of a fork: close its copies of the descriptors, and leave the rest alone. */
+static void let_parent_have(struct nbdqueue *q)
+{
+    int *const owned[] = {&q->waker, &q->epoll, &q->timer};
+
+    for (size_t i = 0; i < sizeof owned / sizeof owned[0]; i++) {
+        if (*owned[i] >= 0)
+            close(*owned[i]);
+        *owned[i] = -1;
+    }
 }
 
 void nbdqueue_drop(struct nbdqueue *q)
 {
+    if (q != NULL && nbdqueue_is_inherited(q))
+        let_parent_have(q);
     /* In a callback of a handle this thread may have the turn: then nbdqueue_wait forgets. */
-    if (q == NULL || !mark_dropped(q) || is_reentry(q) || !take_last_turn(q))
+    if (is_unusable(q) || !mark_dropped(q) || is_reentry(q))
         return;
+    take_last_turn(q);
     (void)enter_all(q);
     forget_and_leave(q);
 }
 
 void nbdqueue_destroy(struct nbdqueue *q)
 {
-    if (q == NULL)
+    if (is_unusable(q)) {
+        nbdqueue_drop(q);
         return;
+    }
     (void)mark_dropped(q);
-    if (!take_last_turn(q))
-        return; /* its memory stays: it is in the middle of a wait */
+    take_last_turn(q);
     (void)enter_all(q);
     forget_and_leave(q);
     nbdqueue_unrefer(q);

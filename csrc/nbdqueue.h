@@ -21,19 +21,26 @@
  * dropped, commands in flight become orphans (see wait.h).  Then the token of the queue is handed
  * over by the upcall `release` when no command can use a buffer any more.
  *
+ * Order.  Commands are not ordered, with one exception.  What nobody waits for any more, because it
+ * was cancelled or its caller was stopped, may still happen: so a command that overlaps such a
+ * write, zero or trim is held back until that one has ended.
+ *
  * NULL stands for a queue that was destroyed: it refuses as one that was dropped.
  *
- * Threads.  Any thread may call any function, except nbdqueue_add and nbdqueue_destroy.  One thread
- * at a time waits.
+ * Threads.  Any thread may call any function, except nbdqueue_destroy.  One thread at a time waits.
  * It moves the connections, and it lets calls that wait on one of the handles go first.
+ *
+ * Fork.  In the child of a fork a queue of the parent refuses as one that was dropped, and dropping
+ * it closes its descriptors: a thread of the parent may have been in the middle of a call.  The
+ * buffers of its requests are kept until the child ends.
  */
 #ifndef NBDQUEUE_H
 #define NBDQUEUE_H
 
 #include "nbdshim.h"
 
-/* A queue has so many handles at the most. */
-#define NBDQUEUE_MOST_HANDLES 64
+/* The largest number of handles that a queue takes. */
+enum { NBDQUEUE_MAX_HANDLES = 64 };
 
 enum nbdqueue_end { NBDQUEUE_TARGET, NBDQUEUE_SOURCE };
 
@@ -50,24 +57,29 @@ enum nbdqueue_operation {
 /* A request that is done. */
 struct nbdqueue_done {
     uintptr_t token;
-    uint64_t offset; /* where the first command failed */
-    int error;       /* its errno, or 0 */
+    uint64_t serial; /* of the request in this queue; nbdqueue_take needs it */
+    uint64_t offset; /* the piece that failed first: where it starts, */
+    uint64_t length; /* and its size in bytes, without what was added for the alignment */
+    uint64_t moved;  /* bytes of the request that were copied or set to zero */
+    int error;       /* the errno of the piece that failed first, or 0 */
     int end;         /* enum nbdqueue_end: where it failed */
 };
 
 struct nbdqueue;
 
 /*
- * A new queue, to be ended by nbdqueue_destroy; NULL if there is no memory.  depth is how many
- * commands are in flight, piece the size of the largest in bytes.  token stands for the buffers of
- * all requests.
+ * A new queue, to be ended by nbdqueue_destroy; NULL with errno if there is no memory or no
+ * descriptor left.  depth is how many commands are in flight, piece the size of the largest in
+ * bytes.  token stands for the buffers of all requests.
  */
 struct nbdqueue *nbdqueue_create(unsigned depth, uint32_t piece, uintptr_t token);
 
 /*
- * Give the queue a handle that is connected, before the first request.  The queue keeps its memory
- * in place.  Returns 0, -1 (libnbd's failure, such as that the handle is not connected), or a
- * refusal.
+ * Give the queue a handle that is connected.  The queue keeps its memory in place.  Any thread may
+ * do this at any time: a handle that joins after the first request takes commands from then on, and
+ * its export has to be the same one (size, block sizes).  Returns 0, -1 (libnbd's failure, such as
+ * that the handle is not connected), or a refusal: NBDSHIM_TOO_MANY, NBDSHIM_OTHER_EXPORT, or
+ * NBDSHIM_TOO_LARGE for an export of 2^63 bytes or more.
  */
 int nbdqueue_add(struct nbdqueue *q, enum nbdqueue_end end, struct nbdshim *s);
 
@@ -99,8 +111,17 @@ int nbdqueue_submit(struct nbdqueue *q, enum nbdqueue_operation operation, uintp
 int nbdqueue_wait(struct nbdqueue *q, struct nbdqueue_done *done, int room, int least,
                   double timeout);
 
-/* The first `count` requests that nbdqueue_wait has told of are taken: forget them. */
-void nbdqueue_take(struct nbdqueue *q, int count);
+/*
+ * Forget requests that nbdqueue_wait or nbdqueue_step has reported in `done`.  Those that were
+ * taken before, by a signal handler or another thread, are ignored.
+ */
+void nbdqueue_take(struct nbdqueue *q, const struct nbdqueue_done *done, int count);
+
+/*
+ * When a byte was last sent or received on one of the connections, or moved from or to a file: in
+ * seconds of the monotonic clock.  0 if that has not happened yet.
+ */
+double nbdqueue_last_moved(const struct nbdqueue *q);
 
 /*
  * For an event loop: a descriptor that can be read, as poll says, when nbdqueue_step has something

@@ -75,6 +75,8 @@ enum nbdshim_refusal {
     NBDSHIM_STOPPED = -6,   /* a signal handler raised an exception while the call was waiting */
     NBDSHIM_TIMED_OUT = -7, /* the handle's timeout is over */
     NBDSHIM_SERVER_CLOSED = -8,   /* the server has ended the connection that was being made */
+    NBDSHIM_OTHER_EXPORT = -9,    /* the handle's export is not the one that a queue works on */
+    NBDSHIM_TOO_MANY = -10,       /* the queue has as many handles as it can */
     NBDSHIM_OPTION_FAILED = -1000 /* and less: the server's errno for an option is subtracted */
 };
 

@@ -9,6 +9,8 @@
 
 /* Commands without data are not larger than this. */
 #define LARGEST (UINT64_C(128) << 20)
+/* Of memory that a file opened with O_DIRECT is read into: no block device has larger blocks. */
+#define ALIGNMENT 4096
 
 /* Give a slot whose command has ended to `pieces_reap`.  q->lock is locked. */
 static void list_answered(struct slot *slot)
@@ -34,6 +36,9 @@ static int complete(void *user_data, int *error)
     struct nbdqueue *q = slot->q;
     int is_retired;
 
+    if (nbdqueue_is_inherited(q))
+        return 1;
+    nbdqueue_note_move(q); /* another thread may have moved it */
     pthread_mutex_lock(&q->lock);
     slot->is_answered = true;
     slot->error = *error;
@@ -76,14 +81,14 @@ static void retire(void *user_data)
     struct nbdqueue *q = slot->q;
     struct nbdshim *s = slot->member->s;
 
+    if (nbdqueue_is_inherited(q))
+        return;
     pthread_mutex_lock(&q->lock);
     slot->is_flying = false;
     slot->member->flying--;
     q->flying--;
-    if (slot->is_orphan) {
-        atomic_fetch_sub(&s->orphans, 1);
-        atomic_fetch_sub(&s->orphan_bytes, bytes_of(slot));
-    }
+    if (slot->is_orphan)
+        nbdshim_remove_orphan(s, &slot->range, bytes_of(slot));
     if (!slot->is_answered && slot->is_issued)
         slot->error = ENOTCONN; /* the handle was closed */
     if (slot->is_issued || slot->is_answered)
@@ -113,16 +118,54 @@ static int use_file(const struct slot *slot, struct queuefile *file)
     }
 }
 
-/* The handle of an end that has the fewest commands in flight; NULL if all are lost. */
-static struct member *least_busy(struct nbdqueue *q, enum nbdqueue_end end)
+/* Whether a command changes the disk. */
+static bool is_changing(enum nbdqueue_operation command)
 {
+    return command == NBDQUEUE_WRITE || command == NBDQUEUE_ZERO || command == NBDQUEUE_TRIM;
+}
+
+/* How many bytes of memory the commands have that are in flight on a handle. */
+static size_t bytes_in_flight(const struct nbdqueue *q, const struct member *m)
+{
+    size_t sum = 0;
+
+    for (unsigned i = 0; i < q->depth; i++) {
+        const struct slot *slot = &q->slots[i];
+
+        if (slot->is_flying && !slot->is_orphan && slot->member == m)
+            sum += bytes_of(slot);
+    }
+    return sum;
+}
+
+/* Whether a handle can take one command more: all that is in flight may become orphans. */
+static bool has_room(const struct slot *slot, const struct member *m)
+{
+    size_t bytes;
+
+    if (atomic_load_explicit(&m->s->orphans, memory_order_relaxed) == 0)
+        return true;
+    bytes = bytes_in_flight(slot->q, m) + bytes_of(slot);
+    return !nbdshim_is_full(m->s, m->flying, bytes);
+}
+
+/*
+ * The handle of an end that has the fewest commands in flight.  Returns NULL if none can take a
+ * command; *is_alive is whether one of them will be able to.  q->lock is locked.
+ */
+static struct member *least_busy(const struct slot *slot, enum nbdqueue_end end, bool *is_alive)
+{
+    struct nbdqueue *q = slot->q;
     struct member *found = NULL;
 
+    *is_alive = false;
     for (size_t i = 0; i < q->count; i++) {
         struct member *m = &q->members[i];
 
-        if (m->end == end && m->is_entered && !m->is_lost &&
-            (found == NULL || m->flying < found->flying))
+        if (m->end != end || !m->is_entered || m->is_lost)
+            continue;
+        *is_alive = true;
+        if ((found == NULL || m->flying < found->flying) && has_room(slot, m))
             found = m;
     }
     return found;
@@ -173,32 +216,109 @@ static enum nbdqueue_end end_of(const struct slot *slot)
     return is_first_of_copy ? NBDQUEUE_SOURCE : NBDQUEUE_TARGET;
 }
 
-/* Send a slot's command.  Whatever becomes of it, the slot gets into q->answered. */
+static bool overlap(const struct slot *a, const struct slot *b)
+{
+    return a->wide_offset < b->wide_offset + b->wide_length &&
+           b->wide_offset < a->wide_offset + a->wide_length;
+}
+
+/* Whether a command has to wait for one of this queue that was cancelled.  q->lock is locked. */
+static bool waits_for_cancelled(const struct slot *slot)
+{
+    const struct nbdqueue *q = slot->q;
+
+    for (unsigned i = 0; q->cancelled > 0 && i < q->depth; i++) {
+        const struct slot *other = &q->slots[i];
+
+        if (other != slot && other->request != NULL && other->request->is_cancelled &&
+            other->is_flying && is_changing(other->command) && end_of(other) == end_of(slot) &&
+            overlap(other, slot))
+            return true;
+    }
+    return false;
+}
+
+/* Whether a command has to wait for an orphan on one of the handles.  q->lock is locked. */
+static bool waits_for_orphan(const struct slot *slot)
+{
+    const struct nbdqueue *q = slot->q;
+    uint64_t from = slot->wide_offset, to = from + slot->wide_length;
+
+    for (size_t i = 0; i < q->count; i++) {
+        const struct member *m = &q->members[i];
+
+        if (m->end == end_of(slot) && m->is_entered && nbdshim_is_changing(m->s, from, to))
+            return true;
+    }
+    return false;
+}
+
+/* Whether a command has to wait for one that nobody waits for.  q->lock is locked. */
+static bool has_to_be_held(const struct slot *slot)
+{
+    return slot->command != NBDQUEUE_FLUSH && (waits_for_cancelled(slot) || waits_for_orphan(slot));
+}
+
+/*
+ * Give a slot to a handle if its command can be sent now.  Else it gets into q->held or, with an
+ * error, into q->answered.  Returns whether it can be sent.
+ */
+static bool choose_member(struct slot *slot)
+{
+    struct nbdqueue *q = slot->q;
+    bool is_alive;
+
+    pthread_mutex_lock(&q->lock);
+    slot->member = least_busy(slot, end_of(slot), &is_alive);
+    if (slot->request->is_cancelled || !is_alive) {
+        slot->member = NULL;
+        slot->error = is_alive ? ECANCELED : lost_error(q, end_of(slot));
+        list_answered(slot);
+    } else if (slot->member == NULL || has_to_be_held(slot)) {
+        slot->member = NULL;
+        slot->next = q->held;
+        q->held = slot;
+    } else {
+        slot->is_flying = true;
+        slot->member->flying++;
+        q->flying++;
+        atomic_fetch_add(&q->references, 1);
+    }
+    pthread_mutex_unlock(&q->lock);
+    return slot->member != NULL;
+}
+
+/* Use the file of an end, which is done at once. */
+static void use_file_now(struct slot *slot, struct queuefile *file)
+{
+    struct nbdqueue *q = slot->q;
+
+    slot->member = NULL;
+    slot->error = use_file(slot, file);
+    nbdqueue_note_move(q);
+    pthread_mutex_lock(&q->lock);
+    list_answered(slot);
+    pthread_mutex_unlock(&q->lock);
+}
+
+/*
+ * Send a slot's command, unless its request was cancelled.  Whatever becomes of it, the slot gets
+ * into q->answered in the end; q->held has it until then if it has to wait.
+ */
 static void send_command(struct slot *slot)
 {
     struct nbdqueue *q = slot->q;
-    enum nbdqueue_end which = end_of(slot);
-    struct end *end = &q->ends[which];
+    struct end *end = &q->ends[end_of(slot)];
     int64_t cookie;
 
     slot->is_flying = slot->is_issued = slot->is_answered = false;
-    slot->member = NULL;
-    slot->error = end->file.fd >= 0 ? use_file(slot, &end->file) : 0;
-    pthread_mutex_lock(&q->lock);
-    if (end->file.fd < 0)
-        slot->member = least_busy(q, which);
-    if (slot->member == NULL) {
-        if (end->file.fd < 0)
-            slot->error = lost_error(q, which);
-        list_answered(slot);
-        pthread_mutex_unlock(&q->lock);
+    slot->error = 0;
+    if (end->file.fd >= 0) {
+        use_file_now(slot, &end->file);
         return;
     }
-    slot->is_flying = true;
-    slot->member->flying++;
-    q->flying++;
-    atomic_fetch_add(&q->references, 1);
-    pthread_mutex_unlock(&q->lock);
+    if (!choose_member(slot))
+        return;
 
     cookie = call(slot);
 
@@ -240,7 +360,10 @@ static uint64_t end_of_piece(const struct nbdqueue *q, const struct request *r)
 {
     const struct end *end = &q->ends[NBDQUEUE_TARGET];
     uint64_t block = round_down(r->cut, end->minimum);
-    uint64_t last = smaller(r->end, block + (has_payload(q, r->operation) ? q->piece : LARGEST));
+    uint64_t largest = has_payload(q, r->operation) ? q->piece
+                       : end->is_bounded            ? end->maximum
+                                                    : LARGEST;
+    uint64_t last = smaller(r->end, block + largest);
 
     if (r->operation != NBDQUEUE_ZERO)
         return last;
@@ -281,9 +404,7 @@ static bool has_to_wait(const struct slot *slot)
         const struct slot *other = &q->slots[i];
 
         if (other != slot && other->request != NULL && is_change(other->request->operation) &&
-            (slot->merges || other->merges) &&
-            other->wide_offset < slot->wide_offset + slot->wide_length &&
-            slot->wide_offset < other->wide_offset + other->wide_length)
+            (slot->merges || other->merges) && overlap(other, slot))
             return true;
     }
     return false;
@@ -344,6 +465,12 @@ static struct slot *next_piece(struct nbdqueue *q)
     return slot;
 }
 
+/* Memory that files opened with O_DIRECT take, too; NULL if there is none. */
+static char *aligned_memory(size_t size)
+{
+    return aligned_alloc(ALIGNMENT, (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+}
+
 /* Memory for a piece that is not read or written in place, or zeroes.  Returns 0 or ENOMEM. */
 static int choose_memory(struct slot *slot)
 {
@@ -357,13 +484,16 @@ static int choose_memory(struct slot *slot)
         return 0;
     }
     if (is_zeroes) {
-        if (q->zeroes == NULL)
-            q->zeroes = calloc(1, q->piece);
+        if (q->zeroes == NULL) {
+            q->zeroes = aligned_memory(q->piece);
+            if (q->zeroes != NULL)
+                memset(q->zeroes, 0, q->piece);
+        }
         slot->data = q->zeroes;
         return q->zeroes == NULL ? ENOMEM : 0;
     }
     if (slot->own == NULL)
-        slot->own = malloc(q->piece);
+        slot->own = aligned_memory(q->piece);
     slot->data = slot->own;
     return slot->own == NULL ? ENOMEM : 0;
 }
@@ -391,10 +521,24 @@ static void start(struct slot *slot)
     pthread_mutex_unlock(&q->lock);
 }
 
+/* Try once more to send what was held back. */
+static void send_held(struct nbdqueue *q)
+{
+    struct slot *list = q->held, *next;
+
+    q->held = NULL;
+    for (; list != NULL; list = next) {
+        next = list->next;
+        send_command(list);
+    }
+}
+
 void pieces_pump(struct nbdqueue *q)
 {
     struct slot *slot;
 
+    if (q->held != NULL)
+        send_held(q);
     while ((slot = next_piece(q)) != NULL)
         start(slot);
 }
@@ -408,20 +552,51 @@ static void end_piece(struct slot *slot)
     if (slot->error != 0 && r->error == 0) {
         r->error = slot->error;
         r->error_offset = slot->offset;
+        r->error_length = slot->length;
         r->error_end = end_of(slot);
     }
-    if (slot->error != 0)
+    if (slot->error != 0) {
         r->cut = r->end; /* if it is still queued, next_piece finds it */
-    else if (r->operation == NBDQUEUE_COPY)
+    } else if (r->operation == NBDQUEUE_COPY) {
         atomic_fetch_add(&q->copied, slot->length);
-    else if (r->operation == NBDQUEUE_ZERO)
+        r->moved += slot->length;
+    } else if (r->operation == NBDQUEUE_ZERO) {
         atomic_fetch_add(&q->zeroed, slot->length);
+        r->moved += slot->length;
+    }
+    if (r->is_cancelled)
+        q->cancelled--;
     slot->request = NULL;
     slot->next = q->free;
     q->free = slot;
     r->flying--;
     if (r->flying == 0 && r != q->queued)
         end_request(q, r);
+}
+
+/*
+ * Cut a command without data that was too large for the server, which may take no more than its
+ * maximum block size; and go on with the next part of one that was cut.  Returns whether a command
+ * follows.
+ */
+static bool cut_further(struct slot *slot)
+{
+    struct end *end = &slot->q->ends[NBDQUEUE_TARGET];
+    uint64_t stop = slot->offset + slot->length;
+
+    if (slot->command != NBDQUEUE_ZERO && slot->command != NBDQUEUE_TRIM &&
+        slot->command != NBDQUEUE_CACHE)
+        return false;
+    if (slot->error == EINVAL && end->maximum != 0 && slot->wide_length > end->maximum) {
+        end->is_bounded = true;
+        slot->wide_length = end->maximum;
+        return true;
+    }
+    if (slot->error != 0 || slot->wide_offset + slot->wide_length >= stop)
+        return false;
+    slot->wide_offset += slot->wide_length;
+    slot->wide_length = smaller(end->maximum, stop - slot->wide_offset);
+    return true;
 }
 
 /* What follows when a command of a slot has ended: the next one, or the end of the piece. */
@@ -432,6 +607,10 @@ static void land(struct slot *slot)
     bool was_read = slot->command == NBDQUEUE_READ && slot->error == 0;
     size_t before = (size_t)(slot->offset - slot->wide_offset);
 
+    if (cut_further(slot)) {
+        send_command(slot);
+        return;
+    }
     if (was_read && slot->merges) {
         if (r->operation == NBDQUEUE_ZERO)
             memset(slot->own + before, 0, slot->length);
@@ -539,8 +718,10 @@ static void orphan(struct slot *slot)
     slot->request = NULL;
     if (slot->is_flying && !slot->is_answered && !slot->is_orphan) {
         slot->is_orphan = true;
-        atomic_fetch_add(&slot->member->s->orphans, 1);
-        atomic_fetch_add(&slot->member->s->orphan_bytes, bytes_of(slot));
+        slot->range = (struct nbdshim_range){
+            .start = slot->wide_offset,
+            .stop = slot->wide_offset + (is_changing(slot->command) ? slot->wide_length : 0)};
+        nbdshim_add_orphan(slot->member->s, &slot->range, bytes_of(slot));
     }
     if (r != NULL && --r->flying == 0)
         free(r);
@@ -555,6 +736,18 @@ static void free_requests(struct request *list)
     }
 }
 
+void pieces_cancel(struct nbdqueue *q, uintptr_t token)
+{
+    for (unsigned i = 0; i < q->depth; i++) {
+        struct slot *slot = &q->slots[i];
+
+        if (slot->request != NULL && slot->request->token == token) {
+            q->cancelled += !slot->request->is_cancelled ? slot->request->flying : 0;
+            slot->request->is_cancelled = true;
+        }
+    }
+}
+
 void pieces_forget(struct nbdqueue *q, struct nbdshim *s)
 {
     retire_answered(q);
@@ -563,7 +756,7 @@ void pieces_forget(struct nbdqueue *q, struct nbdshim *s)
     free_requests(q->done);
     q->queued = q->done = NULL;
     q->length = q->done_length = 0;
-    q->answered = NULL;
+    q->answered = q->held = NULL;
     q->is_forgotten = true;
     for (unsigned i = 0; i < q->depth; i++)
         orphan(&q->slots[i]);

@@ -7,7 +7,8 @@
  * and `retire` when it has no more use for the slot; this happens in the thread that moves the
  * connection, which may be one that makes another call.  `pieces_reap` takes the answered slots in
  * the thread that waits on the queue, and `land` decides: the next command of the same piece, or
- * its end.
+ * its end.  A slot whose command has to wait for another one is in q->held, and `pieces_pump` tries
+ * it again.
  *
  * Locks.  Who has q->turn moves the queue: it sends, polls and reaps.  q->lock protects the lists
  * and counters, also from callbacks, which run while libnbd's lock is held.  So libnbd is never
@@ -40,19 +41,23 @@ struct end {
     uint64_t size;
     uint32_t minimum, maximum; /* of the server's block size constraints; maximum 0 is none */
     bool has_zero;             /* it has a command for zeroes */
+    bool is_bounded;           /* commands without data are not larger than maximum, either */
 };
 
 struct request {
     struct request *next;
     enum nbdqueue_operation operation;
     uintptr_t token;
+    uint64_t serial;
     char *buffer;
     uint64_t start, cut, end; /* the range; what is before cut was given to slots */
     uint32_t flags;
     unsigned flying; /* its slots */
-    int error;
-    uint64_t error_offset;
+    uint64_t moved;  /* bytes that were copied or set to zero */
+    int error;       /* of the piece that failed first: */
+    uint64_t error_offset, error_length;
     enum nbdqueue_end error_end;
+    bool is_cancelled; /* nobody waits for it */
 };
 
 /* A piece of a request. */
@@ -69,10 +74,11 @@ struct slot {
     struct member *member;             /* NULL if it did not get to a handle */
     uint64_t cookie;
     int error;
-    bool is_flying;   /* libnbd has it */
-    bool is_issued;   /* the call that gives it to libnbd has returned */
-    bool is_answered; /* the completion was called */
-    bool is_listed;   /* in q->answered */
+    struct nbdshim_range range; /* of an orphan, for those who have to wait for it */
+    bool is_flying;             /* libnbd has it */
+    bool is_issued;             /* the call that gives it to libnbd has returned */
+    bool is_answered;           /* the completion was called */
+    bool is_listed;             /* in q->answered */
     bool is_orphan;
 };
 
@@ -84,25 +90,40 @@ struct nbdqueue {
     int epoll, timer;       /* of watch.h, or -1 */
     bool is_timing;         /* the timer was started */
     bool is_sleeping;       /* the thread that waits is in poll, or the event loop is */
-    bool has_news;          /* requests were added while another thread had the turn */
+    bool has_news;          /* requests or handles were added while another thread had the turn */
+    bool is_started;        /* a request was added: the ends are settled */
     bool is_woken, is_dropped;
     bool is_forgotten; /* dropped, and no request is left */
     unsigned depth, flying;
     unsigned forks; /* nbdshim_forks of the process that made the queue */
     uint32_t piece;
     struct end ends[2];
-    struct member members[NBDQUEUE_MOST_HANDLES];
-    size_t count;
+    struct member members[NBDQUEUE_MAX_HANDLES];
+    size_t added;        /* members that were given to the queue; q->lock protects it */
+    atomic_size_t count; /* those that are in use: who has the turn takes over the others */
     struct slot *slots, *free, *answered;
+    struct slot *held;  /* not sent yet, because of what must end before; of who has the turn */
+    unsigned cancelled; /* slots of requests that were cancelled */
     struct request *queued, **last_queued;
     struct request *done, **last_done;
     unsigned length, done_length;
-    unsigned told;                  /* so many of those that are done, from the first one on */
+    unsigned told;                  /* how many of those that are done the last call has reported */
+    uint64_t serial;                /* of the last request */
     struct nbdshim_closure *keeper; /* its token stands for the buffers */
     char *zeroes;                   /* a piece of them */
     atomic_uint_fast64_t copied, zeroed;
-    int64_t next_pause; /* when the handlers of signals are to run, at the latest */
+    _Atomic int64_t last_moved; /* when a byte last moved, in nanoseconds; 0 is never */
+    int64_t next_pause;         /* when the handlers of signals are to run, at the latest */
 };
+
+/*
+ * In the child of a fork nothing of the parent's queue is used: a thread of the parent may have
+ * been in the middle of a change, with q->lock locked.
+ */
+static inline bool nbdqueue_is_inherited(const struct nbdqueue *q)
+{
+    return atomic_load_explicit(&nbdshim_forks, memory_order_relaxed) != q->forks;
+}
 
 /*
  * What is known at once of a new request: that it cannot be, or has nothing to do.  Returns 0 or an
@@ -125,6 +146,9 @@ bool pieces_reap(struct nbdqueue *q);
 /* The connection of a handle has ended, with an errno or 0: no more commands go there. */
 void pieces_lose(const struct nbdqueue *q, struct member *m, int error);
 
+/* Mark the slots of a request that was cancelled.  q->lock is locked. */
+void pieces_cancel(struct nbdqueue *q, uintptr_t token);
+
 /*
  * The end of all requests of a queue that was dropped.  Commands in flight become orphans.  The
  * caller has the turn.  s is the handle whose call hands the queue's token over, if that can be
@@ -134,6 +158,9 @@ void pieces_forget(struct nbdqueue *q, struct nbdshim *s);
 
 /* Have the thread that sleeps in poll look again.  q->lock is locked. */
 void nbdqueue_rouse(struct nbdqueue *q);
+
+/* Note that a byte has moved. */
+void nbdqueue_note_move(struct nbdqueue *q);
 
 /* Let go of a queue; the last one frees it. */
 void nbdqueue_unrefer(struct nbdqueue *q);

@@ -25,10 +25,9 @@ static int change(const struct nbdqueue *q, int fd, uint32_t before, uint32_t ev
     return before == events ? 0 : epoll_ctl(q->epoll, what, fd, &event);
 }
 
-/* Watch the socket of a handle.  Returns 0, or -1 with errno. */
-static int add(const struct nbdqueue *q, struct member *m)
+int watch_add(const struct nbdqueue *q, struct member *m)
 {
-    if (m->is_lost || !m->is_entered)
+    if (q->epoll < 0 || m->is_lost || !m->is_entered)
         return 0;
     m->socket = nbdshim_socket_of(m->s);
     m->events = EPOLLIN;
@@ -43,7 +42,7 @@ int watch_begin(struct nbdqueue *q)
         change(q, q->timer, 0, EPOLLIN) == 0) {
         size_t i = 0;
 
-        while (i < q->count && add(q, &q->members[i]) == 0)
+        while (i < q->count && watch_add(q, &q->members[i]) == 0)
             i++;
         if (i == q->count)
             return q->epoll;
@@ -99,7 +98,7 @@ void watch_update(struct nbdqueue *q)
         events = m->is_shared ? 0 : wanted(m);
         if (change(q, m->socket, m->events, events) == 0)
             m->events = events;
-        if (events == 0)
+        if (events == 0 || q->held != NULL) /* another thread may move what it waits for */
             start_timer(q);
     }
 }

@@ -18,6 +18,9 @@
 /* Make the descriptor, which the queue owns.  Returns it, or -1 with errno.  q->turn is taken. */
 int watch_begin(struct nbdqueue *q);
 
+/* Watch the socket of one handle more, if there is a descriptor.  Returns 0, or -1 with errno. */
+int watch_add(const struct nbdqueue *q, struct member *m);
+
 /*
  * Wait for what libnbd waits for, from now on.  The caller has the turn, and has entered the
  * handles.  A handle that another thread moves is left to it for a while.

@@ -609,7 +609,7 @@ def _step(client: ref[Client]) -> None:
                 future.set_result(one.error)
             waiting.pop(token, None)
             kept.pop(token, None)
-        engine.take(count)
+        engine.take(done, count)
     except BaseException:
         engine.wake()  # it tells again of what it has told
         raise

@@ -360,7 +360,7 @@ class _Copy:
             for i in range(count):
                 if done[i].error:
                     raise _failure(done[i])
-            engine.take(count)
+            engine.take(done, count)
             if worker == 0:
                 self._report()
             if count:

@@ -7,11 +7,14 @@ csrc/nbdqueue.h is its manual.
 from __future__ import annotations
 
 import os
+from errno import ENOMEM
+from math import isnan
 from sys import is_finalizing
+from time import monotonic
 
 from nbd._core.callbacks import forget, next_token, registry
 from nbd._core.convert import as_number
-from nbd._core.errors import Error, pending, report_pending, settle
+from nbd._core.errors import Error, pending, report_pending, settle, settle_as
 from nbd._core.lifetime import owned
 from nbd._core.shim import ffi, lib
 
@@ -26,10 +29,12 @@ READ, WRITE, ZERO = lib.NBDQUEUE_READ, lib.NBDQUEUE_WRITE, lib.NBDQUEUE_ZERO
 TRIM, CACHE, FLUSH = lib.NBDQUEUE_TRIM, lib.NBDQUEUE_CACHE, lib.NBDQUEUE_FLUSH
 COPY = lib.NBDQUEUE_COPY
 
-_MOST_DEPTH = 4096
-_MOST_PIECE = 32 * 1024 * 1024  # what every server takes (NBD's specification)
-_MOST = 2**64 - 1
-_ROOM = 256
+_MAX_DEPTH = 4096
+_MAX_PIECE = 32 * 1024 * 1024  # what every server takes (NBD's specification)
+_MAX_OFFSET = 2**64 - 1
+_MAX_INT = 2**31 - 1
+#: How many requests that are done one call reports.
+ROOM = 256
 _NAMES = {
     READ: "reading",
     WRITE: "writing",
@@ -56,34 +61,47 @@ class Engine:
     q: Any = ffi.NULL
 
     def __init__(self, depth: int, piece: int) -> None:
-        if not 1 <= depth <= _MOST_DEPTH:
-            raise ValueError(f"depth: {depth} is not between 1 and {_MOST_DEPTH} commands")
-        if not 1 <= piece <= _MOST_PIECE:
-            raise ValueError(f"piece: {piece} is not between 1 and {_MOST_PIECE} bytes")
+        if not 1 <= depth <= _MAX_DEPTH:
+            raise ValueError(f"depth: {depth} is not between 1 and {_MAX_DEPTH} commands")
+        if not 1 <= piece <= _MAX_PIECE:
+            raise ValueError(f"piece: {piece} is not between 1 and {_MAX_PIECE} bytes")
         token = next_token()
         self.kept: dict[int, Any] = {}
         registry[token] = self.kept
         try:
-            made = lib.nbdqueue_create(depth, piece, token)
-            if not made:
-                raise MemoryError("no memory for a queue")
+            made = _created(depth, piece, token)
             self.q = owned(made, lib.nbdqueue_destroy)
         except BaseException:
             forget(token, None)
             raise
         self._handles: list[Handle] = []
-        self._room = _ROOM
-        self._done = ffi.new("struct nbdqueue_done[]", _ROOM)
+        # Arrays for `wait` and `step` that no call uses: a signal handler's call takes another one.
+        self._arrays: list[Any] = []
 
     def add(self, end: int, handle: Handle) -> None:
-        """Give one of the ends a handle, which has to be connected."""
+        """Give one of the ends a handle, which has to be connected.
+
+        A handle may join at any time, also while another thread waits.
+
+        Raises:
+            nbd.Error: The handle is not connected, or its export is too large.
+            ValueError: The queue has it already, is closed, or has as many as it can; or the export
+                is not the one of the other handles.
+        """
         if handle in self._handles:
             raise ValueError("handles: the same handle is there twice")
         result = lib.nbdqueue_add(self.q, end, handle._h)
-        if result == lib.NBDSHIM_NO_MEMORY:
-            raise ValueError(f"handles: a queue takes {lib.NBDQUEUE_MOST_HANDLES} at the most")
+        if result == lib.NBDSHIM_TOO_MANY:
+            raise ValueError(f"handles: a queue takes at most {lib.NBDQUEUE_MAX_HANDLES} of them")
+        if result == lib.NBDSHIM_OTHER_EXPORT:
+            raise ValueError(
+                "handles: the size or the block sizes of its export differ from those of the "
+                "others; all have to be connected to the same export"
+            )
+        if result == lib.NBDSHIM_CLOSED and not lib.nbdshim_check(handle._h):
+            raise self.refused(result)
         if result < 0 or pending:
-            settle(handle._h, result)
+            settle_as(handle._h, result, "get_size")
         self._handles.append(handle)
 
     def add_file(self, end: int, fd: int, base: int, size: int) -> None:
@@ -102,17 +120,16 @@ class Engine:
         """Wait as nbdqueue_wait does.
 
         Returns:
-            An array of struct nbdqueue_done, and how many are in it.  They come again until `take`.
+            An array of struct nbdqueue_done, and how many are in it: at most ROOM.  They are
+            reported again until `take`, which is to be called in any case.
         """
-        if least > self._room:
-            self._done = ffi.new("struct nbdqueue_done[]", least)
-            self._room = least
-        count = nbdqueue_wait(self.q, self._done, self._room, least, timeout)
+        done = self._array()
+        count = nbdqueue_wait(self.q, done, ROOM, least if least < _MAX_INT else _MAX_INT, timeout)
         if count < 0:
             raise self.refused(count)
         if pending:
             self._settle(0)
-        return self._done, count
+        return done, count
 
     def fileno(self) -> int:
         """A descriptor that can be read when `step` has something to do; the queue closes it."""
@@ -125,12 +142,13 @@ class Engine:
 
     def step(self) -> tuple[Any, int]:
         """Do what can be done without waiting; returns as `wait` does."""
-        count = nbdqueue_step(self.q, self._done, self._room)
+        done = self._array()
+        count = nbdqueue_step(self.q, done, ROOM)
         if count < 0:
             raise self.refused(count)
         if pending:
             self._settle(0)
-        return self._done, count
+        return done, count
 
     def error_of(self, handle: Handle) -> int:
         """The errno with which the connection of a handle has ended; 0 if it has not."""
@@ -140,9 +158,22 @@ class Engine:
         """Send no more commands for a request."""
         lib.nbdqueue_cancel(self.q, token)
 
-    def take(self, count: int) -> None:
-        """Forget the first requests that wait has told of."""
-        nbdqueue_take(self.q, count)
+    def take(self, done: Any, count: int) -> None:
+        """Forget the requests that `wait` or `step` has reported; the array is not used again."""
+        if count:
+            nbdqueue_take(self.q, done, count)
+        self._arrays.append(done)
+
+    def last_moved(self) -> float:
+        """When a byte last moved, by time.monotonic(); 0.0 if that has not happened yet."""
+        return float(lib.nbdqueue_last_moved(self.q))
+
+    def _array(self) -> Any:
+        """An array for requests that are done, which no other call uses."""
+        try:
+            return self._arrays.pop()
+        except IndexError:
+            return ffi.new("struct nbdqueue_done[]", ROOM)
 
     def wake(self) -> None:
         """End the wait of another thread, or the next one."""
@@ -168,7 +199,7 @@ class Engine:
     def refused(self, result: int) -> Exception:
         """The exception for a refusal of the shim, unless a better one is raised here."""
         if result == lib.NBDSHIM_CLOSED:
-            return ValueError("the queue is closed; make a new one")
+            return ValueError("the queue is closed, or of the parent process; make a new one")
         if result == lib.NBDSHIM_NO_MEMORY:
             return MemoryError("no memory for a request")
         self._settle(result)
@@ -181,6 +212,64 @@ class Engine:
         settle(self._handles[0]._h if self._handles else None, result)
 
 
+class IdleTimer:
+    """How long an engine has moved no byte, for a `timeout` in seconds; None is for ever.
+
+    A process that was suspended for longer than the timeout is not late for that: `Engine.wait`
+    looks at the connections before it returns, also if its time is over.
+    """
+
+    def __init__(self, engine: Engine, timeout: float | None) -> None:
+        self._engine = engine
+        self._timeout = timeout
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin to count: the caller has just begun to wait."""
+        self._since = monotonic()
+
+    def remaining(self) -> float:
+        """How many seconds to wait at once; -1.0 is for ever."""
+        if self._timeout is None:
+            return -1.0
+        return max(0.0, self._since_last_move() + self._timeout - monotonic())
+
+    def is_over(self) -> bool:
+        """Whether nothing has moved for as long as the timeout says."""
+        return self._timeout is not None and not self.remaining()
+
+    def _since_last_move(self) -> float:
+        return max(self._since, self._engine.last_moved())
+
+
+def _created(depth: int, piece: int, token: int) -> Any:
+    """A queue of the shim.
+
+    Raises:
+        OSError, MemoryError: There is no descriptor left, or no memory.
+    """
+    made = lib.nbdqueue_create(depth, piece, token)
+    if made:
+        return made
+    if ffi.errno == ENOMEM:
+        raise MemoryError("no memory for a queue")
+    raise OSError(ffi.errno, f"{os.strerror(ffi.errno)}: a queue needs a descriptor")
+
+
+def as_timeout(timeout: float | None) -> float:
+    """The seconds that a wait may take, as nbdqueue_wait takes them: less than 0 is for ever.
+
+    Raises:
+        ValueError: It is NaN.
+    """
+    if timeout is None:
+        return -1.0
+    seconds = float(timeout)
+    if isnan(seconds):
+        raise ValueError("timeout: nan is not a number of seconds; None is for ever")
+    return max(0.0, seconds)
+
+
 def as_request(count: int, offset: int, flags: int) -> tuple[int, int, int]:
     """The numbers of a request as exact ints.
 
@@ -191,15 +280,16 @@ def as_request(count: int, offset: int, flags: int) -> tuple[int, int, int]:
     if not (type(count) is type(offset) is type(flags) is int):
         count, offset = as_number("count", count), as_number("offset", offset)
         flags = as_number("flags", flags)
-    if not 0 <= offset <= _MOST or not 0 <= count <= _MOST - offset:
+    if not 0 <= offset <= _MAX_OFFSET or not 0 <= count <= _MAX_OFFSET - offset:
         raise ValueError(f"{count} bytes at offset {offset} are not a range of a disk")
     if not 0 <= flags < 2**32:
         raise ValueError(f"flags: {flags} is not between 0 and {2**32 - 1}")
     return count, offset, flags
 
 
-def failure(operation: int, length: int, offset: int, errnum: int) -> Error:
-    """The exception for a request that has failed."""
+def failure(operation: int, length: int, offset: int, errnum: int, at: int | None = None) -> Error:
+    """The exception for a request that has failed; `at` is where, if not at its beginning."""
     what = _NAMES[operation]
     where = "" if operation == FLUSH else f" {length} bytes at offset {offset}"
-    return Error(f"{what}{where} failed: {os.strerror(errnum)}", errnum)
+    place = "" if at is None or at == offset or operation == FLUSH else f" at offset {at}"
+    return Error(f"{what}{where} failed{place}: {os.strerror(errnum)}", errnum)

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from _thread import RLock
+from _thread import TIMEOUT_MAX, RLock
+from time import monotonic
 
 from nbd._core.buffer import readable, writable
 from nbd._core.callbacks import next_token
@@ -12,12 +13,14 @@ from nbd._core.engine import (
     CACHE,
     FLUSH,
     READ,
+    ROOM,
     TARGET,
     TRIM,
     WRITE,
     ZERO,
     Engine,
     as_request,
+    as_timeout,
     failure,
 )
 from nbd._core.memory import BOUNCES, NEVER_STALE, copy_back, free, from_buffer, is_unowned
@@ -46,7 +49,7 @@ class Request:
     Attributes:
         offset: Where it starts, in bytes from the start of the export.
         length: Its size in bytes.
-        is_done: Whether the queue has told of it.  From then on its buffer is the caller's again.
+        is_done: Whether the queue has reported it.  From then on its buffer is the caller's again.
         error: None, or the nbd.Error with which it has failed.
     """
 
@@ -69,7 +72,7 @@ class Request:
     def _end(self, errnum: int, offset: int) -> None:
         """Note its result, and let its buffer go.  It may be done again, after an interruption."""
         if errnum:
-            self.error = failure(self._operation, self.length, offset, errnum)
+            self.error = failure(self._operation, self.length, self.offset, errnum, offset)
         pin = self._pin
         if BOUNCES and pin is not None and self._target is not None:
             try:
@@ -132,6 +135,8 @@ class Queue:
         self._engine = engine
         # Threads that wait take turns.  It is one that a signal handler can take again.
         self._lock = RLock()
+        #: Requests that are done and were not returned by `wait` or `step` yet.
+        self._finished: list[Request] = []
 
     @property
     def size(self) -> int:
@@ -275,11 +280,16 @@ class Queue:
 
         C: nbd_aio_notify_read, nbd_aio_notify_write, nbd_aio_command_completed.
         """
-        seconds = -1.0 if timeout is None else max(0.0, float(timeout))
-        if not self._lock.acquire(timeout=seconds if timeout is not None else -1):
+        least, seconds = as_number("least", least), as_timeout(timeout)
+        until = monotonic() + seconds
+        if not self._lock.acquire(timeout=seconds if 0 <= seconds <= TIMEOUT_MAX else -1):
             return []
         try:
-            return self._finished(*self._engine.wait(as_number("least", least), seconds))
+            if seconds > 0:
+                seconds = max(0.0, until - monotonic())
+            while self._finish(*self._engine.wait(least, seconds)) == ROOM:
+                least, seconds = 1, 0.0  # there may be more than one call reports
+            return self._take_finished()
         finally:
             self._lock.release()
 
@@ -303,21 +313,28 @@ class Queue:
         return self._engine.fileno()
 
     def step(self) -> list[Request]:
-        """Do what can be done without waiting: for event loops, in place of `wait`.
+        """Do what can be done without waiting: for event loops, instead of `wait`.
 
-        It sends and receives for a millisecond at the most.  If there is more to do, the descriptor
-        of `fileno` can be read at once.
+        It sends and receives for at most a millisecond.  If there is more to do, the descriptor of
+        `fileno` can be read at once.
 
         Returns:
-            The requests that were done since the last call, in any order.
+            The requests that were done since the last call, in any order; none while another thread
+            is in `wait`, which returns them.
 
         Raises:
             ValueError: The queue is closed.
 
         C: nbd_aio_notify_read, nbd_aio_notify_write, nbd_aio_command_completed.
         """
-        with self._lock:
-            return self._finished(*self._engine.step())
+        if not self._lock.acquire(blocking=False):
+            return []
+        try:
+            while self._finish(*self._engine.step()) == ROOM:
+                pass
+            return self._take_finished()
+        finally:
+            self._lock.release()
 
     def wake(self) -> None:
         """End the wait of another thread; if none waits, the next wait returns at once."""
@@ -363,17 +380,27 @@ class Queue:
             raise engine.refused(result)
         return request
 
-    def _finished(self, done: Any, count: int) -> list[Request]:
+    def _finish(self, done: Any, count: int) -> int:
+        """End the requests that the engine has reported; returns how many it has reported.
+
+        A signal handler may run between any two bytecodes.  It may raise, or call `wait` itself,
+        which reports the same requests.  So each step can be made again, and `kept` decides who
+        has ended a request.
+        """
         engine = self._engine
-        kept = engine.kept
-        finished = []
+        kept, finished = engine.kept, self._finished
         for i in range(count):
             one = done[i]
             token = one.token
             request = kept.get(token)
-            if request is not None:  # else a signal handler has raised in an earlier call
+            if request is not None:
                 request._end(one.error, one.offset)
-                finished.append(request)
-                del kept[token]
-        engine.take(count)
+                if kept.pop(token, None) is not None:
+                    finished.append(request)
+        engine.take(done, count)
+        return count
+
+    def _take_finished(self) -> list[Request]:
+        """All requests that were not returned yet."""
+        finished, self._finished = self._finished, []
         return finished

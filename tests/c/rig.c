@@ -49,7 +49,7 @@ void submit(struct rig *rig, enum nbdqueue_operation operation, uintptr_t token,
 void finish(struct rig *rig, int count)
 {
     CHECK(nbdqueue_wait(rig->q, rig->done, MOST, count, FOR_EVER) == count);
-    nbdqueue_take(rig->q, count);
+    nbdqueue_take(rig->q, rig->done, count);
 }
 
 bool each_ended_once(const struct rig *rig, int count)

@@ -31,6 +31,7 @@ static bool fails(void)
 void *__real_malloc(size_t size);
 void *__real_calloc(size_t count, size_t size);
 void *__real_realloc(void *p, size_t size);
+void *__real_aligned_alloc(size_t alignment, size_t size);
 char *__real_strdup(const char *text);
 struct nbd_handle *__real_nbd_create(void);
 
@@ -47,6 +48,11 @@ void *__wrap_calloc(size_t count, size_t size)
 void *__wrap_realloc(void *p, size_t size)
 {
     return fails() ? NULL : __real_realloc(p, size);
+}
+
+void *__wrap_aligned_alloc(size_t alignment, size_t size)
+{
+    return fails() ? NULL : __real_aligned_alloc(alignment, size);
 }
 
 char *__wrap_strdup(const char *text)
@@ -165,7 +171,7 @@ static int64_t ask(struct nbdqueue *q, enum nbdqueue_operation operation, uint64
     if (ret != 0)
         return ret;
     CHECK(nbdqueue_wait(q, &done, 1, 1, -1) == 1);
-    nbdqueue_take(q, 1);
+    nbdqueue_take(q, &done, 1);
     CHECK(done.error == 0 || done.error == ENOMEM);
     return done.error == 0 ? 0 : NBDSHIM_NO_MEMORY;
 }

@@ -484,7 +484,7 @@ static void what_was_told_of_comes_again_until_it_is_taken(void)
         CHECK(nbdqueue_wait(rig.q, rig.done, MOST, 1, FOR_EVER) == 1);
         CHECK(each_ended_once(&rig, 1));
     }
-    nbdqueue_take(rig.q, 1);
+    nbdqueue_take(rig.q, rig.done, 1);
     CHECK(nbdqueue_wait(rig.q, rig.done, MOST, 1, FOR_EVER) == 0);
     tear_down(&rig);
 }
@@ -607,7 +607,7 @@ static void *wait_and_take(void *argument)
         CHECK(count >= 0);
         for (int i = 0; i < count; i++)
             CHECK(done[i].error == 0);
-        nbdqueue_take(shared->rig.q, count);
+        nbdqueue_take(shared->rig.q, done, count);
         shared->told += (unsigned)count;
         pthread_mutex_unlock(&shared->lock);
         sched_yield();
@@ -680,7 +680,7 @@ static void *wait_for_errors_too(void *argument)
         CHECK(count >= 0);
         for (int i = 0; i < count; i++)
             CHECK(done[i].error != EINVAL);
-        nbdqueue_take(shared->rig.q, count);
+        nbdqueue_take(shared->rig.q, done, count);
         shared->told += (unsigned)count;
     }
     return NULL;

@@ -38,7 +38,7 @@ static void loop_until(struct rig *rig, int fd, int count)
             return;
         for (int i = 0; i < now; i++)
             rig->done[found++] = done[i];
-        nbdqueue_take(rig->q, now);
+        nbdqueue_take(rig->q, done, now);
     }
     CHECK(found == count);
 }
@@ -123,7 +123,7 @@ static void what_is_done_beyond_the_room_makes_it_ready_again(void)
         CHECK(nbdqueue_step(rig.q, &done, 1) == 1);
         rig.done[i] = done;
         rig.done[i].error = 0;
-        nbdqueue_take(rig.q, 1);
+        nbdqueue_take(rig.q, &done, 1);
     }
     CHECK(each_ended_once(&rig, 4));
     CHECK(!is_ready(fd, 0));
