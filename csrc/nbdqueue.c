@@ -798,16 +798,19 @@ static void take_last_turn(struct nbdqueue *q)
         ; /* interrupted by a signal */
 }
 
+static void close_one(int *fd)
+{
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
+}
+
 /* In the child of a fork: close its copies of the descriptors, and leave the rest alone. */
 static void let_parent_have(struct nbdqueue *q)
 {
-    int *const owned[] = {&q->waker, &q->epoll, &q->timer};
-
-    for (size_t i = 0; i < sizeof owned / sizeof owned[0]; i++) {
-        if (*owned[i] >= 0)
-            close(*owned[i]);
-        *owned[i] = -1;
-    }
+    close_one(&q->waker);
+    close_one(&q->epoll);
+    close_one(&q->timer);
 }
 
 void nbdqueue_drop(struct nbdqueue *q)
