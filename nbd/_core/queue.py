@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from _thread import TIMEOUT_MAX, RLock
+from collections import deque
 from time import monotonic
 
 from nbd._core.buffer import readable, writable
@@ -136,7 +137,7 @@ class Queue:
         # Threads that wait take turns.  It is one that a signal handler can take again.
         self._lock = RLock()
         #: Requests that are done and were not returned by `wait` or `step` yet.
-        self._finished: list[Request] = []
+        self._finished: deque[Request] = deque()
 
     @property
     def size(self) -> int:
@@ -401,6 +402,18 @@ class Queue:
         return count
 
     def _take_finished(self) -> list[Request]:
-        """All requests that were not returned yet."""
-        finished, self._finished = self._finished, []
-        return finished
+        """All requests that were not returned yet.
+
+        Each is taken by one operation: a signal handler's call may take others in between.
+        """
+        finished = self._finished
+        taken: list[Request] = []
+        try:
+            while finished:
+                taken.append(finished.popleft())
+        except IndexError:  # a signal handler's call has taken the last one
+            pass
+        except BaseException:
+            finished.extendleft(reversed(taken))
+            raise
+        return taken
