@@ -31,7 +31,8 @@
  * held and released as those of a command that does not wait.  If none stands for its buffer, the
  * shim makes one: before the call returns, the upcall `orphaned` is given it, and has to keep the
  * buffer in place.  A connect or an option that was stopped goes on when the next call waits.  A
- * handle has a bounded number of orphans: then commands wait for room.
+ * command that overlaps an orphan which changes the disk waits for that one's end.  A handle has a
+ * bounded number of orphans: then commands wait for room.
  *
  * Buffers.  The caller keeps a buffer in place until the last token of the command is released.
  * Where a read fails, bytes of its buffer stay as they were.  So a call that waits and makes its

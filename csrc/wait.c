@@ -330,9 +330,11 @@ static int finish(struct nbdshim_wait *w, int ret)
     return ret;
 }
 
-int nbdshim_begin(struct nbdshim_wait *w, struct nbdshim *s, const char *name)
+/* The same as nbdshim_begin, but it waits for the turn at most until `until`. */
+static int begin_until(struct nbdshim_wait *w, struct nbdshim *s, const char *name, int64_t until)
 {
     int ret = nbdshim_enter(s);
+    int64_t deadline;
     double timeout;
 
     if (ret != 0)
@@ -342,8 +344,17 @@ int nbdshim_begin(struct nbdshim_wait *w, struct nbdshim *s, const char *name)
     nbdshim_waiting = w;
     if (timeout > 0)
         w->deadline = nbdshim_deadline(timeout);
+    deadline = w->deadline;
+    if (until < deadline)
+        w->deadline = until;
     ret = take_turn(w);
+    w->deadline = deadline;
     return ret == 0 ? 0 : finish(w, ret);
+}
+
+int nbdshim_begin(struct nbdshim_wait *w, struct nbdshim *s, const char *name)
+{
+    return begin_until(w, s, name, NEVER);
 }
 
 void nbdshim_add_orphan(struct nbdshim *s, struct nbdshim_range *range, size_t size)
@@ -531,13 +542,14 @@ static int poll_both(struct nbdshim *s, const char *name, int fd, int timeout)
 {
     struct nbdshim_wait w;
     struct pollfd fds[2] = {{.fd = -1}, {.fd = fd, .events = POLLIN}};
-    int ret = nbdshim_begin(&w, s, name);
     int64_t until = NEVER;
+    int ret;
 
-    if (ret != 0)
-        return ret;
     if (timeout >= 0)
         until = nanoseconds(CLOCK_MONOTONIC) + timeout * MILLISECOND;
+    ret = begin_until(&w, s, name, until);
+    if (ret != 0)
+        return ret == NBDSHIM_TIMED_OUT && is_past(until) ? 0 : ret;
     ret = wait_for_socket(&w, fds, until);
     if (ret == 1)
         ret = nbdshim_notify(s, fds[0].revents) == -1 ? -1 : 1;

@@ -102,9 +102,11 @@ class Handle:
 
         A command that was sent cannot be taken back: a write that was stopped
         may have happened, wholly or in part. Its answer is dropped when it
-        comes, and the handle can be used as before. After 64 such commands, or
-        64 MiB, the next one waits for an answer first. A connect that was
-        stopped goes on: the next call that waits finishes it first.
+        comes, and the handle can be used as before. A call that overlaps a
+        write, zero or trim that was stopped is sent after that one's answer.
+        After 64 such commands, or 64 MiB, the next one waits for an answer
+        first. A connect that was stopped goes on: the next call that waits
+        finishes it first.
 
         Args:
             seconds: More than 0; None, as at the beginning, is for ever.

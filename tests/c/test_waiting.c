@@ -328,6 +328,22 @@ static void *move_the_connection(void *argument)
     return NULL;
 }
 
+static void a_poll_does_not_wait_longer_for_its_turn(void)
+{
+    struct silence silent = silence(0);
+    pthread_t thread;
+
+    CHECK(start_read(silent.s, room, SIZE, 0, 0, false) > 0);
+    CHECK(pthread_create(&thread, NULL, poll_for_ever, silent.s) == 0);
+    while (atomic_load(&silent.s->users) != 2)
+        sched_yield();
+    CHECK(nbdcall_poll(silent.s, 10) == 0);
+    CHECK(nbdcall_poll(silent.s, 0) == 0);
+    CHECK(nbdshim_close(silent.s) == 0);
+    CHECK(pthread_join(thread, NULL) == 0);
+    end_silence(&silent);
+}
+
 static void threads_with_deadlines_share_a_handle(void)
 {
     struct crowd crowd = {.s = connected()};
@@ -386,5 +402,6 @@ RUN_TESTS(TEST(a_deadline_makes_an_orphan_that_keeps_its_buffer_until_the_end),
           TEST(orphans_are_bounded_by_bytes),
           TEST(a_connect_that_was_stopped_is_finished_by_the_next_call),
           TEST(who_waits_for_his_turn_can_be_stopped_too),
+          TEST(a_poll_does_not_wait_longer_for_its_turn),
           TEST(threads_with_deadlines_share_a_handle), TEST(closing_does_not_wait_for_orphans),
           TEST(a_timeout_is_of_its_handle))
