@@ -270,7 +270,7 @@ static bool choose_member(struct slot *slot)
 
     pthread_mutex_lock(&q->lock);
     slot->member = least_busy(slot, end_of(slot), &is_alive);
-    if (slot->request->is_cancelled || !is_alive) {
+    if (slot->request->is_cancelled || q->is_dropped || !is_alive) {
         slot->member = NULL;
         slot->error = is_alive ? ECANCELED : lost_error(q, end_of(slot));
         list_answered(slot);
@@ -302,8 +302,9 @@ static void use_file_now(struct slot *slot, struct queuefile *file)
 }
 
 /*
- * Send a slot's command, unless its request was cancelled.  Whatever becomes of it, the slot gets
- * into q->answered in the end; q->held has it until then if it has to wait.
+ * Send a slot's command, unless its request was cancelled or the queue was dropped.  Whatever
+ * becomes of it, the slot gets into q->answered in the end; q->held has it until then if it has to
+ * wait.
  */
 static void send_command(struct slot *slot)
 {
@@ -335,6 +336,11 @@ static void send_command(struct slot *slot)
 static uint64_t round_down(uint64_t n, uint64_t multiple)
 {
     return n - n % multiple;
+}
+
+static uint64_t round_up(uint64_t n, uint64_t multiple)
+{
+    return round_down(n + multiple - 1, multiple);
 }
 
 static uint64_t smaller(uint64_t a, uint64_t b)
@@ -387,7 +393,7 @@ static void fit(struct slot *slot, struct request *r)
     slot->length = last - r->cut;
     if (is_range) {
         slot->wide_offset = round_down(r->cut, end->minimum);
-        wide_end = smaller(round_down(last + end->minimum - 1, end->minimum), end->size);
+        wide_end = smaller(round_up(last, end->minimum), end->size);
     }
     slot->wide_length = wide_end - slot->wide_offset;
     slot->merges = is_change(r->operation) && slot->wide_length != slot->length;
@@ -582,7 +588,7 @@ static void end_piece(struct slot *slot)
 static bool cut_further(struct slot *slot)
 {
     struct end *end = &slot->q->ends[NBDQUEUE_TARGET];
-    uint64_t stop = slot->offset + slot->length;
+    uint64_t stop = smaller(round_up(slot->offset + slot->length, end->minimum), end->size);
 
     if (slot->command != NBDQUEUE_ZERO && slot->command != NBDQUEUE_TRIM &&
         slot->command != NBDQUEUE_CACHE)
