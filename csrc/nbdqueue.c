@@ -142,13 +142,15 @@ static void take_over(struct nbdqueue *q)
  */
 static int enter_all(struct nbdqueue *q)
 {
+    size_t before = q->count;
+
     take_over(q);
     for (size_t i = 0; i < q->count; i++) {
         struct member *m = &q->members[i];
         int ret = nbdshim_enter(m->s);
 
         m->is_entered = ret == 0;
-        if (ret == NBDSHIM_CLOSED)
+        if (ret == NBDSHIM_CLOSED || (i >= before && watch_add(q, m) != 0))
             pieces_lose(q, m, ENOTCONN);
         if (ret != NBDSHIM_REENTERED)
             continue;
