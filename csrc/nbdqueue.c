@@ -16,6 +16,9 @@
 /* A step of an event loop ends after so long, even if there is more to do. */
 #define STEP 0.001
 
+/* What `move` returns besides refusals. */
+enum { IDLE, HAS_MOVED, INTERRUPTED };
+
 struct nbdqueue *nbdqueue_create(unsigned depth, uint32_t piece, uintptr_t token)
 {
     struct nbdqueue *q = calloc(1, sizeof *q);
@@ -452,8 +455,9 @@ static void enter_new(struct nbdqueue *q)
 }
 
 /*
- * Wait for the sockets, at most `longest` nanoseconds, and let libnbd go on.  Returns 1; 0 if
- * nothing has happened; or as pause_for_handlers.
+ * Wait for the sockets, at most `longest` nanoseconds, and let libnbd go on.  Returns HAS_MOVED;
+ * IDLE if nothing has happened; INTERRUPTED if a signal kept it from looking at the sockets; or as
+ * pause_for_handlers.
  */
 static int move(struct nbdqueue *q, int64_t longest)
 {
@@ -472,7 +476,7 @@ static int move(struct nbdqueue *q, int64_t longest)
     if (ready > 0)
         notify_all(q, fds);
     give_turns(q);
-    ret = pieces_reap(q) || ready > 0;
+    ret = pieces_reap(q) || ready > 0 ? HAS_MOVED : ready < 0 ? INTERRUPTED : IDLE;
     if (ready < 0 || nbdshim_slice(q->next_pause) == 0) {
         int stopped = pause_for_handlers(q);
 
@@ -575,7 +579,7 @@ int nbdqueue_wait(struct nbdqueue *q, struct nbdqueue_done *done, int room, int 
                 return ret; /* without a turn */
             pieces_pump(q);
             /* 0 seconds: as long as something has happened; else the time is the limit */
-            if ((ret == 0 || timeout > 0) && nbdshim_slice(until) == 0)
+            if ((ret == IDLE || (ret == HAS_MOVED && timeout > 0)) && nbdshim_slice(until) == 0)
                 break;
         }
         ret = tell(q, done, room);
@@ -626,7 +630,7 @@ int nbdqueue_step(struct nbdqueue *q, struct nbdqueue_done *done, int room)
         do {
             pieces_pump(q);
             ret = move(q, 0);
-        } while (ret > 0 && nbdshim_slice(until) != 0);
+        } while (ret > IDLE && nbdshim_slice(until) != 0);
         pieces_pump(q);
         ret = tell(q, done, room);
     }

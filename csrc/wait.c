@@ -59,6 +59,20 @@ static bool is_past(int64_t time)
     return time != NEVER && nbdshim_slice(time) == 0;
 }
 
+/*
+ * Whether a call that can go on without waiting has to end.  The process may have been suspended
+ * for longer than the deadline, so what has arrived is taken first; but not for ever, since a
+ * server may send without end.
+ */
+static bool is_over(struct nbdshim_wait *w)
+{
+    if (!is_past(w->deadline))
+        return false;
+    if (w->last_look == 0)
+        w->last_look = nanoseconds(CLOCK_MONOTONIC) + SLICE;
+    return is_past(w->last_look);
+}
+
 static bool is_done(const struct nbdshim_wait *w)
 {
     return w->command != NULL && (atomic_load(&w->command->state) & NBDSHIM_DONE);
@@ -190,9 +204,9 @@ static int wait_for_socket(struct nbdshim_wait *w, struct pollfd fds[2], int64_t
             return 1;
         if (ready == -1 && errno != EINTR)
             return -1;
-        if (is_past(until))
+        if (ready == 0 && is_past(until))
             return 0;
-        if (is_past(w->deadline))
+        if (ready == 0 && is_past(w->deadline))
             return NBDSHIM_TIMED_OUT;
         ret = pause_for_handlers(w);
         if (ret != 0 || is_done(w))
@@ -215,7 +229,7 @@ static int move(struct nbdshim_wait *w)
     struct pollfd fds[2] = {{.fd = -1}, {.fd = -1}};
     int ret;
 
-    if (w->has_moved && is_past(w->deadline))
+    if (w->has_moved && is_over(w))
         return NBDSHIM_TIMED_OUT;
     w->has_moved = true;
     ret = wait_for_socket(w, fds, NEVER);

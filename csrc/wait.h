@@ -74,6 +74,7 @@ struct nbdshim_wait {
     struct nbdshim_wait *outer;      /* the call of this thread in which a handler made this one */
     struct nbdshim_command *command; /* NULL if the call is neither a command nor an option */
     int64_t deadline;                /* of the monotonic clock, in nanoseconds */
+    int64_t last_look;               /* when it ends at the latest; 0 before the deadline */
     bool has_turn;
     bool has_waited; /* another thread had the turn */
     bool has_moved;  /* it has let libnbd go on at least once */
