@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from console import run, say
-from environments import ALL, OF_WHEEL, ready
+from environments import ALL, BRIEF, OF_WHEEL, ready
 from suite import Outcome, run_suite
 
 NEWER = ("trixie", "forky")  # what --all checks besides this machine
@@ -25,6 +25,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="./run check")
     parser.add_argument("--root", action="append", default=[], metavar="SUITE", choices=SUITES)
     parser.add_argument("--all", action="store_true", help="here and in every root, and a table")
+    parser.add_argument("--brief", action="store_true", help="CPython in API mode, PyPy in ABI")
     parser.add_argument("--wheel", type=Path, help="a wheel that has libnbd inside")
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     at = arguments.index("--") if "--" in arguments else len(arguments)
@@ -35,9 +36,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def check_here(options: Sequence[str], variables: dict[str, str]) -> list[Outcome]:
+def check_here(
+    options: Sequence[str], variables: dict[str, str], is_brief: bool = False
+) -> list[Outcome]:
     """Run the suite in each environment, two at a time, PyPy's first: those take longest."""
-    environments = OF_WHEEL if "NBD_WHEEL" in os.environ else ALL
+    environments = BRIEF if is_brief else ALL
+    if "NBD_WHEEL" in os.environ:
+        environments = OF_WHEEL
     with ThreadPoolExecutor(max_workers=2) as pool:
         list(pool.map(ready, environments))
         say("running the tests")
@@ -96,13 +101,14 @@ def main(arguments: list[str]) -> int:
     if options.wheel:
         os.environ["NBD_WHEEL"] = str(options.wheel.resolve())
     if options.all or not options.root:
-        outcomes += check_here(options.pytest, {})
+        outcomes += check_here(options.pytest, {}, options.brief)
     for outcome in outcomes:
         outcome.debian = debian_here()
     for suite in NEWER if options.all else options.root:
         from roots import check_in_root
 
-        outcomes += check_in_root(suite, options.pytest, options.wheel)
+        is_brief = options.brief or options.all
+        outcomes += check_in_root(suite, options.pytest, options.wheel, is_brief)
     if options.json:
         document = [dataclasses.asdict(outcome) for outcome in outcomes]
         options.json.write_text(json.dumps(document, indent=1))

@@ -207,7 +207,9 @@ def lend_checkout(root: Path) -> None:
         subprocess.run(unpack, stdin=packing.stdout, check=True)
 
 
-def check_in_root(suite: str, options: Sequence[str], wheel: Path | None) -> list[Outcome]:
+def check_in_root(
+    suite: str, options: Sequence[str], wheel: Path | None, is_brief: bool = False
+) -> list[Outcome]:
     """Run the command of this checkout in a Debian root, and return its outcomes."""
     root = derived(suite, "check")
     with locked(root.name):
@@ -215,10 +217,10 @@ def check_in_root(suite: str, options: Sequence[str], wheel: Path | None) -> lis
         say(f"{suite}: ./run check in {root}")
         report = CHECKOUT / ".cache" / "outcomes.json"
         subprocess.run([*AS_ROOT, "rm", "-f", str(root / report)], check=True)
-        of = []
+        of = ["--brief"] if is_brief else []
         if wheel:
             copy_into(root, wheel, CHECKOUT / wheel.name)
-            of = [f"--wheel=/{CHECKOUT / wheel.name}"]
+            of.append(f"--wheel=/{CHECKOUT / wheel.name}")
         command = [f"/{CHECKOUT}/run", "check", f"--json=/{report}", *of, "--", *options]
         run_showing(suite, entering(root, command))
         if not (root / report).is_file():
