@@ -18,6 +18,8 @@ Each module imports only from those above it:
     engine        the shim's queue
     queue         nbd.queue.Queue
     connecting    nbd.connect
+    threads       threads that can be begun and awaited wherever a signal handler raises
+    joining       further connections, made while the first one works
     extents       nbd.extents
     readahead     the window of a file that is read in order
     writes        the writes of a file that are in flight
