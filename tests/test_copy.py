@@ -10,6 +10,7 @@ import io
 import mmap
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from programs import run_program
 from servers import Server
 
 import nbd
+from nbd._core.threads import running
 
 KIB, MIB = 1 << 10, 1 << 20
 Nbdkit = Callable[..., Server]
@@ -311,6 +313,17 @@ def test_a_wrong_argument_is_said(
         nbd.copy(image, tmp_path / "target", **arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [{"connections": 1000}, {"depth": 10**6}, {"timeout": float("inf")}, {"timeout": 1e12}],
+    ids=str,
+)
+def test_large_numbers_are_taken(nbdkit: Nbdkit, tmp_path: Path, arguments: dict[str, Any]) -> None:
+    uri = nbdkit("--filter=delay", "memory", "24M", "rdelay=1ms").uri
+    target = tmp_path / "target"
+    assert nbd.copy(uri, target, sparse=False, **arguments) == (24 * MIB, 0)
+
+
 def test_what_cannot_be_copied_is_said(image: Path) -> None:
     with pytest.raises(TypeError, match="target: a URI"):
         nbd.copy(image, 5)
@@ -327,6 +340,47 @@ def test_an_error_names_the_side_and_the_offset(nbdkit: Nbdkit, image: Path, sid
     with pytest.raises(nbd.Error, match=f"{side} failed at offset [0-9]+: ") as failed:
         nbd.copy(*pair, sparse=False)
     assert failed.value.errno == "EPERM"
+    assert re.search(rf"\([0-9]+ bytes of {re.escape(bad)}\)", failed.value.string)
+
+
+def test_an_error_of_zeroing_says_so(nbdkit: Nbdkit, image: Path) -> None:
+    bad = nbdkit("--filter=error", "memory", "6M", "error=EPERM", "error-zero-rate=100%").uri
+    text = "zeroing the target failed at offset [0-9]+: Operation not permitted"
+    with pytest.raises(nbd.Error, match=text) as failed:
+        nbd.copy(image, bad)
+    assert failed.value.errno == "EPERM"
+
+
+def test_an_error_of_flushing_names_the_target(nbdkit: Nbdkit, image: Path) -> None:
+    plugin = nbdkit(
+        "eval", "get_size=echo 6M", "pwrite=cat >/dev/null", "zero=exit 0", "can_flush=exit 0",
+        "can_zero=exit 0", "flush=echo EIO >&2; exit 1",
+    )  # fmt: skip
+    with pytest.raises(nbd.Error, match="flushing the target") as failed:
+        nbd.copy(image, plugin.uri)
+    assert plugin.uri in failed.value.string
+    assert failed.value.errno == "EIO"
+
+
+@pytest.mark.parametrize("is_sparse", [True, False])
+def test_a_source_with_blocks_is_copied_to_a_part_of_a_file(
+    nbdkit: Nbdkit, tmp_path: Path, is_sparse: bool
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(os.urandom(4095))
+    target.write_bytes(b"\xff" * 70_000)
+    policy = ("blocksize-minimum=512", "blocksize-error-policy=allow")
+    with nbd.NBD() as h, target.open("r+b") as file:
+        h.set_strict_mode(0)  # so that the end, which is no block, can be read
+        h.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+        h.connect_uri(nbdkit("--filter=blocksize-policy", "file", str(source), *policy).uri)
+        assert sum(nbd.copy(h, file, sparse=is_sparse)) == 4095
+    assert target.read_bytes() == source.read_bytes() + b"\xff" * (70_000 - 4095)
+
+
+def test_a_server_that_cannot_tell_of_holes_is_read(nbdkit: Nbdkit, tmp_path: Path) -> None:
+    uri = nbdkit("--filter=error", "pattern", "1M", "error=EIO", "error-extents-rate=100%").uri
+    assert nbd.copy(uri, tmp_path / "target") == (MIB, 0)
 
 
 def without_data(wire: hostile.Wire) -> None:
@@ -416,7 +470,7 @@ def test_a_signal_ends_all_threads_of_a_copy(nbdkit: Nbdkit) -> None:
     finally:
         signal.signal(signal.SIGALRM, before)
         source.resume()
-    assert [one.name for one in threading.enumerate() if one.name.startswith("nbd.copy")] == []
+    assert running == set()
 
 
 def test_progress_counts_up_to_the_size(nbdkit: Nbdkit, image: Path, empty: Path) -> None:
@@ -494,6 +548,8 @@ def test_several_connections_are_made_where_the_server_allows(
     nbdkit: Nbdkit, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
-    uri = nbdkit("--filter=log", "memory", "8M", f"logfile={log}").uri
-    nbd.copy(uri, tmp_path / "copied", connections=3)
+    uri = nbdkit(
+        "--filter=log", "--filter=delay", "memory", "64M", "rdelay=5ms", f"logfile={log}"
+    ).uri
+    nbd.copy(uri, tmp_path / "copied", connections=3, sparse=False)
     assert log.read_text().count(" Connect ") == 3

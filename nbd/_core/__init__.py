@@ -26,7 +26,9 @@ Each module imports only from those above it:
     diskfile      a disk as an unbuffered file
     openfiles     the open files, closed when the program ends
     file          nbd.open
+    disks         the disks that a copy reads from and writes to
     ends          what a copy reads from and writes to
+    rescue        reading around what cannot be read
     streaming     copies from and to streams
     copying       nbd.copy
     client        nbd.aio.Client

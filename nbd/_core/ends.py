@@ -13,11 +13,9 @@ import io
 import os
 import stat
 
-from nbd._core.connecting import connect
-from nbd._core.constants import CONTEXT_BASE_ALLOCATION, STATE_ZERO
+from nbd._core.disks import Disk as Disk
+from nbd._core.disks import connected
 from nbd._core.engine import SOURCE
-from nbd._core.errors import Error
-from nbd._core.extents import extents
 from nbd._core.methods import NBD
 
 TYPE_CHECKING = False
@@ -32,63 +30,6 @@ if TYPE_CHECKING:
 
 _SCHEMES = ("nbd", "nbds")  # perhaps followed by +unix, +vsock, +ssh
 _MOST_CONNECTIONS = 4
-
-
-class Disk:
-    """An NBD export.
-
-    Attributes:
-        handles: Its connections.
-        size: In bytes.
-    """
-
-    def __init__(self, handles: list[NBD], is_ours: bool) -> None:
-        self.handles = handles
-        self.is_ours = is_ours
-        self.size: int = handles[0].get_size()
-
-    @property
-    def most_workers(self) -> int:
-        """By so many threads it can be used: each needs a handle of its own."""
-        return len(self.handles)
-
-    @property
-    def is_read_only(self) -> bool:
-        """Whether the server refuses writes."""
-        return self.handles[0].is_read_only()
-
-    def add_to(self, engine: Engine, end: int, worker: int, workers: int) -> None:
-        """Give an engine the handles of one worker."""
-        for handle in self.handles[worker::workers]:
-            engine.add(end, handle)
-
-    def zeroes(self, start: int, stop: int, worker: int) -> Iterator[tuple[int, int]]:
-        """The parts of a range that read as zeroes, as far as the server tells: start and stop."""
-        handle = self.handles[worker]
-        if not handle.can_meta_context(CONTEXT_BASE_ALLOCATION):
-            return
-        for extent in extents(handle, start=start, end=stop):
-            if extent.flags & STATE_ZERO:
-                yield extent.offset, extent.offset + extent.length
-
-    def flush(self) -> None:
-        """Have the server write everything to its disk, if it has a command for that."""
-        if self.handles[0].can_flush():
-            self.handles[0].flush()
-
-    def close(self) -> None:
-        """Close our handles at once; calls of other threads on them come back."""
-        if self.is_ours:
-            for handle in self.handles:
-                handle.__exit__(None, None, None)
-
-    def say_goodbye(self, count: int) -> None:
-        """End our connections in order."""
-        for handle in self.handles if self.is_ours else ():
-            try:
-                handle.shutdown()
-            except Error:  # all is written and flushed
-                continue
 
 
 class File:
@@ -106,6 +47,7 @@ class File:
         self.base = base
         self.is_ours = is_ours
         self.owner = owner  # the caller's file object
+        self.name = repr(getattr(owner, "name", fd))
         self.is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
         whole = os.fstat(fd).st_size if self.is_regular else os.lseek(fd, 0, os.SEEK_END)
         self.size = max(0, whole - base)
@@ -129,6 +71,24 @@ class File:
             if data >= last:
                 return
             at = os.lseek(self.fd, data, _SEEK_HOLE)
+
+    def check_size(self, stop: int) -> None:
+        """Raise if a regular file that is being read is now shorter than this."""
+        if self.is_regular and os.fstat(self.fd).st_size < self.base + stop:
+            raise OSError(errno.EIO, "nbd.copy: the source has become shorter")
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Read exactly as much as the view takes, from an offset behind `base`."""
+        with io.FileIO(self.fd, closefd=False) as file:
+            file.seek(self.base + offset)
+            while view:
+                view = view[file.readinto(view) or 0 :]
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write everything, to an offset behind `base`."""
+        while data:
+            count = os.pwrite(self.fd, data, self.base + offset)
+            data, offset = data[count:], offset + count
 
     def grow(self, size: int) -> None:
         """Make the file as large as what is copied to it, and empty a file that we have opened."""
@@ -206,7 +166,7 @@ def open_end(what: Anything, end: int, connections: int | None, timeout: float |
     if isinstance(what, NBD):
         return Disk([what], is_ours=False)
     if is_server(what):
-        return _connected(what, connections, timeout)
+        return connected(what, connections, timeout, most_connections())
     if isinstance(what, (str, bytes, os.PathLike)):
         return _opened(os.fspath(what), end)
     if isinstance(what, io.TextIOBase):
@@ -246,20 +206,6 @@ def _name(end: int) -> str:
 def _is_uri(text: str) -> bool:
     scheme, colon, _ = text.partition(":")
     return colon != "" and scheme.partition("+")[0] in _SCHEMES
-
-
-def _connected(what: Any, connections: int | None, timeout: float | None) -> Disk:
-    """A disk over as many connections as are asked for and the server allows."""
-    handles = [connect(what, timeout=timeout)]
-    try:
-        if isinstance(what, str) and handles[0].can_multi_conn():
-            wanted = connections or most_connections()
-            handles += (connect(what, timeout=timeout) for _ in range(wanted - 1))
-        return Disk(handles, is_ours=True)
-    except BaseException:
-        for handle in handles:
-            handle.__exit__(None, None, None)
-        raise
 
 
 def _opened(path: str | bytes, end: int) -> File | Stream:
