@@ -27,6 +27,8 @@ Each module imports only from those above it:
     openfiles     the open files, closed when the program ends
     file          nbd.open
     disks         the disks that a copy reads from and writes to
+    channels      pipes, sockets and terminals, of which a copy waits in poll
+    files         the files and streams of a copy
     ends          what a copy reads from and writes to
     rescue        reading around what cannot be read
     streaming     copies from and to streams

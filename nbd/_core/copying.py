@@ -203,7 +203,7 @@ class Ends:
 
     def open(self, what: Anything, end: int, settings: Settings) -> End:
         """Open one of them."""
-        return self.own(open_end(what, end, settings.connections, settings.timeout))
+        return self.own(open_end(what, end, settings))
 
     def own(self, opened: End) -> End:
         """Take over one that is open."""
@@ -226,7 +226,10 @@ class Ends:
 def _check(source: End, target: End) -> None:
     """Refuse what cannot be, before anything is written."""
     if is_same(source, target):
-        raise ValueError("source and target are the same file")
+        raise ValueError(
+            "source and target are the same file: the copy would read what it has written; "
+            "copy to another one"
+        )
     if target.is_read_only:
         raise Error("nbd.copy: the target is read-only; copy to another export", errno.EROFS)
     is_fixed = isinstance(target, Disk) or (isinstance(target, File) and not target.is_regular)

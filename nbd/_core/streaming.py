@@ -1,23 +1,49 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Copies of which one side is a stream: in order, and by the calling thread alone."""
+"""Copies of which one side is a stream: in order, and by the calling thread alone.
+
+A disk on the other side has a queue of its own, so that several commands are in flight.  What ends
+a copy before its end drops the queue: nothing is flushed, and the first exception is the one that
+comes out.
+"""
 
 from __future__ import annotations
 
-from io import FileIO
+import errno
+import os
+from collections import deque
 from time import monotonic
 
+from nbd._core.channels import SLICE
 from nbd._core.ends import Disk, File, Stream
+from nbd._core.engine import SOURCE, TARGET, IdleTimer
+from nbd._core.errors import Error, Timeout
+from nbd._core.memory import BOUNCES
+from nbd._core.queue import Queue
+from nbd._core.readahead import PIECE, new_memory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from typing import Any
+    from collections.abc import Iterator
+    from typing import Any, Union
 
     from nbd._core.copying import Settings
     from nbd._core.ends import End
+    from nbd._core.files import Data
+    from nbd._core.queue import Request
+
+    Reader = Union["_DiskReader", "_FileReader", "_StreamReader"]
+    Writer = Union["_DiskWriter", "_FileWriter", "_StreamWriter"]
 
 _CHUNK = 1024 * 1024
+#: What is written for a hole.
+_ZEROES = bytes(_CHUNK)
+#: Seconds between two calls of `progress`.
 _TICK = 0.1
+#: Seconds that a copy which has failed waits for the replies to its commands: nbdkit 1.32 can abort
+#: when it cannot send them.
+_GRACE = 1.0
+#: The same where it was stopped while it waited for the server, which may be hanging.
+_SHORT_GRACE = 0.1
 
 
 def copy_stream(source: End, target: End, settings: Settings) -> tuple[int, int]:
@@ -28,11 +54,13 @@ def copy_stream(source: End, target: End, settings: Settings) -> tuple[int, int]
     """
     copied = zeroed = 0
     reported_at = 0.0
-    write, close = _writer(target, settings)
+    writer: Writer | None = None
+    reader = _reader(source, settings)
     try:
-        for chunk, is_hole in _chunks(source, settings):
+        writer = _writer(target, settings)
+        for chunk, is_hole in reader.chunks():
             settings.check()
-            _write_all(write, chunk)
+            writer.write(chunk)
             if is_hole:
                 zeroed += len(chunk)
             else:
@@ -40,89 +68,290 @@ def copy_stream(source: End, target: End, settings: Settings) -> tuple[int, int]
             if settings.progress is not None and monotonic() - reported_at >= _TICK:
                 reported_at = monotonic()
                 settings.progress(copied + zeroed, source.size)
+        writer.finish()
     finally:
-        close()
+        try:
+            reader.drop()
+        finally:
+            if writer is not None:
+                writer.drop()
     if settings.progress is not None:
         settings.progress(copied + zeroed, source.size)
     return copied, zeroed
 
 
-def _chunks(source: End, settings: Settings) -> Iterator[tuple[memoryview, bool]]:
-    """The bytes of a source in order, and whether they are a hole."""
+def _reader(source: End, settings: Settings) -> Reader:
     if isinstance(source, Stream):
-        yield from _chunks_of_object(source.file)
-    elif isinstance(source, File):
-        with FileIO(source.fd, closefd=False) as file:
-            yield from _chunks_between_holes(file, source.base, source, settings)
-    else:
-        from nbd._core.file import open as open_disk
-
-        with open_disk(source.handles[0], buffering=0, timeout=settings.timeout) as file:
-            yield from _chunks_between_holes(file, 0, source, settings)
+        return _StreamReader(source)
+    if isinstance(source, File):
+        return _FileReader(source, settings)
+    return _DiskReader(source, settings)
 
 
-def _chunks_between_holes(
-    file: Any, base: int, source: Disk | File, settings: Settings
-) -> Iterator[tuple[memoryview, bool]]:
-    """The same of a file object that begins at `base`; the holes of its source are not read."""
-    at = 0
-    zeroes = memoryview(bytes(_CHUNK))
-    buffer = memoryview(bytearray(_CHUNK))
-    for start, stop in source.zeroes(0, source.size, 0) if settings.sparse else ():
-        yield from _read(file, base, at, start, buffer)
-        for hole in range(start, stop, _CHUNK):
-            yield zeroes[: stop - hole], True
-        at = stop
-    yield from _read(file, base, at, source.size, buffer)
-
-
-def _read(
-    file: Any, base: int, start: int, stop: int, buffer: memoryview
-) -> Iterator[tuple[memoryview, bool]]:
-    while start < stop:
-        file.seek(base + start)
-        count = file.readinto(buffer[: stop - start])
-        if not count:
-            return  # the file is shorter than it was
-        yield buffer[:count], False
-        start += count
-
-
-def _chunks_of_object(file: Any) -> Iterator[tuple[memoryview, bool]]:
-    """The rest of a caller's file object."""
-    while True:
-        data = file.read(_CHUNK)
-        if data is None:
-            raise BlockingIOError("nbd.copy: the source does not wait for data; make it blocking")
-        if not data:
-            return
-        yield memoryview(data).cast("B"), False
-
-
-def _writer(
-    target: End, settings: Settings
-) -> tuple[Callable[[memoryview], Any], Callable[[], None]]:
-    """A function that writes the next bytes to a target, and one that ends it."""
+def _writer(target: End, settings: Settings) -> Writer:
     if isinstance(target, Stream):
-        return target.file.write, _nothing
+        return _StreamWriter(target)
     if isinstance(target, File):
+        return _FileWriter(target)
+    return _DiskWriter(target, settings)
+
+
+class _StreamReader:
+    def __init__(self, source: Stream) -> None:
+        self._source = source
+
+    def chunks(self) -> Iterator[tuple[Data, bool]]:
+        """The bytes in order, and whether they are a hole."""
+        for chunk in self._source.chunks():
+            yield chunk, False
+
+    def drop(self) -> None:
+        """Do nothing: its owner closes it."""
+
+
+class _FileReader:
+    def __init__(self, source: File, settings: Settings) -> None:
+        self._source = source
+        self._is_sparse = settings.sparse
+
+    def chunks(self) -> Iterator[tuple[Data, bool]]:
+        """The bytes in order, and whether they are a hole."""
+        buffer = memoryview(bytearray(_CHUNK))
+        for start, stop, is_hole in _parts(self._source, _CHUNK, self._is_sparse):
+            if is_hole:
+                yield from _hole(stop - start)
+            else:
+                view = buffer[: stop - start]
+                self._source.read_into(view, start)
+                yield view, False
+
+    def drop(self) -> None:
+        """Do nothing: its owner closes it."""
+
+
+class _StreamWriter:
+    def __init__(self, target: Stream) -> None:
+        self.write = target.write
+
+    def finish(self) -> None:
+        """Do nothing: everything is written."""
+
+    def drop(self) -> None:
+        """Do nothing: its owner closes it."""
+
+
+class _FileWriter:
+    def __init__(self, target: File) -> None:
         target.grow(0)
-        file: Any = FileIO(target.fd, "w", closefd=False)
-        file.seek(target.base)
-        return file.write, file.close
-    from nbd._core.file import open as open_disk
+        self._target = target
+        self._at = 0
 
-    file = open_disk(target.handles[0], "wb", buffering=0, timeout=settings.timeout)
-    return file.write, file.close
+    def write(self, data: Data) -> None:
+        """Write the next bytes."""
+        self._target.write(memoryview(data), self._at)
+        self._at += len(data)
+
+    def finish(self) -> None:
+        """Do nothing: everything is written."""
+
+    def drop(self) -> None:
+        """Do nothing: its owner closes it."""
 
 
-def _nothing() -> None:
-    pass
+class _DiskSide:
+    """The commands in flight of a disk that is read or written in order."""
+
+    def __init__(self, disk: Disk, settings: Settings) -> None:
+        self._settings = settings
+        self._depth = settings.depth
+        self._queue = Queue(disk.handles[:1], depth=settings.depth, piece=PIECE)
+        self._free: list[tuple[Any, memoryview]] = []
+        self._is_waiting = False
+
+    def _wait(self) -> list[Request]:
+        """Wait until some requests are done, and return them."""
+        idle = IdleTimer(self._queue._engine, self._settings.timeout)
+        self._is_waiting = True
+        while True:
+            left = idle.remaining()
+            done = self._queue.wait(1, SLICE if left < 0 else min(SLICE, left))
+            if done:
+                break
+            self._settings.check()
+            if idle.is_over():
+                raise Timeout(
+                    f"nbd.copy: nothing was copied for {self._settings.timeout:g} seconds; "
+                    "try again, or allow more time",
+                    errno.ETIMEDOUT,
+                )
+        self._is_waiting = False
+        return done
+
+    def drop(self) -> None:
+        """Close the queue, after a moment for the replies to what is in flight."""
+        try:
+            if len(self._queue):
+                self._queue.wait(len(self._queue), _SHORT_GRACE if self._is_waiting else _GRACE)
+        finally:
+            self._queue.close()
+
+    def _memory(self) -> tuple[Any, memoryview]:
+        return self._free.pop() if self._free else new_memory(PIECE)
 
 
-def _write_all(write: Callable[[memoryview], Any], data: memoryview) -> None:
-    while data:
-        count = write(data)
-        if count is None:
-            raise BlockingIOError("nbd.copy: the target takes no more data; make it blocking")
-        data = data[count:]
+class _Part:
+    """A part of a disk that is being read, or a hole, for which there is no request."""
+
+    __slots__ = ("length", "memory", "request", "view")
+
+    def __init__(self, length: int, request: Request | None, memory: Any, view: memoryview) -> None:
+        self.length = length
+        self.request = request
+        self.memory = memory
+        self.view = view
+
+
+class _DiskReader(_DiskSide):
+    """Reads ahead: as many commands are in flight as the copy's depth."""
+
+    def __init__(self, source: Disk, settings: Settings) -> None:
+        super().__init__(source, settings)
+        self._source = source
+
+    def chunks(self) -> Iterator[tuple[Data, bool]]:
+        """The bytes in order, and whether they are a hole.
+
+        Raises:
+            nbd.Error: The server could not read some of them.
+        """
+        parts = _parts(self._source, PIECE, self._settings.sparse)
+        window: deque[_Part] = deque()
+        is_ended = False
+        while True:
+            while not is_ended and len(window) < self._depth:
+                part = next(parts, None)
+                if part is None:
+                    is_ended = True
+                else:
+                    window.append(self._asked_for(*part))
+            if not window:
+                return
+            yield from self._arrived(window.popleft())
+
+    def _asked_for(self, start: int, stop: int, is_hole: bool) -> _Part:
+        length = stop - start
+        if is_hole:
+            return _Part(length, None, None, memoryview(b""))
+        memory, view = self._memory() if length == PIECE else new_memory(length)
+        return _Part(length, self._queue.read(memory, start), memory, view)
+
+    def _arrived(self, part: _Part) -> Iterator[tuple[Data, bool]]:
+        """The bytes of a part, for which this waits."""
+        request = part.request
+        if request is None:
+            yield from _hole(part.length)
+            return
+        while not request.is_done:
+            self._wait()
+        if request.error is not None:
+            raise _failed(SOURCE, request)
+        yield part.view, False
+        if part.length == PIECE:
+            self._free.append((part.memory, part.view))
+
+
+class _DiskWriter(_DiskSide):
+    """Writes behind: as many commands are in flight as the copy's depth."""
+
+    def __init__(self, target: Disk, settings: Settings) -> None:
+        super().__init__(target, settings)
+        self._size = target.size
+        self._at = 0  # where the next byte goes
+        self._filling: tuple[Any, memoryview] | None = None
+        self._filled = 0
+        self._flying: list[tuple[Request, tuple[Any, memoryview]]] = []
+
+    def write(self, data: Data) -> None:
+        """Take the next bytes; waits while too many writes are in flight."""
+        if len(data) > self._size - self._at:
+            raise Error(
+                f"nbd.copy: the target has {self._size} bytes and the source has more; "
+                "copy to a larger one",
+                errno.ENOSPC,
+            )
+        rest = memoryview(data)
+        while rest:
+            if self._filling is None:
+                self._filling = self._memory()
+            count = min(len(rest), PIECE - self._filled)
+            self._filling[1][self._filled : self._filled + count] = rest[:count]
+            self._filled += count
+            self._at += count
+            rest = rest[count:]
+            if self._filled == PIECE:
+                self._send()
+
+    def finish(self) -> None:
+        """Write what is left, and wait for all writes."""
+        if self._filled:
+            self._send()
+        while self._flying:
+            self._reap()
+
+    def _send(self) -> None:
+        """Write the piece that is filled."""
+        if self._filling is None:
+            return
+        while len(self._flying) >= self._depth:
+            self._reap()
+        memory, view = self._filling
+        whole: Any = view[: self._filled]
+        if BOUNCES:  # PyPy: an nbd.Buffer needs no copy
+            whole = memory if self._filled == PIECE else bytes(whole)
+        request = self._queue.write(whole, self._at - self._filled)
+        self._flying.append((request, self._filling))
+        self._filling, self._filled = None, 0
+
+    def _reap(self) -> None:
+        """Wait for some writes, and raise the error of one that has failed."""
+        for request in self._wait():
+            if request.error is not None:
+                raise _failed(TARGET, request)
+        left = []
+        for one in self._flying:
+            if one[0].is_done:
+                self._free.append(one[1])
+            else:
+                left.append(one)
+        self._flying = left
+
+
+def _parts(source: Disk | File, length: int, is_sparse: bool) -> Iterator[tuple[int, int, bool]]:
+    """The data of a source, cut to a length, and its holes: start, stop and whether it is one."""
+    at = 0
+    for start, stop in source.zeroes(0, source.size, 0) if is_sparse else ():
+        yield from _cut(at, start, length)
+        yield start, stop, True
+        at = stop
+    yield from _cut(at, source.size, length)
+
+
+def _cut(start: int, stop: int, length: int) -> Iterator[tuple[int, int, bool]]:
+    while start < stop:
+        end = min(start - start % length + length, stop)
+        yield start, end, False
+        start = end
+
+
+def _hole(length: int) -> Iterator[tuple[Data, bool]]:
+    for done in range(0, length, _CHUNK):
+        yield _ZEROES[: length - done], True  # all of it is not copied
+
+
+def _failed(end: int, request: Request) -> Error:
+    """The exception for a command that has failed."""
+    what = "reading the source" if end == SOURCE else "writing to the target"
+    number = request.error.errnum if request.error is not None else 0
+    return Error(
+        f"nbd.copy: {what} failed at offset {request.offset}: {os.strerror(number)}", number
+    )
