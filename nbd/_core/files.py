@@ -96,18 +96,29 @@ class File:
         """
         at, last = self.base + start, self.base + stop
         while at < last:
-            try:
-                data = os.lseek(self.fd, at, _SEEK_DATA)
-            except OSError as reason:
-                if reason.errno != errno.ENXIO:
-                    return
-                data = last  # no data follows
-            if data > at:
-                self.check_size(min(data, last) - self.base)
-                yield at - self.base, min(data, last) - self.base
-            if data >= last:
+            data = self._seek(at, _SEEK_DATA)
+            if data is None:
                 return
-            at = os.lseek(self.fd, data, _SEEK_HOLE)
+            data = min(data, last)
+            if data > at:
+                self.check_size(data - self.base)
+                yield at - self.base, data - self.base
+            hole = self._seek(data, _SEEK_HOLE) if data < last else last
+            if hole is None:
+                return
+            at = hole
+
+    def _seek(self, at: int, whence: int) -> int | None:
+        """Where data or a hole begins, perhaps far behind the end; None if that is not known."""
+        try:
+            return os.lseek(self.fd, at, whence)
+        except OSError as reason:
+            if not _is_of_system(reason):
+                raise
+            if reason.errno != errno.ENXIO:
+                return None
+        self.check_size(at - self.base)
+        return 2**63  # only a hole follows
 
     def check_size(self, stop: int) -> None:
         """Raise if a regular file that is being read is now shorter than this."""
@@ -359,7 +370,7 @@ def opened(path: str | bytes, end: int, settings: Settings) -> File | Stream:
     try:
         if _has_offsets(file.fileno()):
             made = File(file, 0, end, is_ours=True)
-            if end != SOURCE or _is_as_large_as_it_says(file.fileno(), made.size):
+            if end != SOURCE or _is_as_large_as_it_says(made.fd):
                 return made
         return Stream(file, end, settings, is_ours=True)
     except BaseException:
@@ -412,7 +423,7 @@ def of_object(file: Any, end: int, settings: Settings) -> File | Stream:
     at = file.tell()
     plain = _without_direct(raw, flags, end) if flags & os.O_DIRECT else raw
     made = File(plain, at, end, is_ours=plain is not raw, owner=file)
-    if end == SOURCE and not _is_as_large_as_it_says(made.fd, made.base + made.size):
+    if end == SOURCE and not _is_as_large_as_it_says(made.fd):
         made.close()
         return Stream(file, end, settings)
     return made
@@ -506,10 +517,12 @@ def _has_offsets(fd: int) -> bool:
     return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
 
 
-def _is_as_large_as_it_says(fd: int, size: int) -> bool:
+def _is_as_large_as_it_says(fd: int) -> bool:
     """Whether a file has as many bytes as its size is: in /proc and /sys that is 0, or a page."""
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
         return True
+    size = status.st_size
     try:
         return bool(os.pread(fd, 1, max(0, size - 1))) == (size > 0)
     except OSError:  # the copy says it better

@@ -168,14 +168,13 @@ class _DiskSide:
         self._free: list[tuple[Any, memoryview]] = []
         self._is_waiting = False
 
-    def _wait(self) -> list[Request]:
-        """Wait until some requests are done, and return them."""
+    def _wait(self) -> None:
+        """Wait until some requests are done."""
         idle = IdleTimer(self._queue._engine, self._settings.timeout)
         self._is_waiting = True
         while True:
             left = idle.remaining()
-            done = self._queue.wait(1, SLICE if left < 0 else min(SLICE, left))
-            if done:
+            if self._queue.wait(1, SLICE if left < 0 else min(SLICE, left)):
                 break
             self._settings.check()
             if idle.is_over():
@@ -185,7 +184,6 @@ class _DiskSide:
                     errno.ETIMEDOUT,
                 )
         self._is_waiting = False
-        return done
 
     def drop(self) -> None:
         """Close the queue, after a moment for the replies to what is in flight."""
@@ -314,15 +312,15 @@ class _DiskWriter(_DiskSide):
 
     def _reap(self) -> None:
         """Wait for some writes, and raise the error of one that has failed."""
-        for request in self._wait():
-            if request.error is not None:
-                raise _failed(TARGET, request)
+        self._wait()
         left = []
-        for one in self._flying:
-            if one[0].is_done:
-                self._free.append(one[1])
+        for request, memory in self._flying:
+            if not request.is_done:
+                left.append((request, memory))
+            elif request.error is not None:
+                raise _failed(TARGET, request)
             else:
-                left.append(one)
+                self._free.append(memory)
         self._flying = left
 
 
