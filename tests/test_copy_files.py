@@ -110,7 +110,7 @@ def test_a_file_for_appending_is_a_source_with_holes(image: Path, nbdkit: Nbdkit
 def test_what_the_buffer_of_the_source_has_is_copied(
     nbdkit: Nbdkit, image: Path, tmp_path: Path, target: str
 ) -> None:
-    where = {"disk": tmp_path / "copy", "stream": io.BytesIO()}[target]
+    where: Any = tmp_path / "copy" if target == "disk" else io.BytesIO()
     with image.open("r+b") as source:
         source.seek(100)
         source.write(b"not flushed")
@@ -348,7 +348,7 @@ def test_a_file_of_the_wrong_mode_is_refused_at_once(image: Path, old: Path) -> 
         with pytest.raises(io.UnsupportedOperation, match="target: the file is not writable"):
             nbd.copy(source, target)
         assert source.tell() == 0
-    with old.open("ab") as source, pytest.raises(io.UnsupportedOperation, match="source: .* 'rb'"):
+    with old.open("ab") as source, pytest.raises(io.UnsupportedOperation, match=r"source: .* 'rb'"):
         nbd.copy(source, image)
 
 
@@ -434,7 +434,7 @@ def small_file_system(path: Path) -> Iterator[Path]:
 def test_a_full_file_system_is_said(nbdkit: Nbdkit, tmp_path: Path) -> None:
     with small_file_system(tmp_path / "small") as small:
         for source in (nbdkit("pattern", "8M").uri, io.BytesIO(b"x" * 8 * MIB)):
-            with pytest.raises(nbd.Error, match="target.*: No space left") as full:
+            with pytest.raises(nbd.Error, match=r"target.*: No space left") as full:
                 nbd.copy(source, small / "copy")
             assert full.value.errnum == errno.ENOSPC
 
@@ -458,7 +458,7 @@ def direct(path: Path, flags: int, mode: str, buffering: int = 0) -> Iterator[An
 def test_a_source_past_the_cache(
     nbdkit: Nbdkit, image: Path, tmp_path: Path, start: int, target: str
 ) -> None:
-    where = {"disk": tmp_path / "copy", "stream": io.BytesIO()}[target]
+    where: Any = tmp_path / "copy" if target == "disk" else io.BytesIO()
     with direct(image, os.O_RDONLY, "rb") as source:
         source.seek(start)
         nbd.copy(source, where)
@@ -501,7 +501,7 @@ def test_a_file_past_the_cache_that_cannot_be_opened_again_is_refused(
 
     with direct(old, os.O_RDWR, "r+b") as target:
         monkeypatch.setattr(os, "open", refusing)
-        with pytest.raises(PermissionError, match="target .* open it without O_DIRECT"):
+        with pytest.raises(PermissionError, match=r"target .* open it without O_DIRECT"):
             nbd.copy(image, target)
     assert old.read_bytes() == b"\xff" * 5 * MIB
 

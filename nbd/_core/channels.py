@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from nbd._core.copying import Settings
 
-    T = TypeVar("T")
+    Result = TypeVar("Result")
 
 #: Seconds after which each wait looks whether the copy has to end.
 SLICE = 0.1
@@ -103,6 +103,7 @@ class Channel:
         self._sender: io.FileIO | None = None  # one that does not block
         self._kept = b""  # what was in the object's buffer
         self._is_begun = False
+        self._is_ended = False
 
     def read_into(self, view: memoryview) -> int:
         """Read what is there, after a wait if that is nothing; returns how much, 0 at the end."""
@@ -114,14 +115,13 @@ class Channel:
             filled = min(len(view), len(self._kept))
             view[:filled] = self._kept[:filled]
             self._kept = self._kept[filled:]
-        while filled < len(view):
+        while filled < len(view) and not self._is_ended:
             if not filled:
                 self._wait("has sent nothing", select.POLLIN)
             elif not is_ready(self._fd, select.POLLIN):
                 break
             count = self._direct.readinto(view[filled:])
-            if count == 0:
-                break
+            self._is_ended = count == 0  # a terminal says that once
             filled += count or 0  # None: another process was faster
             self._settings.check()
         return filled
@@ -212,7 +212,7 @@ def is_channel(file: Any) -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 
-def without_blocking(fd: int, call: Callable[[], T]) -> T:
+def without_blocking(fd: int, call: Callable[[], Result]) -> Result:
     """The result of a call, during which system calls on a descriptor do not wait."""
     was = os.get_blocking(fd)
     try:

@@ -420,7 +420,7 @@ def of_object(file: Any, end: int, settings: Settings) -> File | Stream:
         return _appended(file, flags, end, settings)
     if file.writable():
         file.flush()
-    at = file.tell()
+    at = int(file.tell())
     plain = _without_direct(raw, flags, end) if flags & os.O_DIRECT else raw
     made = File(plain, at, end, is_ours=plain is not raw, owner=file)
     if end == SOURCE and not _is_as_large_as_it_says(made.fd):
@@ -548,7 +548,7 @@ def _rest_of(file: Any) -> int | None:
             return max(0, len(whole) - file.tell())
     if type(file) not in BUFFERED or type(_raw_of(file)) is io.FileIO or not file.seekable():
         return None  # a file of io's that gets here has content that its size does not tell
-    at = file.tell()
+    at = int(file.tell())
     size = int(file.seek(0, os.SEEK_END))
     file.seek(at)
     return max(0, size - at)
