@@ -351,6 +351,13 @@ def test_a_file_of_the_wrong_mode_is_refused_at_once(image: Path, old: Path) -> 
         nbd.copy(source, image)
 
 
+def test_a_descriptor_of_the_wrong_mode_is_refused_at_once(image: Path, old: Path) -> None:
+    with open(os.open(old, os.O_RDONLY), "r+b", 0) as target:
+        with pytest.raises(io.UnsupportedOperation, match="target: the file is not writable"):
+            nbd.copy(image, target)
+    assert old.read_bytes() == b"\xff" * 5 * MIB
+
+
 def test_a_closed_file_is_refused(image: Path, tmp_path: Path) -> None:
     file = image.open("rb")
     file.close()

@@ -37,7 +37,7 @@ _BORROWERS = (io.FileIO, io.BytesIO, *BUFFERED)
 # Where system calls are made.
 _MODULES = (__name__, Channel.__module__)
 # Linux's, which PyPy's os does not name.
-_SEEK_DATA, _SEEK_HOLE = 3, 4
+_SEEK_DATA, _SEEK_HOLE, _ACCESS_MODE = 3, 4, 3
 
 
 class File:
@@ -227,9 +227,20 @@ class Stream:
 
     is_read_only = False
 
-    def __init__(self, file: Any, end: int, settings: Settings, is_ours: bool = False) -> None:
+    def __init__(
+        self, file: Any, end: int, settings: Settings, is_ours: bool = False, owner: Any = None
+    ) -> None:
+        """Take an object.
+
+        Args:
+            file: The object.
+            end: SOURCE or TARGET.
+            settings: Those of the copy.
+            is_ours: Whether to close it.
+            owner: The caller's object, if that is another one.
+        """
         self.file = file
-        self.name = _name_of(file)
+        self.name = _name_of(file if owner is None else owner)
         self._is_ours = is_ours
         self._settings = settings
         self._side = side_name(end)
@@ -413,38 +424,38 @@ def of_object(file: Any, end: int, settings: Settings) -> File | Stream:
     """
     _check_mode(file, end)
     raw = _raw_of(file)
-    if type(raw) is not io.FileIO or not _has_offsets(raw.fileno()):
+    if type(raw) is not io.FileIO:
         return Stream(file, end, settings)
     flags = fcntl.fcntl(raw.fileno(), fcntl.F_GETFL)
-    if end != SOURCE and flags & os.O_APPEND:
-        return _appended(file, flags, end, settings)
+    if flags & _ACCESS_MODE not in (os.O_RDWR, os.O_RDONLY if end == SOURCE else os.O_WRONLY):
+        raise _wrong_mode(end)  # the object had to believe its caller
+    if not _has_offsets(raw.fileno()):
+        return Stream(file, end, settings)
     if file.writable():
         file.flush()
-    at = int(file.tell())
     plain = _without_direct(raw, flags, end) if flags & os.O_DIRECT else raw
-    made = File(plain, at, end, is_ours=plain is not raw, owner=file)
+    is_ours = plain is not raw
+    if end != SOURCE and flags & os.O_APPEND:  # the system chooses where each write goes
+        return Stream(plain if is_ours else file, end, settings, is_ours, owner=file)
+    made = File(plain, file.tell(), end, is_ours=is_ours, owner=file)
     if end == SOURCE and not _is_as_large_as_it_says(made.fd):
         made.close()
         return Stream(file, end, settings)
     return made
 
 
-def _appended(file: Any, flags: int, end: int, settings: Settings) -> Stream:
-    """A file that is appended to: the system chooses where each write goes."""
-    file.flush()
-    if flags & os.O_DIRECT:
-        return Stream(_without_direct(_raw_of(file), flags, end), end, settings, is_ours=True)
-    return Stream(file, end, settings)
-
-
 def _check_mode(file: Any, end: int) -> None:
     """Refuse a file of the wrong mode before anything is opened, emptied or written."""
-    wanted, mode = ("readable", "rb") if end == SOURCE else ("writable", "wb")
-    is_possible = getattr(file, wanted, None)
+    is_possible = getattr(file, "readable" if end == SOURCE else "writable", None)
     if callable(is_possible) and isinstance(file, io.IOBase) and not is_possible():
-        raise io.UnsupportedOperation(
-            f"{side_name(end)}: the file is not {wanted}; open it with mode {mode!r}"
-        )
+        raise _wrong_mode(end)
+
+
+def _wrong_mode(end: int) -> io.UnsupportedOperation:
+    wanted, mode = ("readable", "rb") if end == SOURCE else ("writable", "wb")
+    return io.UnsupportedOperation(
+        f"{side_name(end)}: the file is not {wanted}; open it with mode {mode!r}"
+    )
 
 
 def _without_direct(raw: io.FileIO, flags: int, end: int) -> io.FileIO:
