@@ -132,13 +132,12 @@ class Channel:
             self._flush()
             self._prepare()
             self._is_begun = True
-        while data:
-            count = self._send(data)
-            if count:
-                data = data[count:]
-            else:
-                self._wait("has taken nothing", select.POLLOUT)
+        while True:
+            data = data[self._send(data) or 0 :]
             self._settings.check()
+            if not data:
+                return
+            self._wait("has taken nothing", select.POLLOUT)
 
     def close(self) -> None:
         """Close what was opened here."""

@@ -554,11 +554,10 @@ def _rest_of(file: Any) -> int | None:
 
     Only for io's own types: to find the end of another one may take as long as to read it.
     """
-    if type(file) is io.BytesIO:
-        with file.getbuffer() as whole:
-            return max(0, len(whole) - file.tell())
-    if type(file) not in BUFFERED or type(_raw_of(file)) is io.FileIO or not file.seekable():
+    if type(file) not in (io.BytesIO, *BUFFERED) or type(_raw_of(file)) is io.FileIO:
         return None  # a file of io's that gets here has content that its size does not tell
+    if not file.seekable():
+        return None
     at = int(file.tell())
     size = int(file.seek(0, os.SEEK_END))
     file.seek(at)

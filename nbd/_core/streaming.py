@@ -19,7 +19,7 @@ from nbd._core.engine import SOURCE, TARGET, IdleTimer
 from nbd._core.errors import Error, Timeout
 from nbd._core.memory import BOUNCES
 from nbd._core.queue import Queue
-from nbd._core.readahead import PIECE, new_memory
+from nbd._core.readahead import new_memory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     Reader = Union["_DiskReader", "_FileReader", "_StreamReader"]
     Writer = Union["_DiskWriter", "_FileWriter", "_StreamWriter"]
 
+#: What is read or written at once: Python hears of it as one request, however many commands it is.
 _CHUNK = 1024 * 1024
+#: The size of the largest command.
+_COMMAND = 256 * 1024
 #: What is written for a hole.
 _ZEROES = bytes(_CHUNK)
 #: Seconds between two calls of `progress`.
@@ -163,8 +166,9 @@ class _DiskSide:
 
     def __init__(self, disk: Disk, settings: Settings) -> None:
         self._settings = settings
-        self._depth = settings.depth
-        self._queue = Queue(disk.handles[:1], depth=settings.depth, piece=PIECE)
+        #: How many requests keep as many commands in flight as the copy's depth.
+        self._depth = -(-settings.depth * _COMMAND // _CHUNK) + 1
+        self._queue = Queue(disk.handles[:1], depth=settings.depth, piece=_COMMAND)
         self._free: list[tuple[Any, memoryview]] = []
         self._is_waiting = False
 
@@ -194,7 +198,7 @@ class _DiskSide:
             self._queue.close()
 
     def _memory(self) -> tuple[Any, memoryview]:
-        return self._free.pop() if self._free else new_memory(PIECE)
+        return self._free.pop() if self._free else new_memory(_CHUNK)
 
 
 class _Part:
@@ -210,7 +214,7 @@ class _Part:
 
 
 class _DiskReader(_DiskSide):
-    """Reads ahead: as many commands are in flight as the copy's depth."""
+    """Reads ahead."""
 
     def __init__(self, source: Disk, settings: Settings) -> None:
         super().__init__(source, settings)
@@ -222,7 +226,7 @@ class _DiskReader(_DiskSide):
         Raises:
             nbd.Error: The server could not read some of them.
         """
-        parts = _parts(self._source, PIECE, self._settings.sparse)
+        parts = _parts(self._source, _CHUNK, self._settings.sparse)
         window: deque[_Part] = deque()
         is_ended = False
         while True:
@@ -240,7 +244,7 @@ class _DiskReader(_DiskSide):
         length = stop - start
         if is_hole:
             return _Part(length, None, None, memoryview(b""))
-        memory, view = self._memory() if length == PIECE else new_memory(length)
+        memory, view = self._memory() if length == _CHUNK else new_memory(length)
         return _Part(length, self._queue.read(memory, start), memory, view)
 
     def _arrived(self, part: _Part) -> Iterator[tuple[Data, bool]]:
@@ -254,12 +258,12 @@ class _DiskReader(_DiskSide):
         if request.error is not None:
             raise _failed(SOURCE, request)
         yield part.view, False
-        if part.length == PIECE:
+        if part.length == _CHUNK:
             self._free.append((part.memory, part.view))
 
 
 class _DiskWriter(_DiskSide):
-    """Writes behind: as many commands are in flight as the copy's depth."""
+    """Writes behind."""
 
     def __init__(self, target: Disk, settings: Settings) -> None:
         super().__init__(target, settings)
@@ -281,12 +285,12 @@ class _DiskWriter(_DiskSide):
         while rest:
             if self._filling is None:
                 self._filling = self._memory()
-            count = min(len(rest), PIECE - self._filled)
+            count = min(len(rest), _CHUNK - self._filled)
             self._filling[1][self._filled : self._filled + count] = rest[:count]
             self._filled += count
             self._at += count
             rest = rest[count:]
-            if self._filled == PIECE:
+            if self._filled == _CHUNK:
                 self._send()
 
     def finish(self) -> None:
@@ -305,7 +309,7 @@ class _DiskWriter(_DiskSide):
         memory, view = self._filling
         whole: Any = view[: self._filled]
         if BOUNCES:  # PyPy: an nbd.Buffer needs no copy
-            whole = memory if self._filled == PIECE else bytes(whole)
+            whole = memory if self._filled == _CHUNK else bytes(whole)
         request = self._queue.write(whole, self._at - self._filled)
         self._flying.append((request, self._filling))
         self._filling, self._filled = None, 0
