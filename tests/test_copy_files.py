@@ -352,9 +352,10 @@ def test_a_file_of_the_wrong_mode_is_refused_at_once(image: Path, old: Path) -> 
 
 
 def test_a_descriptor_of_the_wrong_mode_is_refused_at_once(image: Path, old: Path) -> None:
-    with open(os.open(old, os.O_RDONLY), "r+b", 0) as target:
-        with pytest.raises(io.UnsupportedOperation, match="target: the file is not writable"):
-            nbd.copy(image, target)
+    text = "target: the file is not writable"
+    fd = os.open(old, os.O_RDONLY)
+    with open(fd, "r+b", 0) as target, pytest.raises(io.UnsupportedOperation, match=text):
+        nbd.copy(image, target)
     assert old.read_bytes() == b"\xff" * 5 * MIB
 
 
