@@ -80,8 +80,6 @@ def _is_uri(text: str) -> bool:
     return colon != "" and scheme.lower().partition("+")[0] in _SCHEMES
 
 
-
-
 def is_same(source: End, target: End) -> bool:
     """Whether both are one file, device or pipe: the copy would read what it has written."""
     if isinstance(source, Disk) or isinstance(target, Disk):
