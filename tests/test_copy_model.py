@@ -12,6 +12,7 @@ import random
 import shutil
 import socket
 import threading
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Callable
@@ -151,6 +152,8 @@ class Round:
         self.stack = stack
         self.data = self.content(self.size())
         self.checks: list[Callable[[], None]] = []
+        self.bad: list[tuple[int, int]] = []
+        self.options: dict[str, Any] = {}
 
     def size(self) -> int:
         """A size with odd ones among them."""
@@ -202,9 +205,11 @@ class Round:
 
     # Servers.
 
-    def nbdkit(self, path: Path, *filters: str) -> servers.Server:
+    def nbdkit(self, path: Path, *options: str) -> servers.Server:
         """A server of a file that ends with the round."""
-        argv = servers.nbdkit_argv([*filters, "file", str(path)], None, None, None)
+        filters = [one for one in options if one.startswith("--")]
+        others = [one for one in options if not one.startswith("--")]
+        argv = servers.nbdkit_argv([*filters, "file", str(path), *others], None, None, None)
         argv[argv.index("--threads=1")] = "--threads=4"
         return self.stack.enter_context(servers.Server(argv, servers.short_folder()))
 
@@ -249,6 +254,26 @@ class Round:
 
     def source_scripted(self) -> Any:
         return self.scripted(MemoryDisk(random.Random(self.rng.random()), self.data))
+
+    def source_damaged(self) -> Any:
+        """A disk of which some sectors cannot be read: the copy continues with zeroes."""
+        whole = bytearray(self.data)
+        path = self.file("source", self.data)
+        lines, at = ["0x0 +"], 0
+        while at < len(whole):
+            length = min(BLOCK * self.rng.randint(1, 500), len(whole) - at)
+            is_bad = length % BLOCK == 0 and self.rng.random() < 0.3
+            lines.append(f"{at:#x} {length:#x} {'-' if is_bad else '+'}")
+            if is_bad:
+                whole[at : at + length] = bytes(length)
+                self.bad.append((at, length))
+            at += length
+        mapfile = self.folder / "map"
+        mapfile.write_text("\n".join(lines) + "\n")
+        self.options["on_error"] = lambda offset, length, error: True
+        self.data = bytes(whole)
+        server = self.nbdkit(path, "--filter=ddrescue", f"ddrescue-mapfile={mapfile}")
+        return server.uri
 
     def source_path(self) -> Any:
         path = self.file("source", self.data)
@@ -526,6 +551,11 @@ def _overwritten(old: bytes, start: int, data: bytes) -> bytes:
     return old[:start].ljust(start, b"\0") + data + old[start + len(data) :]
 
 
+def _blocks(ranges: Iterable[tuple[int, int]]) -> set[int]:
+    """Where the blocks of ranges begin."""
+    return {at for start, length in ranges for at in range(start, start + length, BLOCK)}
+
+
 def _write_all(fd: int, data: bytes) -> None:
     with open(fd, "wb", 0) as file:
         rest = memoryview(data)
@@ -551,7 +581,8 @@ def replay(seed: int, folder: Path) -> None:
         one = Round(seed, folder, stack)
         rng = one.rng
         source, target = rng.choice(_kinds("source_")), rng.choice(_kinds("target_"))
-        options: dict[str, Any] = {"sparse": rng.random() < 0.7, "flush": rng.random() < 0.5}
+        options = one.options
+        options.update(sparse=rng.random() < 0.7, flush=rng.random() < 0.5)
         if rng.random() < 0.5:
             options.update(connections=rng.randint(1, 3), depth=rng.randint(1, 20))
         if rng.random() < 0.5:
@@ -560,7 +591,9 @@ def replay(seed: int, folder: Path) -> None:
             pair = getattr(one, source)(), getattr(one, target)()
             copied = nbd.copy(*pair, **options)
             assert sum(copied) == len(one.data)
-            assert options["sparse"] or copied.zeroed == 0
+            lost, bad = _blocks(copied.bad), _blocks(one.bad)
+            assert lost <= bad if options["sparse"] else lost == bad  # holes are not read
+            assert options["sparse"] or copied.zeroed == BLOCK * len(bad)
             for check in one.checks:
                 check()
         except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import io
 import os
@@ -42,6 +43,7 @@ def stop(number: int, frame: object) -> None:
 @contextmanager
 def stopped() -> Iterator[None]:
     """Have a signal stop what is called, and fail if that takes long."""
+    gc.collect()  # PyPy loses what a handler raises in the callback of a weak reference
     began = time.monotonic()
     with alarm(stop), pytest.raises(Stop):
         yield
@@ -305,6 +307,74 @@ def test_a_stream_that_is_longer_than_the_disk_is_an_error(nbdkit: Nbdkit) -> No
         nbd.copy(Source(DATA), nbdkit("memory", "1M").uri)
     assert full.value.errno == "ENOSPC"
     assert nbd.copy(Source(DATA[:MIB]), nbdkit("memory", "1M").uri).copied == MIB
+
+
+# What cannot be read.
+
+BAD = [(512 * KIB, 4 * KIB), (MIB + 4 * KIB, 8 * KIB)]
+
+
+def with_holes(data: bytes) -> bytes:
+    """Return data with zeroes in the bad places."""
+    whole = bytearray(data)
+    for start, length in BAD:
+        whole[start : start + length] = bytes(length)
+    return bytes(whole)
+
+
+def ask(calls: list[tuple[int, int]], answer: bool) -> Callable[[int, int, nbd.Error], bool]:
+    """Return an on_error that notes what it is asked."""
+
+    def on_error(offset: int, length: int, error: nbd.Error) -> bool:
+        assert error.errnum == errno.EIO
+        calls.append((offset, length))
+        return answer
+
+    return on_error
+
+
+def test_a_stream_gets_zeroes_for_what_a_disk_cannot_read(nbdkit: Nbdkit, tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(DATA)
+    (tmp_path / "map").write_text(
+        f"0x0 +\n0x0 {BAD[0][0]:#x} +\n{BAD[0][0]:#x} {BAD[0][1]:#x} -\n"
+        f"{sum(BAD[0]):#x} {BAD[1][0] - sum(BAD[0]):#x} +\n{BAD[1][0]:#x} {BAD[1][1]:#x} -\n"
+        f"{sum(BAD[1]):#x} {len(DATA) - sum(BAD[1]):#x} +\n"
+    )
+    options = ("file", str(tmp_path / "image"), f"ddrescue-mapfile={tmp_path / 'map'}")
+    uri = nbdkit("--filter=ddrescue", *options).uri
+    for target in (io.BytesIO(), io.BytesIO()):
+        calls: list[tuple[int, int]] = []
+        copied = nbd.copy(uri, target, sparse=False, on_error=ask(calls, True))
+        assert target.getvalue() == with_holes(DATA)
+        assert calls == BAD
+        assert copied.bad == tuple(BAD)
+        assert copied == (len(DATA) - 12 * KIB, 12 * KIB)
+    target = io.BytesIO()
+    with pytest.raises(nbd.Error, match=f"reading the source failed at offset {BAD[0][0]}: "):
+        nbd.copy(uri, target, sparse=False, on_error=ask([], False))
+    assert target.getvalue() == DATA[: len(target.getvalue())]
+
+
+def test_a_stream_gets_zeroes_for_what_a_file_cannot_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(DATA)
+
+    def read_at(fd: int, view: memoryview, offset: int) -> int:
+        if any(start < offset + len(view) and offset < start + size for start, size in BAD):
+            raise OSError(errno.EIO, "bad sector")
+        data = os.pread(fd, len(view), offset)
+        view[: len(data)] = data
+        return len(data)
+
+    monkeypatch.setattr(nbd._core.files, "_read_at", read_at)
+    monkeypatch.setattr(nbd._core.files, "_is_of_system", lambda reason: True)
+    target, calls = io.BytesIO(), list[tuple[int, int]]()
+    assert nbd.copy(path, target, on_error=ask(calls, True)).bad == tuple(BAD)
+    assert (target.getvalue(), calls) == (with_holes(DATA), BAD)
+    with pytest.raises(nbd.Error, match=f"reading the source failed at offset {BAD[0][0]}: "):
+        nbd.copy(path, io.BytesIO())
 
 
 # FIFOs.

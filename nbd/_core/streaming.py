@@ -9,17 +9,16 @@ comes out.
 from __future__ import annotations
 
 import errno
-import os
 from collections import deque
 from time import monotonic
 
-from nbd._core.channels import SLICE
 from nbd._core.ends import Disk, File, Stream
-from nbd._core.engine import SOURCE, TARGET, IdleTimer
-from nbd._core.errors import Error, Timeout
+from nbd._core.engine import READ, WRITE
+from nbd._core.errors import DiskError, Error
 from nbd._core.memory import BOUNCES
 from nbd._core.queue import Queue
 from nbd._core.readahead import new_memory
+from nbd._core.rescue import await_some, failure, rescued
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -115,18 +114,25 @@ class _StreamReader:
 class _FileReader:
     def __init__(self, source: File, settings: Settings) -> None:
         self._source = source
-        self._is_sparse = settings.sparse
+        self._settings = settings
 
     def chunks(self) -> Iterator[tuple[Data, bool]]:
         """The bytes in order, and whether they are a hole."""
         buffer = memoryview(bytearray(_CHUNK))
-        for start, stop, is_hole in _parts(self._source, _CHUNK, self._is_sparse):
+        for start, stop, is_hole in _parts(self._source, _CHUNK, self._settings.sparse):
             if is_hole:
                 yield from _hole(stop - start)
             else:
-                view = buffer[: stop - start]
-                self._source.read_into(view, start)
-                yield view, False
+                yield self._read(buffer[: stop - start], start), False
+
+    def _read(self, view: memoryview, start: int) -> memoryview:
+        try:
+            self._source.read_into(view, start)
+        except DiskError as reason:
+            number = reason.errnum
+        else:
+            return view
+        return rescued(self._source, start, len(view), self._settings, number)
 
     def drop(self) -> None:
         """Do nothing: its owner closes it."""
@@ -174,19 +180,8 @@ class _DiskSide:
 
     def _wait(self) -> None:
         """Wait until some requests are done."""
-        idle = IdleTimer(self._queue._engine, self._settings.timeout)
         self._is_waiting = True
-        while True:
-            left = idle.remaining()
-            if self._queue.wait(1, SLICE if left < 0 else min(SLICE, left)):
-                break
-            self._settings.check()
-            if idle.is_over():
-                raise Timeout(
-                    f"nbd.copy: nothing was copied for {self._settings.timeout:g} seconds; "
-                    "try again, or allow more time",
-                    errno.ETIMEDOUT,
-                )
+        await_some(self._queue, self._settings)
         self._is_waiting = False
 
     def drop(self) -> None:
@@ -256,10 +251,18 @@ class _DiskReader(_DiskSide):
         while not request.is_done:
             self._wait()
         if request.error is not None:
-            raise _failed(SOURCE, request)
+            yield self._rescued(request, request.error.errnum), False
+            return
         yield part.view, False
         if part.length == _CHUNK:
             self._free.append((part.memory, part.view))
+
+    def _rescued(self, request: Request, errnum: int) -> memoryview:
+        """What can be read of a range that could not be read at once."""
+        place = request.offset, request.length
+        if self._source.is_lost(self._queue._engine):
+            raise failure(READ, self._source, *place, errnum)
+        return rescued(self._source, *place, self._settings, errnum)
 
 
 class _DiskWriter(_DiskSide):
@@ -267,6 +270,7 @@ class _DiskWriter(_DiskSide):
 
     def __init__(self, target: Disk, settings: Settings) -> None:
         super().__init__(target, settings)
+        self._target = target
         self._size = target.size
         self._at = 0  # where the next byte goes
         self._filling: tuple[Any, memoryview] | None = None
@@ -322,7 +326,8 @@ class _DiskWriter(_DiskSide):
             if not request.is_done:
                 left.append((request, memory))
             elif request.error is not None:
-                raise _failed(TARGET, request)
+                place = request.offset, request.length
+                raise failure(WRITE, self._target, *place, request.error.errnum)
             else:
                 self._free.append(memory)
         self._flying = left
@@ -348,12 +353,3 @@ def _cut(start: int, stop: int, length: int) -> Iterator[tuple[int, int, bool]]:
 def _hole(length: int) -> Iterator[tuple[Data, bool]]:
     for done in range(0, length, _CHUNK):
         yield _ZEROES[: length - done], True  # all of it is not copied
-
-
-def _failed(end: int, request: Request) -> Error:
-    """The exception for a command that has failed."""
-    what = "reading the source" if end == SOURCE else "writing to the target"
-    number = request.error.errnum if request.error is not None else 0
-    return Error(
-        f"nbd.copy: {what} failed at offset {request.offset}: {os.strerror(number)}", number
-    )
