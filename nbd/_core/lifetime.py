@@ -26,13 +26,14 @@ if IS_CPYTHON:
         Not by ffi.gc: CPython may finalize the cdata of a garbage cycle before other objects of the
         cycle that still use it.  A cdata without a finalizer lives until nothing refers to it.
         """
+        # First: a signal handler may raise while others are freed.
+        _named[ref(made, _gone.append)] = destroy, ffi.cast(ffi.typeof(made), made)
         while _gone:
             try:
                 free, pointer = _named.pop(_gone.pop())
             except IndexError:  # another thread has freed the last one
                 break
             free(pointer)
-        _named[ref(made, _gone.append)] = destroy, ffi.cast(ffi.typeof(made), made)
         return made
 
 else:
