@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+from _operator import index
 
 from nbd._core.errors import UnknownHost
 from nbd._core.shim import as_text, ffi, lib
@@ -30,8 +31,6 @@ def as_number(name: str, value: object) -> int:
     """An int, and not a subclass of it: its methods could return another number each time."""
     number: Any = value
     if not issubclass(type(value), int):
-        from operator import index
-
         try:
             number = index(value)  # type: ignore[arg-type]
         except TypeError:

@@ -18,7 +18,9 @@ read is copied from it to the object.
 
 from __future__ import annotations
 
+import gc
 import sys
+from errno import ERANGE
 
 from nbd._core.convert import as_number
 from nbd._core.errors import Error
@@ -28,6 +30,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections import deque
     from typing import Any
+else:
+    from _collections import deque  # collections itself would make `import nbd` longer
 
 #: Whether libnbd works on bounce buffers in place of objects of the caller.
 BOUNCES = not IS_CPYTHON
@@ -182,8 +186,6 @@ def _keep(block: Block, size: int) -> None:
         if other != size:
             _pool.pop(other, None)
     if _pooled() + size <= _pool_limit:
-        from collections import deque  # not above: it would make `import nbd` longer
-
         _pool.setdefault(size, deque()).append((block,))
 
 
@@ -242,11 +244,8 @@ def _refused_size(size: int) -> Exception:
         return ValueError(f"count: {size} is negative")
     if size > _SIZE_MAX:
         return OverflowError(f"count: {size} is not between 0 and {_SIZE_MAX}")
-    import errno
-
     return Error(
-        f"count: {size} is more than libnbd reads at once (64 MiB); read it in pieces",
-        errno.ERANGE,
+        f"count: {size} is more than libnbd reads at once (64 MiB); read it in pieces", ERANGE
     )
 
 
@@ -392,12 +391,9 @@ def _count(size: int) -> None:
     """Collect garbage, if it is time, before size bytes are allocated."""
     global _allocated
     add_memory_pressure(-size)
-    if _allocated > max(_pool_limit, _LEAST_LIMIT):
-        import gc
-
-        if gc.isenabled():
-            _allocated = 0
-            gc.collect()
+    if _allocated > max(_pool_limit, _LEAST_LIMIT) and gc.isenabled():
+        _allocated = 0
+        gc.collect()
     _allocated += size
 
 
