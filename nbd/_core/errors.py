@@ -9,13 +9,18 @@ call is back in its method, in the same thread.  There `settle` decides what hap
     another, and the call failed    becomes the cause of the nbd.Error
     another, and the call did not   is given to sys.unraisablehook
 
-So does what a signal handler raised while the call was waiting.  That is raised, whatever it is.
+So does what a signal handler raised while the call was waiting, or while a callback ran.  That is
+raised, whatever it is.
 """
 
 from __future__ import annotations
 
+import _signal
+import gc
+import os
 import sys
 from _thread import get_ident
+from errno import EDEADLK, EINTR, EMFILE, EOVERFLOW, ETIMEDOUT, errorcode
 
 from nbd._core.shim import (
     BY_HANDLER,
@@ -34,6 +39,11 @@ if TYPE_CHECKING:
     # The thread in which a callback raised, the handle (None if it is not known), the exception.
     # In place of the handle it may be BY_HANDLER.
     Waiting = tuple[int, Any, BaseException]
+
+#: The flag of a code object whose function takes any number of arguments (inspect.CO_VARARGS).
+_HAS_REST = 4
+#: The instruction with which a function begins; 0 where there is none for that.
+_RESUME = (lambda: 0).__code__.co_code[0] if IS_CPYTHON and sys.version_info >= (3, 11) else 0
 
 pending = process.pending
 
@@ -77,9 +87,7 @@ class Error(Exception):
     @property
     def errno(self) -> str | None:
         """The errno's name, or None if there is none."""
-        import errno
-
-        return errno.errorcode.get(self.errnum)
+        return errorcode.get(self.errnum)
 
     def __str__(self) -> str:
         return f"{self.string} ({self.errno})" if self.errno else f"{self.string}"
@@ -106,8 +114,6 @@ class Timeout(Error, TimeoutError):  # type: ignore[misc] # its errno is that of
     @property
     def strerror(self) -> str:  # type: ignore[override] # OSError has it as a variable
         """What its errno means."""
-        import os
-
         return os.strerror(self.errnum)
 
 
@@ -133,14 +139,10 @@ class DiskError(Error, OSError):
     @property
     def strerror(self) -> str:  # type: ignore[override] # OSError has it as a variable
         """What its errno means."""
-        import os
-
         return os.strerror(self.errnum)
 
     def __str__(self) -> str:
-        import errno
-
-        name = errno.errorcode.get(self.errnum)
+        name = errorcode.get(self.errnum)
         return f"{self.string} ({name})" if name else self.string
 
 
@@ -215,17 +217,23 @@ def last_error(method: str) -> Error:
     name, colon, reason = text.partition(":")
     if colon and name.startswith("nbd_"):
         text = f"nbd_{method}:{reason}"
-    failure = Error(text, lib.nbdshim_errno())
-    if not IS_CPYTHON and failure.errno == "EMFILE":
-        import gc
-
+    errnum = lib.nbdshim_errno()
+    if not IS_CPYTHON and errnum == EMFILE:
         gc.collect()  # closes the handles that were dropped, so that a second try may succeed
-    return failure
+    return Error(text, errnum)
 
 
 def report_pending(handle: Any) -> None:
-    """Give what callbacks raised to sys.unraisablehook: no call is left that could raise it."""
-    _report(_waiting(handle, None))
+    """Give what callbacks raised to sys.unraisablehook: no call is left that could raise it.
+
+    What a signal handler raised meanwhile is raised by the next call, of whatever handle.
+    """
+    waiting = _waiting(handle, None)
+    for one in waiting:
+        if is_by_handler(one[2].__traceback__):
+            pending.append((one[0], BY_HANDLER, one[2]))
+            _take(one)
+    _report([one for one in waiting if one in pending])
 
 
 def end_other_threads() -> None:
@@ -262,12 +270,10 @@ def _failure(handle: Any, result: Any, method: str) -> Exception | None:
         return no_handle(handle)
     if code == lib.NBDSHIM_NO_MEMORY:
         return MemoryError(f"nbd_{method}: no memory for the call")
-    import errno
-
     if code == lib.NBDSHIM_TIMED_OUT:
-        return Timeout(_late(handle, method), errno.ETIMEDOUT)
+        return Timeout(_late(handle, method), ETIMEDOUT)
     if code == lib.NBDSHIM_STOPPED:
-        return Error(f"nbd_{method}: stopped by a signal handler", errno.EINTR)
+        return Error(f"nbd_{method}: stopped by a signal handler", EINTR)
     if code == lib.NBDSHIM_SERVER_CLOSED:
         return Error(f"nbd_{method}: connection is closed", 0)
     if code <= lib.NBDSHIM_OPTION_FAILED:
@@ -276,9 +282,9 @@ def _failure(handle: Any, result: Any, method: str) -> Exception | None:
         return Error(
             f"nbd_{method}: called from inside a callback of the same handle, where libnbd would "
             "deadlock; make the call after the callback has returned",
-            errno.EDEADLK,
+            EDEADLK,
         )
-    return Error(f"nbd_{method}: the server's number is too large", errno.EOVERFLOW)
+    return Error(f"nbd_{method}: the server's number is too large", EOVERFLOW)
 
 
 def _late(handle: Any, method: str) -> str:
@@ -292,8 +298,6 @@ def _late(handle: Any, method: str) -> str:
 
 def _refused_option(method: str, errnum: int) -> Error:
     """The exception for an option that the server refuses."""
-    import os
-
     asked = method
     if "meta_context" in method:
         is_old = not hasattr(lib, "nbdcall_opt_set_meta_context")
@@ -338,7 +342,59 @@ def _raise(handle: Any, failure: BaseException | None) -> None:
 
 
 def _is_urgent(one: Waiting) -> bool:
-    return one[1] is BY_HANDLER or not isinstance(one[2], Exception)
+    _, origin, raised = one
+    return (
+        origin is BY_HANDLER
+        or not isinstance(raised, Exception)
+        or is_by_handler(raised.__traceback__)
+    )
+
+
+def is_by_handler(traceback: Any) -> bool:
+    """Whether an exception was raised by the handler of a signal, as its traceback tells.
+
+    A handler is called with the number of the signal and the frame that it interrupts.  No other
+    function is given a frame, but those that trace.  A handler may have forgotten the frame; then
+    it is known by the number, unless another one was set meanwhile.  And where a function has just
+    begun, nothing else can have been called.
+    """
+    while traceback is not None and traceback.tb_next is not None:
+        before, traceback = traceback, traceback.tb_next
+        frame = traceback.tb_frame
+        if _has_just_begun(before):
+            return True
+        for value in _arguments(frame):
+            given = value if type(value) is tuple else (value,)
+            if any(type(one) is type(frame) or _handles(frame, one) for one in given):
+                return True
+    return False
+
+
+def _handles(frame: Any, number: object) -> bool:
+    """Whether a frame is that of the handler of a signal."""
+    if not isinstance(number, int) or not 0 < number < _signal.NSIG:
+        return False
+    handler: Any = _signal.getsignal(number)
+    if not callable(handler):
+        return False
+    function = getattr(handler, "__func__", handler)  # of a method
+    code = getattr(function, "__code__", None) or getattr(type(handler).__call__, "__code__", None)
+    return code is frame.f_code
+
+
+def _has_just_begun(traceback: Any) -> bool:
+    """Whether a frame was left at the instruction with which a function begins."""
+    if not _RESUME:
+        return False
+    return bool(traceback.tb_frame.f_code.co_code[traceback.tb_lasti] == _RESUME)
+
+
+def _arguments(frame: Any) -> list[Any]:
+    """What a function was called with; a tuple for those that have no names."""
+    code, values = frame.f_code, frame.f_locals
+    has_rest = bool(code.co_flags & _HAS_REST)
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + has_rest]
+    return [values[name] for name in names if name in values]
 
 
 def _raise_waiting(one: Waiting) -> None:
@@ -401,6 +457,5 @@ def _unraisable(exception: BaseException) -> Any:
     if IS_CPYTHON:  # CPython's own hook takes this type and no other; the type has no public name
         made: Any = next(c for c in tuple.__subclasses__() if c.__name__ == "UnraisableHookArgs")
         return made(fields.values())
-    from types import SimpleNamespace
-
-    return SimpleNamespace(**fields, extra_line="")
+    namespace: Any = type(sys.implementation)  # types.SimpleNamespace, without the import
+    return namespace(**fields, extra_line="")

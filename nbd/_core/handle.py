@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from sys import is_finalizing
 
@@ -158,6 +159,8 @@ class Handle:
         traceback: TracebackType | None,
     ) -> None:
         _close_quietly(self._h)
+        if pending:  # what the handler of a signal has raised meanwhile
+            settle(self._h, 0)
 
     def __del__(self) -> None:
         if _is_exiting and is_finalizing():  # too late for callbacks: Python has ended
@@ -182,8 +185,6 @@ def _close_quietly(h: Any) -> None:
 def _collect_dropped() -> None:
     """Collect garbage, which closes the handles that were dropped."""
     global _collect_at
-    import gc
-
     gc.collect()
     descriptors = os.sysconf("SC_OPEN_MAX")  # -1 if there is no bound
     few = descriptors // 8 if descriptors > 0 else _MOST_DROPPED

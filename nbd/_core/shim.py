@@ -192,8 +192,11 @@ def upcall(name: str) -> Callable[[Function], Function]:
     return decorate
 
 
-def _keep_unexpected(exc_type: object, exception: BaseException, traceback: object) -> None:
-    process.pending.append((get_ident(), None, exception))
+def _keep_unexpected(exc_type: object, exception: BaseException, traceback: Any) -> None:
+    # The upcall itself has raised nothing, so a function that it has called there is a handler.
+    is_by_handler = traceback is not None and traceback.tb_next is not None
+    origin = BY_HANDLER if is_by_handler else None
+    process.pending.append((get_ident(), origin, exception.with_traceback(traceback)))
 
 
 def _keep_of_completion(exc_type: object, exception: BaseException, traceback: Any) -> int:
