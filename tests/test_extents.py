@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+from hostile import CHUNK_BLOCK_STATUS, Connection, Wire, extents
 from servers import Server
 
 import nbd
@@ -151,3 +152,53 @@ def test_a_server_that_dies_is_an_error(nbdkit: Nbdkit) -> None:
         server.kill()
         with pytest.raises(nbd.Error):
             list(found)
+
+
+CONTEXT = 7
+
+
+def answering(*chunks: tuple[int, ...]) -> Connection:
+    """A server that answers each block_status with these extents, one chunk for each tuple."""
+
+    def script(wire: Wire) -> None:
+        wire.negotiate(contexts=[(CONTEXT, nbd.CONTEXT_BASE_ALLOCATION.encode())])
+        while True:
+            request = wire.request()
+            for chunk in chunks[:-1]:
+                wire.chunk(request, CHUNK_BLOCK_STATUS, extents(CONTEXT, *chunk), done=False)
+            wire.chunk(request, CHUNK_BLOCK_STATUS, extents(CONTEXT, *chunks[-1]))
+
+    return Connection(script)
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        ((0, DATA),),
+        ((0, DATA, 0, HOLE),),
+        ((MIB, DATA), (MIB, HOLE)),
+        ((512, HOLE), (512, HOLE)),
+        ((MIB // 2, HOLE), (MIB // 2, HOLE)),
+    ],
+)
+def test_an_answer_that_breaks_the_protocol_is_an_error(
+    h: nbd.NBD, chunks: tuple[tuple[int, ...], ...]
+) -> None:
+    with answering(*chunks) as connection:
+        h.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+        h.connect_socket(connection.fileno())
+        with pytest.raises(nbd.Error) as broken:
+            list(nbd.extents(h))
+        h.close()
+    assert broken.value.errno == "EPROTO"
+
+
+@pytest.mark.parametrize("chunk", [(512, HOLE), (MIB, HOLE), (2**32 - 1, HOLE)])
+def test_short_and_long_answers_cover_the_range_and_no_more(
+    h: nbd.NBD, chunk: tuple[int, ...]
+) -> None:
+    with answering(chunk) as connection:
+        h.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+        h.connect_socket(connection.fileno())
+        assert list(nbd.extents(h, start=1, end=MIB // 4)) == [(1, MIB // 4 - 1, HOLE)]
+        h.close()

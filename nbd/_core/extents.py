@@ -238,10 +238,14 @@ class Question:
         self.answers: dict[str, list[tuple[int, int]]] = {}
 
     def note(self, context: str, offset: int, entries: list[Any], error: object) -> None:
-        """Note what a callback of block_status, or of block_status_64, is told."""
+        """Note what a callback of block_status, or of block_status_64, is told.
+
+        A second answer for a context breaks the protocol.  Which of them is true is not known, so
+        none is left.
+        """
         if entries and isinstance(entries[0], int):
             entries = list(zip(entries[::2], entries[1::2]))
-        self.answers.setdefault(context, []).extend(entries)
+        self.answers[context] = [] if context in self.answers else entries
 
 
 def _from(
