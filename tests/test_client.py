@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from asyncs import commands, needs_task_group, outcome, run, sent
+from asyncs import commands, needs_task_group, outcome, run, sent, until
 from servers import Server, library_has
 from waits import paused
 
@@ -287,6 +287,7 @@ def test_a_task_group_takes_the_coroutines(server: Server) -> None:
 def test_several_connections_are_used(server: Server) -> None:
     async def main() -> list[int]:
         async with nbd.aio.connect(server.uri, connections=3) as disk:
+            await until(lambda: len(disk.handles) == 3)
             with paused(server):
                 reads = [asyncio.create_task(disk.pread(512, 0)) for _ in range(6)]
                 await asyncio.sleep(0)

@@ -14,6 +14,7 @@ from typing import Any, Callable
 
 import pytest
 from asyncs import commands, outcome, run, until
+from programs import run_program
 from servers import Server, children, program
 from usage import descriptors
 from waits import paused
@@ -258,3 +259,129 @@ def test_a_connect_of_a_copy_that_is_cancelled_leaves_nothing(nbdkit: Nbdkit) ->
     started = set(children())
     run(main())
     assert set(children()) <= started
+
+
+CANCELLED = """
+import asyncio, nbd, os, signal, sys
+
+async def main():
+    if len(sys.argv) > 3:
+        os.kill(int(sys.argv[3]), signal.SIGCONT)
+    copying = asyncio.ensure_future(nbd.aio.copy(*sys.argv[1:3]))
+    await asyncio.sleep(0.3)
+    if len(sys.argv) > 3:
+        os.kill(int(sys.argv[3]), signal.SIGSTOP)
+        await asyncio.sleep(0.3)
+    assert not copying.done()
+    copying.cancel()
+    await asyncio.wait([copying], timeout=1)
+    print(copying.cancelled())
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_a_program_ends_whose_copy_of_a_fifo_was_cancelled(
+    nbdkit: Nbdkit, tmp_path: Path, side: str
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    sides = (str(tmp_path / "fifo"), nbdkit("memory", "1M").uri)
+    done = run_program(CANCELLED, *(sides if side == "source" else sides[::-1]))
+    assert (done.stdout, done.stderr, done.returncode) == ("True\n", "", 0)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_program_ends_whose_copy_from_a_server_that_hangs_was_cancelled(
+    nbdkit: Nbdkit, tmp_path: Path, is_stream: bool
+) -> None:
+    server = nbdkit("--filter=delay", "pattern", "64M", "rdelay=100ms")
+    target = str(tmp_path / "copy")
+    if is_stream:
+        target = "/dev/stderr"
+        done = run_program(CANCELLED, server.uri, target, str(server.process.pid))
+        assert "Traceback" not in done.stderr
+    else:
+        done = run_program(CANCELLED, server.uri, target, str(server.process.pid))
+        assert done.stderr == ""
+    assert (done.stdout, done.returncode) == ("True\n", 0)
+
+
+def test_the_copy_begins_on_the_first_connection(
+    qemu_nbd: Callable[..., Server], tmp_path: Path
+) -> None:
+    image = tmp_path / "disk"
+    image.write_bytes(b"x" * (20 * MIB))
+    server = qemu_nbd(image, "--format=raw", "--shared=2")
+
+    async def main() -> nbd.Copied:
+        async with nbd.aio.connect(server.uri):
+            return await asyncio.wait_for(
+                nbd.aio.copy(server.uri, tmp_path / "copy", connections=4), 15
+            )
+
+    assert sum(run(main())) == 20 * MIB
+    assert (tmp_path / "copy").read_bytes() == image.read_bytes()
+
+
+#: Reads of the second MiB fail.
+BAD = (
+    "eval",
+    "get_size=echo 4M",
+    "pread=if [ $4 -lt 2097152 ] && [ $(($4 + $3)) -gt 1048576 ]; then echo EIO bad >&2; exit 1; "
+    "fi; head -c $3 /dev/zero | tr '\\0' x",
+)
+
+
+BLOCKS = ("blocksize-minimum=65536", "blocksize-preferred=65536", "blocksize-maximum=16M")
+
+
+def test_on_error_is_asked_in_the_event_loop(nbdkit: Nbdkit, tmp_path: Path) -> None:
+    told: list[tuple[Any, int, int, str | None]] = []
+
+    def on_error(offset: int, length: int, error: nbd.Error) -> bool:
+        told.append((threading.current_thread(), offset, length, error.errno))
+        return True
+
+    server = nbdkit("--filter=blocksize-policy", *BAD, *BLOCKS)
+    copied = run(nbd.aio.copy(server.uri, tmp_path / "copy", on_error=on_error))
+    assert copied.bad == ((MIB, MIB),)
+    assert {one[0] for one in told} == {threading.main_thread()}
+    assert {one[3] for one in told} == {"EIO"}
+    data = (tmp_path / "copy").read_bytes()
+    assert data == b"x" * MIB + bytes(MIB) + b"x" * (2 * MIB)
+
+
+def test_on_error_may_refuse_or_raise(nbdkit: Nbdkit, tmp_path: Path) -> None:
+    def refuse(*_: object) -> bool:
+        return False
+
+    def fail(*_: object) -> bool:
+        raise LookupError
+
+    server = nbdkit(*BAD)
+    error = run(outcome(nbd.aio.copy(server.uri, tmp_path / "copy", on_error=refuse)))
+    assert isinstance(error, nbd.Error)
+    assert error.errno == "EIO"
+    error = run(outcome(nbd.aio.copy(server.uri, tmp_path / "copy", on_error=fail)))
+    assert isinstance(error, LookupError)
+
+
+@pytest.mark.parametrize("option", ["progress", "on_error"])
+def test_coroutine_functions_are_refused(tmp_path: Path, option: str) -> None:
+    async def function(*_: object) -> bool:
+        return True
+
+    options: Any = {option: function}
+    error = run(outcome(nbd.aio.copy("/dev/null", tmp_path / "copy", **options)))
+    assert isinstance(error, TypeError)
+    assert f"{option}: a function is needed" in str(error)
+
+
+def test_stop_iteration_of_a_file_ends_the_copy(tmp_path: Path) -> None:
+    class Odd(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise StopIteration
+
+    error = run(outcome(nbd.aio.copy(Odd(), tmp_path / "copy")))
+    assert isinstance(error, RuntimeError)

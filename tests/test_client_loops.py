@@ -99,6 +99,7 @@ def test_one_of_two_connections_may_be_lost(nbdkit: Nbdkit) -> None:
 
     async def main() -> None:
         async with nbd.aio.connect(server.uri, connections=2) as disk:
+            await until(lambda: len(disk.handles) == 2)
             await asyncio.gather(*(disk.pread(512, 0) for _ in range(9)))
             disk.handles[0].close()
             for _ in range(9):

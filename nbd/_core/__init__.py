@@ -33,6 +33,7 @@ Each module imports only from those above it:
     rescue        reading around what cannot be read
     streaming     copies from and to streams
     copying       nbd.copy
+    asyncthreads  threads for what an event loop cannot wait for
     client        nbd.aio.Client
     asyncconnect  nbd.aio.connect
     asynccopy     nbd.aio.copy

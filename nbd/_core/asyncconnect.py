@@ -8,9 +8,12 @@ import errno
 from contextlib import suppress
 from functools import partial
 from socket import SOCK_STREAM
+from time import monotonic
 from urllib.parse import urlsplit
+from weakref import ref
 
-from nbd._core.client import Client, late_error
+from nbd._core.asyncthreads import close_in_thread, in_thread
+from nbd._core.client import Client, late_error, limited, prolonged
 from nbd._core.connecting import (
     LONGEST_PAUSE,
     NOT_THERE,
@@ -22,10 +25,14 @@ from nbd._core.constants import (
     AIO_DIRECTION_READ,
     AIO_DIRECTION_WRITE,
     CONTEXT_BASE_ALLOCATION,
+    SIZE_MAXIMUM,
+    SIZE_MINIMUM,
+    SIZE_PREFERRED,
     TLS_DISABLE,
 )
 from nbd._core.convert import as_number, as_seconds
-from nbd._core.errors import Error, pending, settle_as
+from nbd._core.errors import ClosedHandle, Error, pending, settle_as
+from nbd._core.methods import NBD
 from nbd._core.shim import lib
 
 TYPE_CHECKING = False
@@ -33,15 +40,16 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future
     from collections.abc import Callable, Coroutine, Generator, Iterable
     from types import TracebackType
-    from typing import Any, TypeVar, Union
+    from typing import Any, TypeVar
 
+    from nbd._core.connecting import Uri
     from nbd._core.errors import Timeout
-    from nbd._core.methods import NBD
 
-    Uri = Union[str, list[str], tuple[str, ...]]
     Result = TypeVar("Result")
 
 _PORT = 10809
+_MAX_CONNECTIONS = 64  # of one queue
+_SIZES = (SIZE_MINIMUM, SIZE_PREFERRED, SIZE_MAXIMUM)
 
 
 def connect(
@@ -59,22 +67,27 @@ def connect(
     Args:
         uri: The URI of a server; or the command line of one, as a list of str, which is started and
             spoken to over its standard input and output, as `nbdkit -s` does.
-        connections: How many connections to make, if the server allows several
-            (nbd.NBD.can_multi_conn); else one is made.
+        connections: How many connections to make, up to 64, if the server allows several
+            (nbd.NBD.can_multi_conn); else one is made.  The disk can be used as soon as the first
+            is there.  The others join when they are made; one that cannot be made is left out.
         depth: How many commands may be in flight at once; other callers wait in line.
         timeout: How many seconds each call may wait, the connecting first; None is for ever.
         retry_for: How many seconds to go on trying while the server is not there yet: while
             connections are refused, or its Unix socket does not exist.  None tries once.
         contexts: The meta contexts to ask for; base:allocation is what `extents` needs.
         prepare: Called with each new handle before it is connected: for TLS, for an export name.
+            What it sets counts: a URI may not say something else.
 
     Returns:
-        What is awaited, or used with `async with`; the result is an nbd.aio.Client.
+        What is awaited, or used with `async with`; the result is an nbd.aio.Client.  It can be used
+        again when that client is closed.
 
     Raises:
         nbd.Error: The server cannot be reached, or refuses.
         nbd.Timeout: The server does not answer.
-        ValueError: A number is out of range.
+        RuntimeError: What is returned is used while its last client is open.
+        ValueError: A number is out of range; prepare has set an export name, or something of TLS,
+            and the URI has another; or prepare has set the option mode.
 
     Example:
         >>> async def size_of(uri):
@@ -86,13 +99,13 @@ def connect(
     C: nbd_aio_connect_uri or nbd_aio_connect_command.
     """
     count = as_number("connections", connections)
-    if count < 1:
-        raise ValueError(f"connections: {count} is not at least 1")
+    if not 1 <= count <= _MAX_CONNECTIONS:
+        raise ValueError(f"connections: {count} is not between 1 and {_MAX_CONNECTIONS}")
     plan = Plan(
         uri,
         context_names(contexts),
         prepare,
-        None if timeout is None else as_seconds("timeout", timeout),
+        None if timeout is None else limited(as_seconds("timeout", timeout)),
         0.0 if retry_for is None else as_seconds("retry_for", retry_for),
     )
     return Connecting(plan, count, as_number("depth", depth))
@@ -107,6 +120,9 @@ class Connecting:
         self._plan = plan
         self._connections = connections
         self._depth = depth
+        self._is_connecting = False
+        self._entered: Client | None = None
+        self._made: Callable[[], Client | None] = _nothing
 
     def __await__(self) -> Generator[Any, None, Client]:
         return self._client().__await__()
@@ -121,16 +137,42 @@ class Connecting:
         exc_value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self._entered.close()
+        entered, self._entered = self._entered, None
+        if entered is not None:
+            await entered.close()
 
     async def _client(self) -> Client:
-        plan = self._plan
-        handles = await connected(plan, self._connections)
+        """A new client, one at a time: of two that were entered, the first would not be closed."""
+        last = self._made()
+        if self._is_connecting or (last is not None and last._is_usable()):
+            raise RuntimeError(
+                "this nbd.aio.connect(...) is in use: close its client first, or call "
+                "nbd.aio.connect again for a second one"
+            )
+        self._is_connecting = True
         try:
-            return Client(handles, self._depth, plan.timeout, plan.is_command)
+            client = await self._connected()
+            self._made = ref(client)
+        finally:
+            self._is_connecting = False
+        return client
+
+    async def _connected(self) -> Client:
+        plan = self._plan
+        first = await connected(plan)
+        try:
+            client = Client([first], self._depth, plan.timeout, plan.is_command)
         except BaseException:
-            close_all(handles, plan.is_command)
+            close_all([first], plan)
             raise
+        if self._connections > 1 and not plan.is_command and first.can_multi_conn():
+            for _ in range(self._connections - 1):
+                client._begin_to_join(_join(ref(client), plan))
+        return client
+
+
+def _nothing() -> None:
+    return None
 
 
 class Plan:
@@ -161,41 +203,60 @@ class Plan:
         self.retry_for = retry_for
 
 
-async def connected(plan: Plan, connections: int) -> list[NBD]:
-    """So many connected handles, if the server allows several; else one."""
-    handles = [await _tried(plan)]
-    try:
-        if connections > 1 and not plan.is_command and handles[0].can_multi_conn():
-            for _ in range(connections - 1):
-                handles.append(await _tried(plan))
-    except BaseException:
-        close_all(handles, plan.is_command)
-        raise
-    return handles
-
-
-def close_all(handles: list[NBD], is_command: bool) -> None:
-    """Close handles, and wait for nothing: libnbd waits for the end of a process, in a thread."""
-    for handle in handles:
-        if is_command:
-            asyncio.get_running_loop().run_in_executor(None, handle.__exit__, None, None, None)
-        else:
-            handle.__exit__(None, None, None)
-
-
-async def _tried(plan: Plan) -> NBD:
+async def connected(plan: Plan) -> NBD:
     """A connected handle, after as many tries as the plan allows."""
     loop = asyncio.get_running_loop()
-    tried_until = loop.time() + plan.retry_for
+    tried_until = monotonic() + plan.retry_for
     pause = SHORTEST_PAUSE
     while True:
         try:
             return await _Try(plan, loop).run()
         except Error as reason:
-            if reason.errnum not in NOT_THERE or loop.time() >= tried_until:
+            if reason.errnum not in NOT_THERE or monotonic() >= tried_until:
                 raise
-        await asyncio.sleep(min(pause, max(0.0, tried_until - loop.time())))
+        await asyncio.sleep(min(pause, max(0.0, tried_until - monotonic())))
         pause = min(2 * pause, LONGEST_PAUSE)
+
+
+async def _join(client: ref[Client], plan: Plan) -> None:
+    """Make one more connection for a client.  If that fails, the client has one fewer."""
+    with suppress(Error, OSError):
+        handle = await connected(plan)
+        try:
+            self = client()
+            if self is not None and _is_alike(self.handles[0], handle, plan):
+                self._join(handle)
+                return
+        except (ClosedHandle, ValueError):  # the client is closed, or it is another export
+            pass
+        except BaseException:
+            close_all([handle], plan)
+            raise
+        close_all([handle], plan)
+
+
+def _is_alike(first: NBD, other: NBD, plan: Plan) -> bool:
+    """Whether two connections are to the same export, as far as they tell."""
+    return _told(first, plan) == _told(other, plan)
+
+
+def _told(handle: NBD, plan: Plan) -> list[int]:
+    """What is the same on all connections to an export."""
+    return [
+        handle.get_size(),
+        handle.is_read_only(),
+        *map(handle.get_block_size, _SIZES),
+        *map(handle.can_meta_context, plan.contexts),
+    ]
+
+
+def close_all(handles: list[NBD], plan: Plan) -> None:
+    """Close handles, and do not wait: libnbd waits for the end of a process, in a thread."""
+    for handle in handles:
+        if plan.is_command:
+            close_in_thread(asyncio.get_running_loop(), handle, plan.timeout)
+        else:
+            handle.__exit__(None, None, None)
 
 
 class _Try:
@@ -207,66 +268,76 @@ class _Try:
         self._until = None if plan.timeout is None else loop.time() + plan.timeout
 
     async def run(self) -> NBD:
-        uri = self._plan.uri
-        handle = self._new_handle()
+        handle, uri = self._new_handle()
         if isinstance(uri, (list, tuple)):
             return await self._connected(handle, "connect_command", list(uri))
         host = _host_to_look_up(uri)
         if host is None:
             return await self._connected(handle, "connect_uri", uri)
-        if uri.lower().startswith("nbds") or handle.get_tls() != TLS_DISABLE:
+        if uri.startswith("nbds") or handle.get_tls() != TLS_DISABLE:
             # The name has to be that of the server's certificate: so libnbd looks it up.
-            return await self._connected(handle, "connect_uri", uri, in_thread=True)
+            return await self._connected(handle, "connect_uri", uri, is_slow=True)
         handle.__exit__(None, None, None)
         *others, last = await self._look_up(*host)
         for address in others:
             with suppress(Error):
-                return await self._connected_to(uri, address)
-        return await self._connected_to(uri, last)
+                return await self._connected_to(address)
+        return await self._connected_to(last)
 
-    def _new_handle(self) -> NBD:
-        """A handle of its own: one that has failed cannot be used again."""
-        return prepared(self._plan.contexts, self._plan.prepare)
+    def _new_handle(self) -> tuple[NBD, Uri]:
+        """A handle of its own, as one that has failed cannot be used again; and its URI."""
+        plan = self._plan
+        handle, uri = prepared(plan.uri, plan.contexts, plan.prepare)
+        if handle.get_opt_mode():
+            handle.__exit__(None, None, None)
+            raise ValueError(
+                "prepare: it has called set_opt_mode, but nbd.aio negotiates by itself; "
+                "leave that out, or use nbd.connect in a thread"
+            )
+        return handle, uri
 
     async def _look_up(self, host: str, port: int) -> list[str]:
         """The addresses of a host; at least one."""
         try:
             found = await self._in_time(self._loop.getaddrinfo(host, port, type=SOCK_STREAM))
-        except OSError as reason:
+        except (OSError, UnicodeError) as reason:
             raise Error(f"nbd_aio_connect_uri: {host}: {reason}", 0) from None
         return list(dict.fromkeys(str(one[4][0]) for one in found))
 
-    async def _connected_to(self, uri: str, address: str) -> NBD:
-        return await self._connected(self._new_handle(), "connect_uri", _with_host(uri, address))
+    async def _connected_to(self, address: str) -> NBD:
+        handle, uri = self._new_handle()
+        return await self._connected(handle, "connect_uri", _with_host(str(uri), address))
 
     async def _connected(
-        self, handle: NBD, method: str, argument: Any, in_thread: bool = False
+        self, handle: NBD, method: str, argument: Any, is_slow: bool = False
     ) -> NBD:
         """Connect a handle; if it fails, the handle is closed."""
         begin = partial(getattr(handle, f"aio_{method}"), argument)
         try:
-            if in_thread:
-                await self._in_time(self._loop.run_in_executor(None, begin))
+            if is_slow:
+                await self._in_time(in_thread(self._loop, begin))
             else:
                 begin()
             await self._finish(handle, f"aio_{method}")
         except BaseException:
-            close_all([handle], self._plan.is_command)
+            close_all([handle], self._plan)
             raise
         return handle
 
     async def _finish(self, handle: NBD, method: str) -> None:
         """Let libnbd go on until the handle is connected."""
         while handle.aio_is_connecting():
-            await self._ready(handle)
+            is_late = not await self._ready(handle)
             result = lib.nbdcall_poll(handle._h, 0)
             if result < 0 or pending:
                 settle_as(handle._h, result, method)
+            if is_late and handle.aio_is_connecting():
+                raise self._late()
         if not handle.aio_is_ready() and not handle.aio_is_negotiating():
             raise Error(f"nbd_{method}: the server has closed the connection", errno.ECONNRESET)
 
-    async def _ready(self, handle: NBD) -> None:
-        """Wait until the socket is ready for what libnbd waits for.
+    async def _ready(self, handle: NBD) -> bool:
+        """Wait until the socket is ready for what libnbd waits for; returns whether it is in time.
 
         libnbd may go on to another socket in its next step, so the loop forgets this one.
         """
@@ -284,8 +355,11 @@ class _Try:
             self._loop.remove_writer(fd)
             if timer is not None:
                 timer.cancel()
-        if self._until is not None and self._loop.time() >= self._until:
-            raise self._late()
+        if self._until is None or self._plan.timeout is None:
+            return True
+        now = self._loop.time()
+        self._until = prolonged(self._until, now, self._plan.timeout)
+        return now < self._until
 
     async def _in_time(self, awaited: Future[Result] | Coroutine[Any, Any, Result]) -> Result:
         """The result of a future or coroutine; nbd.Timeout if it is too late."""

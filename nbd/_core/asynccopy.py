@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+from concurrent import futures
 from contextlib import suppress
 from threading import Thread
 
 from nbd._core.asyncconnect import Plan, close_all, connected
+from nbd._core.asyncthreads import AT_EXIT, end_future, in_thread
 from nbd._core.client import Client
 from nbd._core.constants import CONTEXT_BASE_ALLOCATION
 from nbd._core.copying import Ends, Job, Settings
-from nbd._core.ends import Disk, is_server, most_connections
+from nbd._core.disks import TICK, Disk
+from nbd._core.ends import is_server, most_connections
 from nbd._core.engine import SOURCE, TARGET
 
 TYPE_CHECKING = False
@@ -19,8 +23,9 @@ if TYPE_CHECKING:
     from asyncio import Future
     from typing import Any, Union
 
-    from nbd._core.copying import Copied, Progress
+    from nbd._core.copying import Copied, OnError, Progress
     from nbd._core.ends import Anything
+    from nbd._core.errors import Error
     from nbd._core.methods import NBD
 
     AnythingOrClient = Union[Anything, Client]
@@ -36,6 +41,7 @@ async def copy(
     progress: Progress | None = None,
     timeout: float | None = None,
     flush: bool = True,
+    on_error: OnError | None = None,
 ) -> Copied:
     """Copy a whole disk: nbd.copy, to be awaited.
 
@@ -47,15 +53,20 @@ async def copy(
     still happen.
 
     Args:
-        source, target: As for nbd.copy; or an nbd.aio.Client, whose connections are used.
-        connections, depth, sparse, timeout, flush: As for nbd.copy.
+        source, target: As for nbd.copy; or an nbd.aio.Client, whose connections are used, as many
+            as it has by then.
+        connections, depth, sparse, timeout, flush: As for nbd.copy.  With an nbd.aio.Client, no
+            timeout is the client's own.
         progress: Called in the event loop as progress(done, total), in bytes; see nbd.copy.
+        on_error: Called in the event loop as on_error(offset, length, error); see nbd.copy.  The
+            copy waits for what it returns.
 
     Returns:
-        How many bytes were copied, and how many were zeroed.
+        How many bytes were copied, how many were zeroed, and as `bad` the ranges that were bad.
 
     Raises:
         nbd.Error, OSError, ValueError: As nbd.copy.
+        TypeError: Also if progress or on_error is a coroutine function: they are called.
 
     Example:
         >>> asyncio.run(nbd.aio.copy(["nbdkit", "-s", "memory", "1M"], "disk.img"))
@@ -63,9 +74,15 @@ async def copy(
 
     C: nbd_aio_pread, nbd_aio_pwrite, nbd_aio_zero, nbd_block_status.
     """
-    return await _Transfer(Settings(connections, depth, sparse, progress, timeout, flush)).run(
-        source, target
-    )
+    for name, function in (("progress", progress), ("on_error", on_error)):
+        if asyncio.iscoroutinefunction(function):
+            raise TypeError(f"{name}: a function is needed, not a coroutine function")
+    settings = Settings(connections, depth, sparse, progress, timeout, flush, on_error)
+    return await _Transfer(settings).run(source, target)
+
+
+#: The copies whose threads run.
+_running: set[_Transfer] = set()
 
 
 class _Transfer:
@@ -77,39 +94,61 @@ class _Transfer:
         self._progress = settings.progress
         if self._progress is not None:
             settings.progress = self._report_later
+        self._on_error = settings.on_error
+        if self._on_error is not None:
+            settings.on_error = self._ask
         self._ended: Future[Copied] = self._loop.create_future()
-        self._ours: list[tuple[list[NBD], bool]] = []
+        self._ours: list[tuple[list[NBD], Plan]] = []
         self._job: Job | None = None
+        self._thread: Thread | None = None
 
     async def run(self, source: AnythingOrClient, target: AnythingOrClient) -> Copied:
-        is_started = False
         try:
             opened = await self._open(source), await self._open(target)
-            # Not a daemon: when the program ends, the copy has ended in order.
-            Thread(target=self._work, args=opened, name="nbd.aio.copy").start()
-            is_started = True
+            # A daemon: what it waits for when the task was cancelled does not hold up the program.
+            self._thread = Thread(target=self._work, args=opened, name="nbd.aio.copy", daemon=True)
+            _running.add(self)
+            self._thread.start()
             return await self._ended
         except BaseException:
             self._settings.is_stopped = True
             if self._job is not None:  # in a thread: it waits for the end of a server's process
-                self._loop.run_in_executor(None, self._job.stop)
-            if not is_started:
-                for handles, is_command in self._ours:
-                    close_all(handles, is_command)
+                in_thread(self._loop, self._job.stop)
+            if self._thread is None or self._thread.ident is None:  # it was not started
+                _running.discard(self)
+                for handles, plan in self._ours:
+                    close_all(handles, plan)
             raise
+
+    def finish(self) -> None:
+        """Wait for the thread: to its end, or, if the copy was stopped, not for long."""
+        if self._thread is not None and self._thread.ident is not None:
+            self._thread.join(AT_EXIT if self._settings.is_stopped else None)
 
     async def _open(self, what: Any) -> Any:
         """The disk of a server or a client; anything else as it is."""
+        settings = self._settings
         if isinstance(what, Client):
             what._check()
+            if settings.timeout is None:
+                settings.timeout = what._timeout
             return Disk(list(what.handles), is_ours=False)
         if not is_server(what):
             return what
-        settings = self._settings
         plan = Plan(what, [CONTEXT_BASE_ALLOCATION], None, settings.timeout, 0.0)
-        handles = await connected(plan, settings.connections or most_connections())
-        self._ours.append((handles, plan.is_command))
-        return Disk(handles, is_ours=True)
+        handle = await connected(plan)
+        self._ours.append(([handle], plan))
+        if plan.is_command:
+            return Disk([handle], is_ours=True, name=repr(what), is_command=True)
+        wanted = settings.connections or most_connections()
+        return Disk(
+            [handle],
+            is_ours=True,
+            name=what,
+            uri=what,
+            further=wanted - 1 if handle.can_multi_conn() else 0,
+            timeout=settings.timeout,
+        )
 
     def _work(self, source: Any, target: Any) -> None:
         """What the thread does."""
@@ -128,16 +167,28 @@ class _Transfer:
                 copied = self._job.run()
         except BaseException as raised:
             failure = raised
+        finally:
+            _running.discard(self)
         with suppress(RuntimeError):  # the loop was closed
-            self._loop.call_soon_threadsafe(self._end, copied, failure)
+            self._loop.call_soon_threadsafe(end_future, self._ended, copied, failure)
 
-    def _end(self, copied: Copied | None, failure: BaseException | None) -> None:
-        if self._ended.done():  # the caller was cancelled
+    def _ask(self, offset: int, length: int, error: Error) -> bool:
+        """Called by the thread; it waits for the answer of the caller's function."""
+        answer: futures.Future[bool] = futures.Future()
+        self._loop.call_soon_threadsafe(self._answer, answer, offset, length, error)
+        while True:
+            self._settings.check()
+            with suppress(futures.TimeoutError):
+                return answer.result(TICK)
+
+    def _answer(self, answer: futures.Future[bool], offset: int, length: int, error: Error) -> None:
+        """What the caller's function raises ends the copy."""
+        if self._ended.done() or self._on_error is None:
             return
-        if failure is not None:
-            self._ended.set_exception(failure)
-        elif copied is not None:
-            self._ended.set_result(copied)
+        try:
+            answer.set_result(bool(self._on_error(offset, length, error)))
+        except Exception as raised:
+            end_future(self._ended, None, raised)
 
     def _report_later(self, done: int, total: int | None) -> None:
         """Called by the thread."""
@@ -151,4 +202,11 @@ class _Transfer:
         try:
             self._progress(done, total)
         except Exception as raised:
-            self._ended.set_exception(raised)
+            end_future(self._ended, None, raised)
+
+
+@atexit.register
+def _finish_all() -> None:
+    """When the program ends, the copies that were not stopped have ended in order."""
+    for one in list(_running):
+        one.finish()

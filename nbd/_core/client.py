@@ -9,6 +9,7 @@ is ready, one step of the queue tells of all commands that are done, and their f
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import warnings
 from asyncio import _get_running_loop
@@ -17,6 +18,7 @@ from functools import partial, update_wrapper
 from sys import is_finalizing
 from weakref import ref
 
+from nbd._core.asyncthreads import in_thread
 from nbd._core.buffer import readable, writable_by_call
 from nbd._core.callbacks import next_token
 from nbd._core.constants import CONTEXT_BASE_ALLOCATION
@@ -32,7 +34,7 @@ from nbd._core.engine import (
     as_request,
     failure,
 )
-from nbd._core.errors import ClosedHandle, Error, Timeout
+from nbd._core.errors import ClosedHandle, Error, Timeout, is_by_handler
 from nbd._core.extents import Survey
 from nbd._core.memory import BOUNCES, copy_back, free, is_unowned, new_result, result_of
 from nbd._core.methods import NBD
@@ -41,7 +43,7 @@ from nbd._core.shim import ffi, lib
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Coroutine
     from types import TracebackType
     from typing import Any, TypeVar, overload
 
@@ -57,8 +59,13 @@ if TYPE_CHECKING:
     Self = TypeVar("Self", bound="Client")
 
 _PIECE = 256 * 1024
-#: What a future has in place of an errno when the client was closed.
+#: What a future has instead of an errno when the client was closed.
 _CLOSED = -1
+#: A timer of a loop that is late by more seconds than this tells that the process was suspended, or
+#: that the loop stood still.
+_LATENESS = 0.1
+#: More seconds than this, three years, are for ever: not every loop's timers take so many.
+_MAX_TIMEOUT = 1e8
 
 nbdqueue_submit = lib.nbdqueue_submit
 
@@ -87,7 +94,7 @@ class Client:
 
     Attributes:
         handles: The connections, one nbd.NBD each, for what has no method here.  Their calls that
-            wait would hold up the whole loop.
+            wait would hold up the whole loop.  At first it is one; it grows when others join.
     """
 
     __module__ = "nbd.aio"
@@ -98,9 +105,13 @@ class Client:
         self, handles: list[NBD], depth: int, timeout: float | None, is_command: bool
     ) -> None:
         self._engine = engine = Engine(depth, _PIECE)
-        for handle in handles:
-            engine.add(TARGET, handle)
-        self._fd = engine.fileno()
+        try:
+            for handle in handles:
+                engine.add(TARGET, handle)
+            self._fd = engine.fileno()
+        except BaseException:
+            engine.end()  # its descriptors are closed now, not when garbage is collected
+            raise
         self._loop = asyncio.get_running_loop()
         self._process = os.getpid()
         self._depth = depth
@@ -109,9 +120,11 @@ class Client:
         #: The futures of what has a place, by token; None for a place that somebody in line was
         #: given and has not used yet.  The pins are in `Engine.kept`.  That is referred to as long
         #: as a command is in flight, and a future leads to its task and to this client.
-        self._waiting: dict[int, Future[int] | None] = {}
+        self._waiting: dict[int, Future[Any] | None] = {}
         self._line: OrderedDict[Future[int], None] = OrderedDict()
         self._turn = 0
+        #: The tasks that make more connections.  They do not refer to this client.
+        self._joining: set[asyncio.Task[None]] = set()
         self.handles = tuple(handles)
         self._loop.add_reader(self._fd, _step, ref(self))
         self._is_closed = False
@@ -379,7 +392,8 @@ class Client:
         """Close the connections.  A second close does nothing.
 
         What still waits for the server fails with nbd.ClosedHandle.  Commands that were sent may
-        still happen: flush first, if what was written has to be on the disk.
+        still happen: flush first, if what was written has to be on the disk.  A server that was
+        started by a command line is waited for, at most for the timeout.
 
         C: nbd_aio_disconnect, nbd_close.
         """
@@ -394,12 +408,18 @@ class Client:
         self._line.clear()
         self._waiting.clear()
         self._engine.end()
+        for task in self._joining:
+            task.cancel()
+        ends: list[Future[Any]] = [*self._joining]
         for handle in self.handles:
             say_goodbye(handle)
+            end = partial(handle.__exit__, None, None, None)
             if self._is_command:  # libnbd waits for the end of the process
-                await self._loop.run_in_executor(None, handle.__exit__, None, None, None)
+                ends.append(in_thread(self._loop, end))
             else:
-                handle.__exit__(None, None, None)
+                end()
+        if ends:
+            await asyncio.wait(ends, timeout=self._timeout)
 
     async def __aenter__(self: Self) -> Self:
         return self
@@ -418,13 +438,28 @@ class Client:
         self._is_closed = True
         # In a forked child the loop's selector is the parent's.
         if self._process == os.getpid() and not self._loop.is_closed():
-            _unwatch_later(self._loop, self._fd, self._engine)
+            _unwatch_later(self._loop, self._fd, self._engine, self._joining)
         warnings.warn(
             "an nbd.aio.Client was not closed; use async with, or await its close()",
             ResourceWarning,
             source=self,
             stacklevel=2,
         )
+
+    def _is_usable(self) -> bool:
+        return not self._is_closed and not self._loop.is_closed()
+
+    def _begin_to_join(self, joining: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine that makes one more connection, until the client is closed."""
+        task = self._loop.create_task(joining)
+        self._joining.add(task)
+        task.add_done_callback(self._joining.discard)
+
+    def _join(self, handle: NBD) -> None:
+        """Use one more connection, which the client closes from then on."""
+        self._check()
+        self._engine.add(TARGET, handle)
+        self.handles += (handle,)
 
     def _check_loop(self) -> None:
         if _get_running_loop() is not self._loop:
@@ -450,10 +485,10 @@ class Client:
 
     async def _wait_in_line(self) -> int:
         """The same when there is a place, in the order of the callers."""
-        future = self._loop.create_future()
+        future: Future[int] = self._loop.create_future()
         self._line[future] = None
         try:
-            token = await self._by_timeout(future, "no command has ended that was sent before")
+            token = await self._by_timeout(future, "no place among the commands in flight was free")
         except BaseException:
             self._line.pop(future, None)
             if future.done() and not future.cancelled() and future.exception() is None:
@@ -490,7 +525,8 @@ class Client:
     ) -> None:
         """Send a request, and wait for the answer."""
         engine = self._engine
-        future: Future[int] = self._loop.create_future()
+        # Its result is 0, the errno and the place of a failure, or _CLOSED.
+        future: Future[Any] = self._loop.create_future()
         self._waiting[token] = future
         if pin is not None:
             engine.kept[token] = pin
@@ -501,25 +537,27 @@ class Client:
         del pointer, pin
         try:
             if self._timeout is None:
-                errnum = await future
+                ended = await future
             else:
-                errnum = await self._by_timeout(future, "the server has not answered")
+                ended = await self._by_timeout(future, "the server has not answered")
         except BaseException:
             if not self._is_closed:
                 engine.cancel(token)
             raise
-        if errnum:
-            raise _closed() if errnum == _CLOSED else failure(operation, length, offset, errnum)
+        if ended:
+            if isinstance(ended, int):
+                raise _closed()
+            raise failure(operation, length, offset, *ended)
 
-    async def _by_timeout(self, future: Future[int], late: str) -> int:
+    async def _by_timeout(self, future: Future[Result], late: str) -> Result:
         """The result of a future; nbd.Timeout if it is too late."""
         if self._timeout is None:
             return await future
-        timer = self._loop.call_later(self._timeout, _expire, future, late, self._timeout)
+        alarm = _Alarm(ref(self), future, late, self._timeout)
         try:
             return await future
         finally:
-            timer.cancel()
+            alarm.cancel()
 
     async def _ask(self, method: str, count: int, offset: int, extent: Any, flags: int) -> None:
         """Send a command that has no place in the queue, but in its connection."""
@@ -545,6 +583,8 @@ class Client:
         if errnum == _CLOSED:
             raise _closed()
         if errnum:
+            if answer.raised is not None and is_by_handler(answer.raised.__traceback__):
+                raise answer.raised
             errnum = self._engine.error_of(handle) or errnum
             reason = f"{count} bytes at offset {offset} failed: {os.strerror(errnum)}"
             raise Error(f"nbd_{method}: {reason}", errnum) from answer.raised
@@ -576,8 +616,9 @@ class _Answer:
         """Tell the caller's callable, unless the caller was cancelled."""
         if not self.is_wanted:
             return 0
+        extent = self._extent
         try:
-            result = self._extent(context, offset, entries, error)
+            result = extent(context, offset, entries, error)
         except Exception as raised:
             self.raised = raised
             return -1
@@ -606,7 +647,7 @@ def _step(client: ref[Client]) -> None:
             token = one.token
             future = waiting.get(token)
             if future is not None and not future.done():
-                future.set_result(one.error)
+                future.set_result((one.error, one.offset) if one.error else 0)
             waiting.pop(token, None)
             kept.pop(token, None)
         engine.take(done, count)
@@ -617,31 +658,83 @@ def _step(client: ref[Client]) -> None:
         self._admit()
 
 
-def _unwatch_later(loop: AbstractEventLoop, fd: int, engine: Engine) -> None:
+def _unwatch_later(
+    loop: AbstractEventLoop, fd: int, engine: Engine, joining: set[asyncio.Task[None]]
+) -> None:
     """Have the loop forget a client that was dropped, perhaps in another thread.
 
     The engine, which closes the descriptor, lives until then.
     """
     try:
-        loop.call_soon_threadsafe(partial(_unwatch, loop, fd, engine))
+        loop.call_soon_threadsafe(partial(_unwatch, loop, fd, engine, joining))
     except RuntimeError:  # the loop was closed meanwhile
         return
 
 
-def _unwatch(loop: AbstractEventLoop, fd: int, engine: Engine) -> None:
+def _unwatch(
+    loop: AbstractEventLoop, fd: int, engine: Engine, joining: set[asyncio.Task[None]]
+) -> None:
     loop.remove_reader(fd)
+    for task in joining:
+        task.cancel()
     engine.end()
 
 
-def _expire(future: Future[int], late: str, seconds: float) -> None:
-    if not future.done():
-        future.set_exception(late_error(late, seconds))
+class _Alarm:
+    """The end of a call's time.
+
+    The answer may be there already: after a process was suspended, timers come before descriptors.
+    So the queue is looked at once more.
+    """
+
+    __slots__ = ("_client", "_future", "_late", "_seconds", "_timer", "_until")
+
+    def __init__(self, client: ref[Client], future: Future[Any], late: str, seconds: float) -> None:
+        self._client = client
+        self._future = future
+        self._late = late
+        self._seconds = seconds
+        loop = future.get_loop()
+        self._until = loop.time() + seconds
+        self._timer = loop.call_at(self._until, self._ring)
+
+    def cancel(self) -> None:
+        self._timer.cancel()
+
+    def _ring(self) -> None:
+        """Called by the event loop."""
+        future = self._future
+        if future.done():
+            return
+        loop = future.get_loop()
+        until = prolonged(self._until, loop.time(), self._seconds)
+        try:
+            _step(self._client)
+        finally:
+            if until > self._until:
+                self._until = until
+                self._timer = loop.call_at(until, self._ring)
+            elif not future.done():
+                future.set_exception(late_error(self._late, self._seconds))
+
+
+def prolonged(until: float, now: float, seconds: float) -> float:
+    """Until when a call may take `seconds`, if its timer should have come at `until`.
+
+    If it comes much later, the process was suspended, or the loop stood still.  Then the server is
+    given as much time again.
+    """
+    behind = now - until
+    return now + min(behind, seconds) if behind > _LATENESS else until
+
+
+def limited(seconds: float) -> float | None:
+    """A number of seconds as the timers of every loop take it; None is for ever."""
+    return seconds if seconds <= _MAX_TIMEOUT else None
 
 
 def late_error(late: str, seconds: float) -> Timeout:
     """The exception for what takes longer than the client's timeout."""
-    import errno
-
     return Timeout(
         f"nbd.aio: {late} within {seconds:g} seconds; try again, or allow more time",
         errno.ETIMEDOUT,
