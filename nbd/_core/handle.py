@@ -36,6 +36,12 @@ _MOST_DROPPED = 128
 _collect_at = 8
 
 
+# The shim's handles on which files of nbd.open are open.  If one is dropped meanwhile, the last of
+# its files closes it, whatever the order in which a garbage collector finalizes them.
+_held: dict[Any, set[object]] = {}
+_dropped: set[Any] = set()
+
+
 class Handle:
     """The part of nbd.NBD that is written by hand: how it begins, and how it ends."""
 
@@ -165,13 +171,32 @@ class Handle:
     def __del__(self) -> None:
         if _is_exiting and is_finalizing():  # too late for callbacks: Python has ended
             lib.nbdshim_end_upcalls()
-        _close_quietly(self._h)
+        if self._h in _held:
+            _dropped.add(self._h)
+        else:
+            _close_quietly(self._h)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
             "a handle is a connection of this process: it cannot be copied or pickled; "
             "make another with nbd.NBD() and connect it"
         )
+
+
+def hold(h: Any, user: object) -> None:
+    """Have a handle of the shim stay open if its object is dropped, until its users let it go."""
+    _held.setdefault(h, set()).add(user)
+
+
+def let_go(h: Any, user: object) -> None:
+    """Undo a `hold`, if there is one; the last user closes a handle that was dropped."""
+    users = _held.get(h, set())
+    users.discard(user)
+    if not users:
+        _held.pop(h, None)
+        if h in _dropped:
+            _close_quietly(h)
+            _dropped.discard(h)
 
 
 def _close_quietly(h: Any) -> None:
