@@ -325,7 +325,7 @@ def file(job: Job) -> None:
     """Read in order from a file; with libnbd's module, a larger pread at a time."""
     end = job.operations * job.size
     if IS_OURS:
-        with nbd.open(job.handle, buffering=0) as disk:
+        with nbd.open(job.handle) as disk:
             while disk.tell() < end:
                 disk.read(job.size)
     else:

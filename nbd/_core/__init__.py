@@ -21,9 +21,11 @@ Each module imports only from those above it:
     threads       threads that can be begun and awaited wherever a signal handler raises
     joining       further connections, made while the first one works
     extents       nbd.extents
+    connections   the connections of a file, and the waits on them
     readahead     the window of a file that is read in order
     writes        the writes of a file that are in flight
     diskfile      a disk as an unbuffered file
+    filebuffers   the buffers of io over it
     openfiles     the open files, closed when the program ends
     file          nbd.open
     disks         the disks that a copy reads from and writes to

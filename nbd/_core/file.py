@@ -3,23 +3,26 @@
 
 from __future__ import annotations
 
-import io
+import errno
+from typing import TYPE_CHECKING, cast
 
 from nbd._core.connecting import connect
+from nbd._core.connections import Connections
 from nbd._core.convert import as_number, as_seconds
 from nbd._core.diskfile import DiskFile
-from nbd._core.memory import as_bytes
+from nbd._core.errors import DiskError
+from nbd._core.filebuffers import BufferedDisk, BufferedDiskReader, BufferedDiskWriter
 from nbd._core.methods import NBD
 from nbd._core.openfiles import look_after
 from nbd._core.readahead import PIECE
-from nbd._core.shim import IS_CPYTHON
+from nbd._core.shim import lib
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import BinaryIO
 
-    from _typeshed import WriteableBuffer
+#: How many commands are in flight at most: writes, what is read ahead, and the read that a program
+#: waits for, which must not stand in line behind them.
+_DEPTH = 64
 
 
 def open(
@@ -33,9 +36,20 @@ def open(
 ) -> BinaryIO:
     """Open a disk as a binary file, as the built-in open does for files.
 
-    Reading in order reads ahead, up to 8 MiB.  Writing does not wait for the server, up to 8 MiB:
-    an error comes out of the next write, flush or close.  A disk has a fixed size: a write past its
-    end is refused with ENOSPC, and there is no truncate.
+    With a buffer, reading in order reads ahead, up to as many bytes as were read in order, and at
+    most 8 MiB.  A seek outside of the buffer reads anew.  Without a buffer, each read sees the disk
+    as it is at that moment.
+
+    Writing does not wait for the server, up to 8 MiB: an error comes out of the next write, flush
+    or close.  A disk has a fixed size: a write past its end is refused with ENOSPC, and there is no
+    truncate.
+
+    Where a part of the disk cannot be read, only reads of that part fail.
+
+    A file that is dropped without being closed is closed, with a ResourceWarning.  What was written
+    is finished first, but a server that makes no progress is given only a second.  So is it where
+    an exception such as Ctrl-C has stopped a call and then leaves the `with` block of the file:
+    then nothing is flushed.
 
     Args:
         source: A URI; the command line of a server, as a list of str; or a connected nbd.NBD, which
@@ -43,10 +57,10 @@ def open(
         mode: "rb"; "r+b" to read and write; "wb" to write, which does not empty the disk.
         buffering: The size of the buffer in bytes; -1 chooses one.  0 is none: reads and writes
             may be short then, as those of io.RawIOBase.
-        connections: How many connections to make to a URI; one if the server does not allow
-            several.
-        timeout: Raise nbd.Timeout when the server has done nothing for so many seconds.  None is
-            for ever; with an nbd.NBD, it is the handle's own timeout.
+        connections: How many connections to make to a URI, at most 64; one if the server does not
+            allow several.  The file is usable on the first; the others join when they are ready.
+        timeout: Raise nbd.Timeout when no byte has moved for this many seconds.  None is for ever;
+            with an nbd.NBD, it is the handle's own timeout.
         retry_for: How many seconds to wait for a server that is not there yet.  See nbd.connect.
 
     Returns:
@@ -54,7 +68,7 @@ def open(
         is NBD's flush, where the server has one: what was written is on the disk then.
 
     Raises:
-        nbd.Error: The server cannot be reached.
+        nbd.Error: The server cannot be reached, or the export has 2**63 bytes or more (EOVERFLOW).
         nbd.DiskError: It is opened for writing, and the export is read-only (EROFS).
         ValueError: mode, buffering or connections is none of those above.
 
@@ -68,27 +82,61 @@ def open(
 
     C: nbd_aio_pread, nbd_aio_pwrite, nbd_aio_flush.
     """
-    readable, writable = _parsed(mode)
+    can = _parsed(mode)
     size = as_number("buffering", buffering)
     if size < -1 or size == 1:
         raise ValueError(f"buffering: {size} is not -1, 0, or the size of a buffer in bytes")
     size = PIECE if size == -1 else size
-    patience = None if timeout is None else as_seconds("timeout", timeout)
+    seconds = None if timeout is None else as_seconds("timeout", timeout)
     number = _number(connections, source)
     if isinstance(source, NBD):
-        handles = [source]
-        patience = source.gettimeout() if patience is None else patience
-    else:
-        handles = _connected(source, number, patience, retry_for)
+        seconds = source.gettimeout() if seconds is None else seconds
+        return _opened(source, [], source, mode, can, seconds, size)
+    handle = connect(source, timeout=seconds, retry_for=retry_for)
     try:
-        raw = DiskFile(handles, source, mode, readable, writable, patience, size)
+        more = number - 1 if number > 1 and handle.can_multi_conn() else 0
+        return _opened(handle, [handle], source, mode, can, seconds, size, more)
     except BaseException:
-        if not isinstance(source, NBD):
-            _close_all(handles)
+        handle.__exit__(None, None, None)
         raise
-    file = _buffered(raw, readable, writable, size)
-    look_after(raw, file)
-    return file
+
+
+def open_stream(handle: NBD, mode: str, timeout: float | None) -> DiskFile:
+    """Open a disk without a buffer, but with read-ahead, for a copy in order.
+
+    What it reads may be up to 8 MiB older than the call.
+    """
+    made = _opened(handle, [], handle, mode, _parsed(mode), timeout, 0, 0, reads_ahead=True)
+    return cast("DiskFile", made)
+
+
+def _opened(
+    handle: NBD,
+    ours: list[NBD],
+    source: object,
+    mode: str,
+    can: tuple[bool, bool],
+    timeout: float | None,
+    size: int,
+    more: int = 0,
+    *,
+    reads_ahead: bool = False,
+) -> BinaryIO:
+    """A file on a connected handle; if it cannot be made, the handles that are ours are closed."""
+    if can[1] and handle.is_read_only():
+        raise DiskError("the export is read-only; open it with mode 'rb'", errno.EROFS)
+    connections = Connections(handle, ours, timeout, _DEPTH, PIECE)
+    try:
+        raw = DiskFile(connections, source, mode, *can, size, reads_ahead or size > 0)
+        if more:
+            connections.add(str(source), more)
+        file = _buffered(raw, *can, size)
+        look_after(raw, file)
+        connections.keep(raw if size else None)
+        return file
+    except BaseException:
+        connections.abandon()
+        raise
 
 
 def _parsed(mode: object) -> tuple[bool, bool]:
@@ -109,87 +157,23 @@ def _number(connections: object, source: object) -> int:
     number = as_number("connections", connections)
     if number < 1:
         raise ValueError(f"connections: {number} is not at least 1")
+    if number > lib.NBDQUEUE_MAX_HANDLES:
+        raise ValueError(f"connections: {number} is more than {lib.NBDQUEUE_MAX_HANDLES}")
     if number > 1 and not isinstance(source, str):
         raise ValueError(f"connections: {number} need a URI; a command or a handle is only one")
     return number
 
 
-def _connected(
-    source: str | list[str] | tuple[str, ...],
-    number: int,
-    timeout: float | None,
-    retry_for: float | None,
-) -> list[NBD]:
-    handles = [connect(source, timeout=timeout, retry_for=retry_for)]
-    try:
-        if number > 1 and handles[0].can_multi_conn():
-            while len(handles) < number:
-                handles.append(connect(source, timeout=timeout))
-    except BaseException:
-        _close_all(handles)
-        raise
-    return handles
-
-
-def _close_all(handles: list[NBD]) -> None:
-    for handle in handles:
-        handle.__exit__(None, None, None)
-
-
 def _buffered(raw: DiskFile, readable: bool, writable: bool, size: int) -> BinaryIO:
     file: object = raw
-    if size and not writable:
-        file = io.BufferedReader(raw, size)
-    elif size:
-        file = _BufferedDisk(raw, size) if readable else _BufferedDiskWriter(raw, size)
+    # io asks for the position, and drops what a signal handler raises meanwhile.  So it calls int,
+    # which returns 0 and during which no handler runs.
+    raw.__dict__["tell"] = int
+    try:
+        if size and not writable:
+            file = BufferedDiskReader(raw, size)
+        elif size:
+            file = BufferedDisk(raw, size) if readable else BufferedDiskWriter(raw, size)
+    finally:
+        del raw.__dict__["tell"]
     return file  # type: ignore[return-value]  # typeshed: files of io are no BinaryIO
-
-
-class _BufferedDisk(io.BufferedRandom):
-    """A buffer whose flush reaches the disk: io's own does not flush what is below it.
-
-    The other methods here lose bytes in io.BufferedRandom.
-    """
-
-    raw: DiskFile
-
-    def flush(self) -> None:
-        if not self.raw.is_inherited:  # else what is in the buffer is the parent's
-            super().flush()
-            self.raw.flush()
-
-    def read1(self, size: int = -1, /) -> bytes:
-        # CPython 3.11 drops what was written to the buffer, and 3.13 does not.  This seek writes it
-        # to the disk, and does nothing if there is something to read in the buffer.
-        self.seek(0, io.SEEK_CUR)
-        return super().read1(size)
-
-    if not IS_CPYTHON:
-        # PyPy 3.11 reads once more from the disk what it has had from the buffer.
-
-        def readinto(self, buffer: WriteableBuffer, /) -> int:
-            return _copy_into(buffer, self.read)
-
-        def readinto1(self, buffer: WriteableBuffer, /) -> int:
-            return _copy_into(buffer, self.read1)
-
-
-def _copy_into(buffer: WriteableBuffer, read: Callable[[int], bytes]) -> int:
-    """Read into writable memory by a method that returns bytes; returns how many."""
-    with as_bytes(buffer) as view:
-        if view.readonly:
-            raise TypeError("buffer: writable memory is needed, as a bytearray has")
-        data = read(len(view))
-        view[: len(data)] = data
-        return len(data)
-
-
-class _BufferedDiskWriter(io.BufferedWriter):
-    """The same, for writing alone."""
-
-    raw: DiskFile
-
-    def flush(self) -> None:
-        if not self.raw.is_inherited:
-            super().flush()
-            self.raw.flush()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from contextlib import ExitStack
 from weakref import WeakSet
 
 from nbd._core.diskfile import DiskFile
@@ -31,7 +32,7 @@ def look_after(raw: DiskFile, file: Any) -> None:
 def _mark_inherited() -> None:
     """In the child of a fork: the connections are the parent's."""
     for raw in list(_raws):
-        raw.is_inherited = True
+        raw.become_inherited()
 
 
 os.register_at_fork(after_in_child=_mark_inherited)
@@ -39,8 +40,6 @@ os.register_at_fork(after_in_child=_mark_inherited)
 
 @atexit.register
 def _close_all() -> None:
-    from contextlib import ExitStack
-
     with ExitStack() as stack:  # it runs all of them, and raises the last error
         for raw in list(_raws):
             stack.callback(_close, raw)
@@ -49,12 +48,12 @@ def _close_all() -> None:
 
 
 def _close(file: Any) -> None:
+    """Close a file that the program has left open, unless another thread uses it."""
     try:
         raw = file if isinstance(file, DiskFile) else file.raw
-        is_closed = file.closed
     except ValueError:  # the buffer has been detached
         return
-    if not is_closed and raw.is_idle():
+    if not raw.closed and not raw.is_inherited and raw.is_idle():
         try:
             raw._dealloc_warn(file)
         finally:
