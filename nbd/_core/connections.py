@@ -17,7 +17,7 @@ import signal
 from contextlib import suppress
 from time import monotonic
 
-from nbd._core.connecting import prepared
+from nbd._core.connecting import agreed, prepared
 from nbd._core.engine import TARGET, IdleTimer
 from nbd._core.errors import Error, Timeout
 from nbd._core.handle import hold, let_go
@@ -87,9 +87,10 @@ class Connections:
 
     def add(self, uri: str, count: int) -> None:
         """Begin to make more connections; those that fail are left out."""
+        uri = agreed(uri, "", {})
         for _ in range(count):
             try:
-                handle = prepared([], None)
+                handle, _ = prepared(uri, [], None)
             except (Error, MemoryError):
                 return
             self.ours.append(handle)

@@ -102,8 +102,14 @@ def copy(
     position, or to it.
 
     A file that is named by its path is made, or emptied, first.  A disk, a block device and an open
-    file keep what follows the copy.  What is written to a file goes on to the disk at once, and
+    file keep what follows the copy.  What is written to a file is sent on to its disk at once, and
     then leaves the system's cache, so that a large copy does not fill it.
+
+    Anything with a binary read or write method is copied as a stream, in order: a pipe, a socket, a
+    file that was opened for appending, an io.BytesIO.  What the buffer of an open file holds is a
+    part of it.  Afterwards its position is just past the copied bytes.  A copy that fails flushes
+    nothing, leaves the position of an open file where it was, and loses what it has read from a
+    stream.
 
     Args:
         connections: How many connections to make at most to each server, if it allows several
@@ -116,8 +122,9 @@ def copy(
             have some.  With False, everything is read and written.
         progress: Called as progress(done, total), in bytes, at most ten times a second and once at
             the end.  total is None if the source is a stream whose size is not known.
-        timeout: Raise nbd.Timeout when no byte has moved for this many seconds; it bounds every
-            wait for a server, and each connect.  None is for ever or, with an nbd.NBD, the
+        timeout: Raise nbd.Timeout when no byte has moved for this many seconds.  It bounds each
+            connect and every wait for a server, a FIFO, a pipe, a socket or a terminal; the
+            methods of other objects wait as they do.  None is for ever or, with an nbd.NBD, the
             handle's own timeout.
         flush: Have the target on its disk when the copy returns: NBD's flush, or fdatasync.
         on_error: Called as on_error(offset, length, error) for each range that the source cannot
