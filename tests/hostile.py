@@ -12,10 +12,12 @@ import faulthandler
 import socket
 import struct
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 
 SIZE = 1 << 20
@@ -45,8 +47,10 @@ INFO_EXPORT, INFO_NAME, INFO_DESCRIPTION, INFO_BLOCK_SIZE = 0, 1, 2, 3
 
 # HAS_FLAGS, SEND_FLUSH, SEND_FUA, SEND_TRIM, SEND_WRITE_ZEROES, SEND_DF, SEND_CACHE
 EXPORT_FLAGS = 0x01 | 0x04 | 0x08 | 0x20 | 0x40 | 0x80 | 0x400
+FLAG_CAN_MULTI_CONN = 0x100
 
 CMD_READ, CMD_WRITE, CMD_DISC, CMD_FLUSH, CMD_TRIM, CMD_BLOCK_STATUS = 0, 1, 2, 3, 4, 7
+CMD_CACHE, CMD_WRITE_ZEROES = 5, 6
 
 CHUNK_NONE, CHUNK_OFFSET_DATA, CHUNK_OFFSET_HOLE, CHUNK_BLOCK_STATUS = 0, 1, 2, 5
 CHUNK_BLOCK_STATUS_EXT = 6
@@ -87,6 +91,7 @@ class Wire:
         """Speak over a connected socket."""
         self.sock = sock
         self.extended = False
+        self.structured = False
 
     def send(self, *parts: bytes) -> None:
         """Send bytes as they are."""
@@ -173,6 +178,7 @@ class Wire:
                 self.answer(option.code, REP_ACK)
             elif agreed.get(option.code, False):
                 self.extended |= option.code == OPT_EXTENDED_HEADERS
+                self.structured |= option.code == OPT_STRUCTURED_REPLY
                 self.answer(option.code, REP_ACK)
             else:
                 self.answer(option.code, REP_ERR_UNSUP)
@@ -186,13 +192,18 @@ class Wire:
 
     def request(self) -> Request:
         """Receive the client's next request; what is to be written is not read."""
+        request = self.any_request()
+        if request.command == CMD_DISC:
+            raise HungUp
+        return request
+
+    def any_request(self) -> Request:
+        """Receive the client's next request, which may be the one to disconnect."""
         wanted, layout = REQUEST_MAGIC, ">IHHQQI"
         if self.extended:
             wanted, layout = EXTENDED_REQUEST_MAGIC, ">IHHQQQ"
         magic, *fields = struct.unpack(layout, self.receive(struct.calcsize(layout)))
         assert magic == wanted, hex(magic)
-        if fields[1] == CMD_DISC:
-            raise HungUp
         return Request(*fields)
 
     def simple(self, cookie: int, error: int = 0, payload: bytes = b"") -> None:
@@ -355,3 +366,213 @@ def failure(errno: int, message: bytes = b"", length: int | None = None) -> byte
     """Return the payload of an ERROR chunk; length is that of the message, or a lie."""
     claimed = len(message) if length is None else length
     return struct.pack(">IH", errno, claimed & 0xFFFF) + message
+
+
+#: The commands at which a DiskServer can stop; it can stop at "greet" and "option" too.
+COMMANDS = {
+    CMD_READ: "read",
+    CMD_WRITE: "write",
+    CMD_DISC: "disconnect",
+    CMD_FLUSH: "flush",
+    CMD_TRIM: "trim",
+    CMD_CACHE: "cache",
+    CMD_WRITE_ZEROES: "zero",
+    CMD_BLOCK_STATUS: "block_status",
+}
+STRIPE = 64 << 10  # a DiskServer's disk has data and holes in turn
+
+
+class DiskServer:
+    """A server with a disk for any number of clients, which can be made to stop.
+
+    Its disk has STRIPE bytes of data and STRIPE bytes of a hole in turn.  It stops at the first
+    command of the kind that `stop` names: before the command is done and its payload is read; or,
+    for "reply", in the middle of the answer to a read.  From then on no connection gets an answer,
+    and none is closed, until `resume` or `close`.
+
+    Attributes:
+        memory: The content of the disk.
+        stopped: Set while the server does nothing.
+        seen: The kinds of commands that have arrived, in order.
+        line: How many bytes it sends and receives at once, and the seconds between; None for a
+            line that is not slow.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        size: int = SIZE,
+        flags: int = EXPORT_FLAGS | FLAG_CAN_MULTI_CONN,
+        connections: int | None = None,
+    ) -> None:
+        """Listen in a folder.
+
+        Args:
+            folder: A short folder for the socket.
+            size: The size of the disk in bytes.
+            flags: The transmission flags of the export.
+            connections: How many clients are greeted; None greets all.
+        """
+        self.memory = bytearray(size)
+        for start in range(0, size, 2 * STRIPE):
+            self.memory[start : start + STRIPE] = b"data" * (min(STRIPE, size - start) // 4)
+        self.seen: list[str] = []
+        self.line: tuple[int, float] | None = None
+        self.stopped = threading.Event()
+        self._info = export_info(size, flags)
+        self._left = 1 << 30 if connections is None else connections
+        self._stop_at: str | None = None
+        self._on_stop: Callable[[], object] = bool
+        self._resumed = threading.Event()
+        self._lock = threading.Lock()
+        self._wires: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        self.socket = str(folder / f"disk-{id(self)}")
+        self.uri = f"nbd+unix:///?socket={self.socket}"
+        self._listener.bind(self.socket)
+        self._listener.listen(64)
+        self._start(self._accept)
+
+    def stop(self, at: str, on_stop: Callable[[], object] = bool) -> None:
+        """Stop at the first command of a kind, and then call on_stop in a thread of the server."""
+        assert at in ("greet", "option", "reply", *COMMANDS.values()), at
+        self._on_stop = on_stop
+        self._stop_at = at
+
+    def resume(self) -> None:
+        """Answer what came meanwhile, and continue."""
+        with self._lock:
+            self._stop_at = None
+            self.stopped.clear()
+            resumed, self._resumed = self._resumed, threading.Event()
+        resumed.set()
+
+    def close(self) -> None:
+        """Hang up on all clients, and end the threads."""
+        self._stop_at = None
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        for sock in self._wires:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        self.resume()
+        for thread in self._threads:
+            thread.join(BOUND)
+        self._listener.close()
+
+    def __enter__(self) -> DiskServer:
+        """Return the server, which listens."""
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """End it."""
+        self.close()
+
+    def _start(self, target: Callable[..., None], *args: object) -> None:
+        thread = threading.Thread(target=target, args=args, name="disk server", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                sock, _ = self._listener.accept()
+                self._wires.append(sock)
+                self._start(self._serve, sock)
+
+    def _serve(self, sock: socket.socket) -> None:
+        with suppress(HungUp), sock:
+            wire = _StoppingWire(sock, self)
+            self._left -= 1
+            if self._left < 0:
+                wire.linger()
+            self.reach("greet")
+            wire.negotiate(contexts=[(1, b"base:allocation")], info=[self._info])
+            while True:
+                request = wire.any_request()
+                kind = COMMANDS[request.command]
+                self.seen.append(kind)
+                self.reach(kind)
+                if request.command == CMD_DISC:
+                    return
+                self._answer(wire, request)
+
+    def reach(self, place: str) -> None:
+        """Stop at this place, if this is where the server is to stop; wait while it is stopped."""
+        with self._lock:
+            is_first = place == self._stop_at and not self.stopped.is_set()
+            if is_first:
+                self.stopped.set()
+            resumed = self._resumed if self.stopped.is_set() else None
+        if is_first:
+            self._on_stop()
+        if resumed is not None:
+            resumed.wait()
+
+    def slowly(self, count: int) -> Iterator[slice]:
+        """Yield the parts of this many bytes, each when the line has room for it."""
+        if self.line is None or count <= self.line[0]:
+            yield slice(0, count)
+            return
+        at_once, seconds = self.line
+        for start in range(0, count, at_once):
+            time.sleep(seconds)
+            yield slice(start, start + at_once)
+
+    def _answer(self, wire: Wire, request: Request) -> None:
+        start, end = request.offset, request.offset + request.count
+        if request.command == CMD_WRITE:
+            self.memory[start:end] = wire.receive(request.count)
+        elif request.command in (CMD_WRITE_ZEROES, CMD_TRIM):
+            self.memory[start:end] = bytes(request.count)
+        elif request.command == CMD_BLOCK_STATUS:
+            wire.chunk(request, CHUNK_BLOCK_STATUS, extents(1, *self._stripes(start, end)))
+            return
+        elif request.command == CMD_READ:
+            content = bytes(self.memory[start:end])
+            if wire.structured:
+                wire.chunk(request, CHUNK_OFFSET_DATA, data(start, content))
+            else:
+                wire.simple(request.cookie, 0, content)
+            return
+        wire.simple(request.cookie)
+
+    def _stripes(self, start: int, end: int) -> Iterator[int]:
+        """Yield lengths and flags of the extents between two offsets."""
+        while start < end:
+            length = min(end - start, STRIPE - start % STRIPE)
+            yield length
+            yield 3 if self.memory.count(0, start, start + length) == length else 0
+            start += length
+
+
+class _StoppingWire(Wire):
+    """A connection of a DiskServer."""
+
+    def __init__(self, sock: socket.socket, server: DiskServer) -> None:
+        super().__init__(sock)
+        self._stopping = server
+
+    def option(self) -> Option:
+        """Receive the client's next option, which may be where the server stops."""
+        option = super().option()
+        self._stopping.reach("option")
+        return option
+
+    def send(self, *parts: bytes) -> None:
+        """Send bytes, over a slow line perhaps, and stop in their middle if they are a reply."""
+        whole = b"".join(parts)
+        if len(whole) > BLOCK // 2:
+            super().send(whole[: BLOCK // 2])
+            self._stopping.reach("reply")
+            whole = whole[BLOCK // 2 :]
+        for part in self._stopping.slowly(len(whole)):
+            super().send(whole[part])
+
+    def receive(self, count: int) -> bytes:
+        """Receive bytes, over a slow line perhaps."""
+        return b"".join(
+            super(_StoppingWire, self).receive(len(range(count)[part]))
+            for part in self._stopping.slowly(count)
+        )
