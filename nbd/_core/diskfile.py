@@ -127,7 +127,8 @@ class DiskFile(io.RawIOBase):
 
     def tell(self) -> int:
         """The position, in bytes from the start of the disk."""
-        self._check_ours()
+        if self._connections is None or self.is_inherited:  # a buffer asks before each small read
+            self._check_ours()
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:

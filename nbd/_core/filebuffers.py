@@ -38,16 +38,16 @@ def _moving_together(*names: str) -> Callable[[Class], Class]:
 
     def decorate(cls: Class) -> Class:
         for name in names:
-            setattr(cls, name, _going_back(getattr(cls, name)))
+            setattr(cls, name, _going_back(getattr(cls, name), cls.tell))  # type: ignore[attr-defined]
         return cls
 
     return decorate
 
 
-def _going_back(method: Any) -> Any:
+def _going_back(method: Any, tell: Callable[[Any], int]) -> Any:
     @wraps(method)
     def call(self: Any, *args: Any) -> Any:
-        start = self.tell()
+        start = tell(self)
         try:
             return method(self, *args)
         except ValueError:
