@@ -55,6 +55,12 @@ struct nbdqueue *nbdqueue_create(unsigned depth, uint32_t piece, uintptr_t token
     return q;
 }
 
+int nbdqueue_make(struct nbdqueue **made, unsigned depth, uint32_t piece, uintptr_t token)
+{
+    *made = nbdqueue_create(depth, piece, token);
+    return *made != NULL ? 0 : errno;
+}
+
 void nbdqueue_unrefer(struct nbdqueue *q)
 {
     if (atomic_fetch_sub(&q->references, 1) != 1)
@@ -829,6 +835,20 @@ void nbdqueue_drop(struct nbdqueue *q)
     take_last_turn(q);
     (void)enter_all(q);
     forget_and_leave(q);
+}
+
+bool nbdqueue_uses(struct nbdqueue *q, uintptr_t token)
+{
+    bool is_used;
+
+    if (is_unusable(q))
+        return true; /* in the child of a fork that is not known */
+    pthread_mutex_lock(&q->lock);
+    is_used = !q->is_forgotten;
+    for (unsigned i = 0; i < q->depth; i++)
+        is_used |= q->slots[i].is_flying && q->slots[i].token == token;
+    pthread_mutex_unlock(&q->lock);
+    return is_used;
 }
 
 void nbdqueue_destroy(struct nbdqueue *q)

@@ -75,6 +75,12 @@ struct nbdqueue;
 struct nbdqueue *nbdqueue_create(unsigned depth, uint32_t piece, uintptr_t token);
 
 /*
+ * The same for a caller whom a signal may interrupt before it has the result: *made is set. Returns
+ * 0 or an errno.
+ */
+int nbdqueue_make(struct nbdqueue **made, unsigned depth, uint32_t piece, uintptr_t token);
+
+/*
  * Give the queue a handle that is connected.  The queue keeps its memory in place.  Any thread may
  * do this at any time: a handle that joins after the first request takes commands from then on, and
  * its export has to be the same one (size, block sizes).  Returns 0, -1 (libnbd's failure, such as
@@ -155,6 +161,9 @@ uint64_t nbdqueue_zeroed(struct nbdqueue *q);
 
 /* Forget all requests.  Commands in flight become orphans.  Does not wait for the server. */
 void nbdqueue_drop(struct nbdqueue *q);
+
+/* Whether a command of the request with this token may still use its buffer after the drop. */
+bool nbdqueue_uses(struct nbdqueue *q, uintptr_t token);
 
 /* Drop the queue, and free it when no command is in flight any more.  q may be NULL. */
 void nbdqueue_destroy(struct nbdqueue *q);

@@ -280,6 +280,7 @@ static bool choose_member(struct slot *slot)
         q->held = slot;
     } else {
         slot->is_flying = true;
+        slot->token = slot->request->token;
         slot->member->flying++;
         q->flying++;
         atomic_fetch_add(&q->references, 1);

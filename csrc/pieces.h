@@ -73,6 +73,7 @@ struct slot {
     bool merges;                       /* it is read first, then merged and written */
     struct member *member;             /* NULL if it did not get to a handle */
     uint64_t cookie;
+    uintptr_t token; /* of the request whose buffer the command uses */
     int error;
     struct nbdshim_range range; /* of an orphan, for those who have to wait for it */
     bool is_flying;             /* libnbd has it */

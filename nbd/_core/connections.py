@@ -19,7 +19,7 @@ from time import monotonic
 
 from nbd._core.connecting import agreed, prepared
 from nbd._core.engine import TARGET, IdleTimer
-from nbd._core.errors import Error, Timeout
+from nbd._core.errors import ClosedHandle, Error, Timeout
 from nbd._core.handle import hold, let_go
 from nbd._core.methods import NBD
 from nbd._core.queue import Queue
@@ -222,10 +222,10 @@ class Connections:
         until = monotonic() + self.patience
         ready = [handle for handle in self.ours if handle not in self._joining]
         for handle in ready:
-            with suppress(Error):  # nothing is lost: all is written and flushed
+            with suppress(Error, ClosedHandle):  # nothing is lost: all is written and flushed
                 handle.aio_disconnect(0)
         for handle in ready:
-            with suppress(Error):
+            with suppress(Error, ClosedHandle):
                 handle.settimeout(max(0.001, until - monotonic()))
                 handle.shutdown()
         return all(_has_ended(handle) for handle in ready)
@@ -233,7 +233,7 @@ class Connections:
     def _kill(self) -> None:
         """End a server that the program has started, and that hangs: closing would wait for it."""
         for handle in self.ours:
-            with suppress(Error):
+            with suppress(Error, ClosedHandle):
                 handle.kill_subprocess(signal.SIGKILL)
 
     def _late(self) -> Timeout:
@@ -249,5 +249,5 @@ def _has_ended(handle: NBD) -> bool:
     """Whether the server has closed a connection, or the connection is lost."""
     try:
         return handle.aio_is_closed() or handle.aio_is_dead()
-    except Error:
+    except (Error, ClosedHandle):
         return True

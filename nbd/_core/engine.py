@@ -15,7 +15,7 @@ from time import monotonic
 from nbd._core.callbacks import forget, next_token, registry
 from nbd._core.convert import as_number
 from nbd._core.errors import Error, pending, report_pending, settle, settle_as
-from nbd._core.lifetime import owned
+from nbd._core.lifetime import is_owned, owned
 from nbd._core.shim import ffi, lib
 
 TYPE_CHECKING = False
@@ -67,11 +67,14 @@ class Engine:
             raise ValueError(f"piece: {piece} is not between 1 and {_MAX_PIECE} bytes")
         token = next_token()
         self.kept: dict[int, Any] = {}
-        registry[token] = self.kept
+        made = ffi.new("struct nbdqueue *[1]")
         try:
-            made = _created(depth, piece, token)
-            self.q = owned(made, lib.nbdqueue_destroy)
+            registry[token] = self.kept
+            _check_made(lib.nbdqueue_make(made, depth, piece, token))
+            self.q = owned(made[0], lib.nbdqueue_destroy)
         except BaseException:
+            if made[0] and not is_owned(made[0]):  # a signal handler has raised in between
+                lib.nbdqueue_destroy(made[0])
             forget(token, None)
             raise
         self._handles: list[Handle] = []
@@ -180,8 +183,14 @@ class Engine:
         lib.nbdqueue_wake(self.q)
 
     def drop(self) -> None:
-        """Forget all requests, without waiting for the server."""
+        """Forget all requests, without waiting for the server.
+
+        Buffers are kept only for commands that were sent and have no reply yet.
+        """
         lib.nbdqueue_drop(self.q)
+        for token in list(self.kept):
+            if not lib.nbdqueue_uses(self.q, token):
+                self.kept.pop(token, None)
         if pending:
             report_pending(self._handles[0]._h if self._handles else None)
 
@@ -242,18 +251,12 @@ class IdleTimer:
         return max(self._since, self._engine.last_moved())
 
 
-def _created(depth: int, piece: int, token: int) -> Any:
-    """A queue of the shim.
-
-    Raises:
-        OSError, MemoryError: There is no descriptor left, or no memory.
-    """
-    made = lib.nbdqueue_create(depth, piece, token)
-    if made:
-        return made
-    if ffi.errno == ENOMEM:
+def _check_made(errnum: int) -> None:
+    """Raise if a queue could not be made: there is no descriptor left, or no memory."""
+    if errnum == ENOMEM:
         raise MemoryError("no memory for a queue")
-    raise OSError(ffi.errno, f"{os.strerror(ffi.errno)}: a queue needs a descriptor")
+    if errnum:
+        raise OSError(errnum, f"{os.strerror(errnum)}: a queue needs a descriptor")
 
 
 def as_timeout(timeout: float | None) -> float:
