@@ -154,6 +154,8 @@ def test_a_connection_to_another_export_does_not_join(tmp_sock: str) -> None:
         Path(tmp_sock).unlink()
         with greeting(tmp_sock, 9, 2 * SIZE) as other:
             raw._connections.add(other, 1)
+            while raw._connections._joining[0].aio_is_connecting():
+                raw._connections._joining[0].poll(-1)  # so it is there before the first request
             until = time.monotonic() + 20
             while raw._connections._joining:
                 disk.seek(0)

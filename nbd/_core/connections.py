@@ -198,11 +198,13 @@ class Connections:
                 while handle.aio_is_connecting() and handle.poll(0):
                     pass
             if not handle.aio_is_connecting():
-                self.queue._engine.add(TARGET, handle)
+                # Before its first request a queue would take an export of another size.
+                if handle.get_size() == self.queue.size:
+                    self.queue._engine.add(TARGET, handle)
                 self._joining.remove(handle)
         except Error:
             self._leave_out(handle)
-        except ValueError:  # it is in the queue already, or its export is another one by now
+        except ValueError:  # it is in the queue already, or its block sizes are other ones by now
             self._joining.remove(handle)
         return True
 
