@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Callable
+from typing import Callable
 
 import pytest
 from servers import Server
@@ -93,14 +93,3 @@ def test_a_seek_inside_the_buffer_keeps_it(
         other(b"\1" * 4096, 0)
         disk.seek(0)
         assert disk.read(BLOCK) == bytes(BLOCK)  # as with a file of the built-in open
-
-
-def test_a_copy_in_order_reads_ahead_without_a_buffer(nbdkit: Callable[..., Server]) -> None:
-    from nbd._core.file import open_stream
-
-    with nbd.connect(nbdkit("memory", "4M").uri) as h:
-        h.pwrite(b"\1" * MIB, MIB)
-        file: Any = open_stream(h, "rb", None)
-        with file:
-            parts = list(iter(lambda: file.read(100_000), b""))
-            assert b"".join(parts) == bytes(MIB) + b"\1" * MIB + bytes(2 * MIB)

@@ -82,7 +82,6 @@ class DiskFile(io.RawIOBase):
         readable: bool,
         writable: bool,
         buffering: int,
-        reads_ahead: bool,
     ) -> None:
         queue = connections.queue
         self.name = source if isinstance(source, str) else repr(source)
@@ -92,7 +91,7 @@ class DiskFile(io.RawIOBase):
         self._readable = readable
         self._writable = writable
         self._buffering = buffering
-        self._reads_ahead = reads_ahead
+        self._reads_ahead = buffering > 0
         # Any: typeshed does not know _is_owned.
         self._lock: Any = RLock()
         self.closing: Any = RLock()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from nbd._core.connecting import connect
 from nbd._core.connections import Connections
@@ -101,15 +101,6 @@ def open(
         raise
 
 
-def open_stream(handle: NBD, mode: str, timeout: float | None) -> DiskFile:
-    """Open a disk without a buffer, but with read-ahead, for a copy in order.
-
-    What it reads may be up to 8 MiB older than the call.
-    """
-    made = _opened(handle, [], handle, mode, _parsed(mode), timeout, 0, 0, reads_ahead=True)
-    return cast("DiskFile", made)
-
-
 def _opened(
     handle: NBD,
     ours: list[NBD],
@@ -119,15 +110,13 @@ def _opened(
     timeout: float | None,
     size: int,
     more: int = 0,
-    *,
-    reads_ahead: bool = False,
 ) -> BinaryIO:
     """A file on a connected handle; if it cannot be made, the handles that are ours are closed."""
     if can[1] and handle.is_read_only():
         raise DiskError("the export is read-only; open it with mode 'rb'", errno.EROFS)
     connections = Connections(handle, ours, timeout, _DEPTH, PIECE)
     try:
-        raw = DiskFile(connections, source, mode, *can, size, reads_ahead or size > 0)
+        raw = DiskFile(connections, source, mode, *can, size)
         if more:
             connections.add(str(source), more)
         file = _buffered(raw, *can, size)
