@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 from functools import wraps
+from io import SEEK_SET
 
 from nbd._core.memory import as_bytes
 from nbd._core.shim import IS_CPYTHON
@@ -51,8 +52,7 @@ def _going_back(method: Any, tell: Callable[[Any], int]) -> Any:
         try:
             return method(self, *args)
         except ValueError:
-            if self.closed:  # by another thread: CPython's io complains of its own buffer then
-                raise ValueError("I/O operation on closed file") from None
+            self._explain()
             _go_back(self, start)
             raise
         except BaseException:
@@ -76,8 +76,19 @@ class _Buffer:
         raw = self._raw()
         # What is in an inherited buffer is the parent's.
         if raw.closed or not (raw.is_inherited or raw.has_given_up):
-            super().flush()  # type: ignore[misc]  # of io
+            try:
+                super().flush()  # type: ignore[misc]  # of io
+            except ValueError:
+                self._explain()
+                raise
             raw.flush()
+
+    def seek(self, offset: int, whence: int = SEEK_SET, /) -> int:
+        try:
+            return super().seek(offset, whence)  # type: ignore[misc,no-any-return]  # of io
+        except ValueError:
+            self._explain()
+            raise
 
     def close(self) -> None:
         self._close_after(self._raw().reason_to_hurry())
@@ -108,16 +119,32 @@ class _Buffer:
                 is_in_call = True
                 raise
             except BaseException as failed:
-                if not raw.give_up(failed, error):
+                # With a plain ValueError io has no buffer left: an exception has stopped its close.
+                if type(failed) is not ValueError and not raw.give_up(failed, error):
                     raise
             finally:
                 if not is_in_call:
-                    super().close()  # type: ignore[misc]  # of io
+                    self._close_both(error)
+
+    def _close_both(self, error: BaseException | None) -> None:
+        """Close io's buffer, and what is below it even if an exception has stopped that."""
+        try:
+            super().close()  # type: ignore[misc]  # of io
+        finally:
+            self.raw.close_after(error)
 
     def detach(self) -> DiskFile:
         raw: DiskFile = super().detach()  # type: ignore[misc]  # of io
         raw.detached()
         return raw
+
+    def _explain(self) -> None:
+        """Raise a better ValueError, if another thread has closed the file during a call.
+
+        CPython's io complains of its own buffer then.
+        """
+        if self.raw is not None and self.raw.closed:
+            raise ValueError("I/O operation on closed file") from None
 
     def _raw(self) -> DiskFile:
         if self.raw is None:  # CPython has None there, PyPy raises the same

@@ -36,13 +36,13 @@ if IS_CPYTHON:
             free(pointer)
         return made
 
-    def is_owned(made: Any) -> bool:
-        """Whether something will be freed by itself: `owned` has been called for it."""
-        return any(pointer == made for _, pointer in list(_named.values()))
-
 else:
     owned = ffi.gc
 
-    def is_owned(made: Any) -> bool:
-        """Whether something will be freed by itself; PyPy cannot tell, and mostly it will be."""
-        return True
+
+def is_owned(made: Any) -> bool:
+    """Whether something will be freed by itself, as `owned` has been called for it.
+
+    PyPy cannot tell.  There it is taken for granted: else it might be freed twice.
+    """
+    return not IS_CPYTHON or any(pointer == made for _, pointer in list(_named.values()))
