@@ -194,7 +194,7 @@ class Channel:
 
 
 def is_ready(fd: int, event: int, seconds: float = 0.0) -> bool:
-    """Whether poll reports a descriptor, after at most so many seconds."""
+    """Whether poll reports a descriptor, after waiting at most `seconds`."""
     poll = select.poll()
     poll.register(fd, event)
     return bool(poll.poll(1000 * seconds))

@@ -64,7 +64,7 @@ _CLOSED = -1
 #: A timer of a loop that is late by more seconds than this tells that the process was suspended, or
 #: that the loop stood still.
 _LATENESS = 0.1
-#: More seconds than this, three years, are for ever: not every loop's timers take so many.
+#: More seconds than this, three years, are for ever: the timers of some loops take no more.
 _MAX_TIMEOUT = 1e8
 
 nbdqueue_submit = lib.nbdqueue_submit

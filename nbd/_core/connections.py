@@ -140,10 +140,10 @@ class Connections:
     def hurry(self) -> None:
         """Wait for a short time only from now on: the file is about to be closed."""
         self.is_hurried = True
-        self._timeout = self.patience
+        self._timeout = self.grace
 
     @property
-    def patience(self) -> float:
+    def grace(self) -> float:
         """For how many seconds without progress a file waits while it is closed."""
         return GOODBYE if self._timeout is None else min(GOODBYE, self._timeout)
 
@@ -216,12 +216,12 @@ class Connections:
                 handles.remove(handle)
 
     def _say_goodbye(self) -> bool:
-        """End the connections in order; all of them together have `patience` seconds.
+        """End the connections in order; all of them together have `grace` seconds.
 
         Returns:
             Whether the server has ended them all in time.
         """
-        until = monotonic() + self.patience
+        until = monotonic() + self.grace
         ready = [handle for handle in self.ours if handle not in self._joining]
         for handle in ready:
             with suppress(Error, ClosedHandle):  # nothing is lost: all is written and flushed

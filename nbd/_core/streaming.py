@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     Reader = Union["_DiskReader", "_FileReader", "_StreamReader"]
     Writer = Union["_DiskWriter", "_FileWriter", "_StreamWriter"]
 
-#: What is read or written at once: Python hears of it as one request, however many commands it is.
+#: What is read or written at once: one request of the queue, however many commands it is.
 _CHUNK = 1024 * 1024
 #: The size of the largest command.
 _COMMAND = 256 * 1024
