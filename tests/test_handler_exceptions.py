@@ -277,7 +277,9 @@ while True:
         break
     except Stop:
         came += 1
-assert made == came, (made, came)
+lost = made - came
+# PyPy calls finalizers, and callbacks of weak references, at any time, and loses what they raise.
+assert 0 <= lost <= (made // 100 + 1 if sys.implementation.name == "pypy" else 0), (made, came)
 while nbd._core.shim.lib.nbdshim_orphans(h._h):  # what was stopped is kept until the answer
     h.poll(-1)
 assert not nbd._core.callbacks.registry, nbd._core.callbacks.registry

@@ -138,7 +138,9 @@ def check(call: Call, figure: Figure, rounds: int = ROUNDS) -> None:
     assert others == []
     if sys.implementation.name == "cpython":  # PyPy runs those of the standard library at any time
         assert [one for one in lost_in if "__del__" not in one] == []
-    assert lost <= len(lost_in) <= stopped // 20 + 1
+    # PyPy's finalizers run late, and often inside of a call that makes the next objects.
+    share = 20 if sys.implementation.name == "cpython" else 4
+    assert lost <= len(lost_in) <= stopped // share + 1
 
 
 @pytest.fixture(autouse=True)
