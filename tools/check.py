@@ -39,17 +39,36 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def check_here(
     options: Sequence[str], variables: dict[str, str], is_brief: bool = False
 ) -> list[Outcome]:
-    """Run the suite in each environment, two at a time, PyPy's first: those take longest."""
+    """Run the suite in each environment, two at a time, PyPy's first: those take longest.
+
+    One at a time if it is brief: then two roots do this at the same time.
+    """
     environments = BRIEF if is_brief else ALL
     if "NBD_WHEEL" in os.environ:
         environments = OF_WHEEL
-    with ThreadPoolExecutor(max_workers=2) as pool:
+    with ThreadPoolExecutor(max_workers=1 if is_brief else 2) as pool:
         list(pool.map(ready, environments))
         say("running the tests")
         longest_first = sorted(environments, key=lambda one: one.interpreter != "pypy")
         running = {one: pool.submit(run_suite, one, options, variables) for one in longest_first}
         outcomes = [running[one].result() for one in environments]
     compare(outcomes)
+    return outcomes
+
+
+def check_roots(suites: Sequence[str], options: argparse.Namespace) -> list[Outcome]:
+    """Run the suite in roots: two at a time, if each has only one run at a time."""
+    from roots import check_in_root
+
+    is_brief = options.brief or options.all
+    outcomes: list[Outcome] = []
+    with ThreadPoolExecutor(max_workers=2 if is_brief else 1) as pool:
+        running = [
+            pool.submit(check_in_root, suite, options.pytest, options.wheel, is_brief)
+            for suite in suites
+        ]
+        for one in running:
+            outcomes += one.result()
     return outcomes
 
 
@@ -104,11 +123,7 @@ def main(arguments: list[str]) -> int:
         outcomes += check_here(options.pytest, {}, options.brief)
     for outcome in outcomes:
         outcome.debian = debian_here()
-    for suite in NEWER if options.all else options.root:
-        from roots import check_in_root
-
-        is_brief = options.brief or options.all
-        outcomes += check_in_root(suite, options.pytest, options.wheel, is_brief)
+    outcomes += check_roots(NEWER if options.all else options.root, options)
     if options.json:
         document = [dataclasses.asdict(outcome) for outcome in outcomes]
         options.json.write_text(json.dumps(document, indent=1))
