@@ -423,10 +423,9 @@ static int sleep_in_poll(struct nbdqueue *q, struct pollfd *fds, nfds_t count, i
     return ready;
 }
 
-/* Tell libnbd what poll has said of the handles. */
-static void notify_all(struct nbdqueue *q, const struct pollfd *fds)
+/* Tell libnbd what poll has said of the handles, at the time `now`. */
+static void notify_all(struct nbdqueue *q, const struct pollfd *fds, int64_t now)
 {
-    bool has_moved = false;
     uint64_t count;
 
     for (size_t i = 0; i < q->count; i++) {
@@ -434,13 +433,11 @@ static void notify_all(struct nbdqueue *q, const struct pollfd *fds)
 
         if (!m->has_turn || fds[i].revents == 0)
             continue;
-        has_moved = true;
+        atomic_store_explicit(&q->last_moved, now, memory_order_relaxed);
         if (nbdshim_notify(m->s, fds[i].revents) == -1 &&
             (nbd_aio_is_dead(m->s->h) == 1 || nbd_aio_is_closed(m->s->h) == 1))
             pieces_lose(q, m, nbd_get_errno());
     }
-    if (has_moved)
-        nbdqueue_note_move(q);
     if (fds[q->count].revents != 0)
         (void)!read(q->waker, &count, sizeof count);
 }
@@ -469,6 +466,7 @@ static int move(struct nbdqueue *q, int64_t longest)
 {
     struct pollfd fds[NBDQUEUE_MAX_HANDLES + 1];
     bool is_shared;
+    int64_t now;
     int ready, ret;
 
     enter_new(q);
@@ -479,11 +477,14 @@ static int move(struct nbdqueue *q, int64_t longest)
     if (is_shared && longest > SHARED_SLICE)
         longest = SHARED_SLICE;
     ready = sleep_in_poll(q, fds, q->count + 1, longest);
+    now = nbdshim_now();
+    atomic_store_explicit(&q->is_moving, true, memory_order_relaxed);
     if (ready > 0)
-        notify_all(q, fds);
+        notify_all(q, fds, now);
+    atomic_store_explicit(&q->is_moving, false, memory_order_relaxed);
     give_turns(q);
     ret = pieces_reap(q) || ready > 0 ? HAS_MOVED : ready < 0 ? INTERRUPTED : IDLE;
-    if (ready < 0 || nbdshim_slice(q->next_pause) == 0) {
+    if (ready < 0 || now >= q->next_pause) {
         int stopped = pause_for_handlers(q);
 
         return stopped != 0 ? stopped : ret;

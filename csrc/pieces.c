@@ -38,7 +38,8 @@ static int complete(void *user_data, int *error)
 
     if (nbdqueue_is_inherited(q))
         return 1;
-    nbdqueue_note_move(q); /* another thread may have moved it */
+    if (!atomic_load_explicit(&q->is_moving, memory_order_relaxed))
+        nbdqueue_note_move(q); /* another thread has moved it */
     pthread_mutex_lock(&q->lock);
     slot->is_answered = true;
     slot->error = *error;

@@ -114,6 +114,7 @@ struct nbdqueue {
     char *zeroes;                   /* a piece of them */
     atomic_uint_fast64_t copied, zeroed;
     _Atomic int64_t last_moved; /* when a byte last moved, in nanoseconds; 0 is never */
+    atomic_bool is_moving;      /* who has the turn notes it */
     int64_t next_pause;         /* when the handlers of signals are to run, at the latest */
 };
 

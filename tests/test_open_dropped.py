@@ -144,11 +144,17 @@ def test_a_server_that_hangs_does_not_stop_the_program(
 def test_the_end_of_a_program_does_not_wait_for_a_server_that_hangs(nbdkit: Nbdkit) -> None:
     server = nbdkit("memory", "4M")
     program = """
-import os, sys, signal, warnings
+import glob, os, sys, signal, warnings
 warnings.simplefilter("ignore")
 import nbd
+def states(pid):
+    for path in glob.glob(f"/proc/{pid}/task/*/stat"):
+        with open(path) as stat:
+            yield stat.read().rpartition(")")[2].split()[0]
 disk = nbd.open(sys.argv[1], "r+b")
 os.kill(int(sys.argv[2]), signal.SIGSTOP)
+while set(states(sys.argv[2])) != {"T"}:
+    pass
 disk.write(b"x" * 300000)
 """
     start = time.monotonic()
