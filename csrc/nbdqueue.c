@@ -68,7 +68,7 @@ void nbdqueue_unrefer(struct nbdqueue *q)
     for (unsigned i = 0; i < q->depth; i++)
         free(q->slots[i].own);
     watch_end(q);
-    for (size_t i = 0; i < q->added; i++)
+    for (size_t i = 0, added = q->added; i < added; i++)
         nbdshim_disown(q->members[i].s);
     if (q->waker >= 0)
         close(q->waker);
@@ -140,9 +140,10 @@ static bool is_unusable(const struct nbdqueue *q)
 /* Take over the handles that were added.  The caller has the turn. */
 static void take_over(struct nbdqueue *q)
 {
-    pthread_mutex_lock(&q->lock);
-    q->count = q->added;
-    pthread_mutex_unlock(&q->lock);
+    size_t added = atomic_load_explicit(&q->added, memory_order_acquire);
+
+    if (added != atomic_load_explicit(&q->count, memory_order_relaxed))
+        atomic_store(&q->count, added);
 }
 
 /*
@@ -266,7 +267,8 @@ static int add_member(struct nbdqueue *q, enum nbdqueue_end which, struct nbdshi
             narrow(end, export);
         atomic_fetch_add(&s->owners, 1);
         end->count++;
-        q->members[q->added++] = (struct member){.s = s, .end = which, .socket = -1};
+        q->members[q->added] = (struct member){.s = s, .end = which, .socket = -1};
+        atomic_fetch_add(&q->added, 1); /* from now on the thread that waits may use it */
         q->has_news = true;
         nbdqueue_rouse(q);
     }

@@ -100,7 +100,7 @@ struct nbdqueue {
     uint32_t piece;
     struct end ends[2];
     struct member members[NBDQUEUE_MAX_HANDLES];
-    size_t added;        /* members that were given to the queue; q->lock protects it */
+    atomic_size_t added; /* members that were given to the queue; q->lock is locked to change it */
     atomic_size_t count; /* those that are in use: who has the turn takes over the others */
     struct slot *slots, *free, *answered;
     struct slot *held;  /* not sent yet, because of what must end before; of who has the turn */

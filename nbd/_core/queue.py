@@ -281,12 +281,16 @@ class Queue:
 
         C: nbd_aio_notify_read, nbd_aio_notify_write, nbd_aio_command_completed.
         """
-        least, seconds = as_number("least", least), as_timeout(timeout)
-        until = monotonic() + seconds
-        if not self._lock.acquire(timeout=seconds if 0 <= seconds <= TIMEOUT_MAX else -1):
-            return []
+        least, seconds, until = as_number("least", least), -1.0, 0.0
+        if timeout is None:
+            self._lock.acquire()
+        else:
+            seconds = as_timeout(timeout)
+            until = monotonic() + seconds
+            if not self._lock.acquire(timeout=seconds if seconds <= TIMEOUT_MAX else -1):
+                return []
         try:
-            if seconds > 0:
+            if timeout is not None:
                 seconds = max(0.0, until - monotonic())
             while self._finish(*self._engine.wait(least, seconds)) == ROOM:
                 least, seconds = 1, 0.0  # there may be more than one call reports
