@@ -200,5 +200,10 @@ def test_short_and_long_answers_cover_the_range_and_no_more(
     with answering(chunk) as connection:
         h.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
         h.connect_socket(connection.fileno())
-        assert list(nbd.extents(h, start=1, end=MIB // 4)) == [(1, MIB // 4 - 1, HOLE)]
+        if chunk[0] > MIB // 4 and hasattr(h, "block_status_64"):
+            with pytest.raises(nbd.Error) as refused:  # newer libnbd takes no answer that long
+                list(nbd.extents(h, start=1, end=MIB // 4))
+            assert refused.value.errno == "EPROTO"
+        else:
+            assert list(nbd.extents(h, start=1, end=MIB // 4)) == [(1, MIB // 4 - 1, HOLE)]
         h.close()
