@@ -7,6 +7,7 @@ import asyncio
 import atexit
 from concurrent import futures
 from contextlib import suppress
+from inspect import iscoroutinefunction
 from threading import Thread
 
 from nbd._core.asyncconnect import Plan, close_all, connected
@@ -75,7 +76,7 @@ async def copy(
     C: nbd_aio_pread, nbd_aio_pwrite, nbd_aio_zero, nbd_block_status.
     """
     for name, function in (("progress", progress), ("on_error", on_error)):
-        if asyncio.iscoroutinefunction(function):
+        if iscoroutinefunction(function):
             raise TypeError(f"{name}: a function is needed, not a coroutine function")
     settings = Settings(connections, depth, sparse, progress, timeout, flush, on_error)
     return await _Transfer(settings).run(source, target)
