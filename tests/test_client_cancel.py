@@ -12,7 +12,7 @@ import pytest
 from asyncs import commands, needs_task_group, outcome, run, sent, until
 from figures import Figure
 from servers import Server, children, program
-from usage import descriptors, registered, resident
+from usage import collect_garbage, descriptors, registered, resident
 from waits import paused
 
 import nbd
@@ -278,6 +278,7 @@ class Storm:
         try:
             for part in range(10):
                 if part == 5:
+                    collect_garbage()
                     self.resident_at_half = resident()
                 tasks = [self._task(disks[n % self.CLIENTS]) for n in range(self.TASKS // 10)]
                 await asyncio.wait(tasks)
@@ -316,9 +317,11 @@ def test_in_a_storm_of_tasks_each_ends_once(nbdkit: Nbdkit, figure: Figure) -> N
     for kind, count in storm.ended.items():
         figure(f"storm of 10,000 tasks: {kind}", str(count))
     figure("storm of 10,000 tasks: seconds", f"{time.monotonic() - began:.1f}")
+    collect_garbage()
     grown = (resident() - storm.resident_at_half) / MIB
     figure("storm of 10,000 tasks: MiB more than after the first half", f"{grown:.1f}")
     assert sum(storm.ended.values()) == Storm.TASKS
     assert min(storm.ended.values()) > 0
     assert registered() == 0
-    assert grown < 32
+    # PyPy's heap may be anywhere between two collections, and keeps what it has freed.
+    assert grown < (32 if sys.implementation.name == "cpython" else 128)
