@@ -111,19 +111,19 @@ def abi_module(build: Build) -> str:
     """abi.py: the cdef as cffi's out-of-line ABI mode stores it."""
     ffi = FFI()
     ffi.cdef(declarations(build))
-    ffi.set_source("nbd._core.abi", None)
+    ffi.set_source("nbd._binding.abi", None)
     target = build.folder / "abi.py"
     ffi.emit_python_code(str(target))
     return target.read_text(encoding="utf-8")
 
 
 def api_builder(build: Build) -> FFI:
-    """The FFI that compiles nbd._core.api, the shim included."""
+    """The FFI that compiles nbd._binding.api, the shim included."""
     ffi = FFI()
     ffi.cdef(declarations(build))
     ffi.cdef(extern_python(build.header))
     ffi.set_source(
-        "nbd._core.api",
+        "nbd._binding.api",
         INCLUDES,
         sources=build.sources,
         include_dirs=build.include_dirs,

@@ -29,7 +29,7 @@ class BuildModules(build_py):
     def run(self) -> None:
         super().run()
         for name, text in build_nbd.python_modules(build).items():
-            target = Path("" if self.editable_mode else self.build_lib, "nbd", "_core")
+            target = Path("" if self.editable_mode else self.build_lib, "nbd", "_binding")
             target.mkdir(parents=True, exist_ok=True)
             (target / name).write_text(text, encoding="utf-8")
 
@@ -60,7 +60,7 @@ if build.mode == "API":
         options["bdist_wheel"] = {"py_limited_api": "cp39"}
 else:
     extension = Extension(
-        "nbd._core.nbdshim",
+        "nbd._binding.nbdshim",
         sources=build.sources,
         include_dirs=build.include_dirs,
         extra_compile_args=build.compile_args,

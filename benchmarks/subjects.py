@@ -33,7 +33,7 @@ about = {
     "module": nbd.__file__,
     "libnbd": nbd.NBD().get_version(),
 }
-if hasattr(nbd, "_core"):  # libnbd's own module has none
+if hasattr(nbd, "_binding"):  # libnbd's own module has none
     import _cffi_backend
     about["backend"] = "cffi " + _cffi_backend.__version__
 try:

@@ -38,7 +38,7 @@ ANNOTATIONS = {
 #: as any callable.
 NAMED_CALLBACKS = ("chunk", "completion", "context", "debug", "extent", "extent64", "list")
 
-#: The methods of a handle that are no calls of libnbd; nbd._core.handle has them.
+#: The methods of a handle that are no calls of libnbd; nbd._binding.handle has them.
 OWN = ("settimeout", "gettimeout")
 
 RETURN_ANNOTATIONS = {
@@ -69,10 +69,10 @@ def methods_module(header: Header, documentation: Mapping[str, Documentation]) -
 
 from __future__ import annotations
 
-import nbd._core.upcalls  # noqa: F401 - gives them to the shim
-from nbd._core.buffer import readable, writable, writable_by_call
-from nbd._core.callbacks import abandon, next_token, not_callable, registry
-from nbd._core.convert import (
+import nbd._binding.upcalls  # noqa: F401 - gives them to the shim
+from nbd._binding.buffer import readable, writable, writable_by_call
+from nbd._binding.callbacks import abandon, next_token, not_callable, registry
+from nbd._binding.convert import (
     address_of,
     as_number,
     as_path,
@@ -80,9 +80,9 @@ from nbd._core.convert import (
     as_strings,
     owned_text,
 )
-from nbd._core.errors import explain, pending, settle
-from nbd._core.handle import Handle
-from nbd._core.memory import (
+from nbd._binding.errors import explain, pending, settle
+from nbd._binding.handle import Handle
+from nbd._binding.memory import (
     BOUNCES,
     NEVER_STALE,
     copy_back,
@@ -93,7 +93,7 @@ from nbd._core.memory import (
     result_of,
     shown_result_of,
 )
-from nbd._core.shim import as_text, lib
+from nbd._binding.shim import as_text, lib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ if TYPE_CHECKING:
 
     from _typeshed import ReadableBuffer, StrOrBytesPath, WriteableBuffer
 
-    from nbd._core.buffer import Buffer
+    from nbd._binding.buffer import Buffer
     from nbd.types import (
 {imported}    )
 
@@ -283,7 +283,7 @@ def conversions(function: Function) -> Iterator[str]:
 def memory_of(function: Function, buffer: Parameter) -> Iterator[str]:
     """Get the address and the size of a buffer, and pin it so that it stays in place.
 
-    If the call is stopped, nbd._core.upcalls.orphaned takes the variable `pin`.
+    If the call is stopped, nbd._binding.upcalls.orphaned takes the variable `pin`.
 
     bytes and bytearray on CPython are the common cases.  They are handled in the method itself,
     without the call of a function.

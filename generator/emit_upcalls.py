@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from sys import _getframe
 
-from nbd._core.callbacks import (
+from nbd._binding.callbacks import (
     ErrorNumber,
     as_int,
     bring_back,
@@ -35,9 +35,9 @@ from nbd._core.callbacks import (
     registry,
     set_errno,
 )
-from nbd._core.convert import {", ".join(converters)}
-from nbd._core.memory import BOUNCES, part
-from nbd._core.shim import {", ".join([*shim, "install", "upcall"])}
+from nbd._binding.convert import {", ".join(converters)}
+from nbd._binding.memory import BOUNCES, part
+from nbd._binding.shim import {", ".join([*shim, "install", "upcall"])}
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -52,13 +52,15 @@ server's reply.  The aio_ calls do not wait: they return a cookie, and poll driv
 
 from __future__ import annotations
 
-from nbd._core.buffer import Buffer
-from nbd._core.constants import *  # noqa: F403 - one name for each constant of libnbd.h
-from nbd._core.constants import __all__ as _constants
-from nbd._core.errors import ClosedHandle, Error
-from nbd._core.errors import DiskError as DiskError  # not in __all__, as libnbd's module has none
-from nbd._core.errors import Timeout as Timeout  # nor this
-from nbd._core.methods import NBD
+from nbd._binding.buffer import Buffer
+from nbd._binding.constants import *  # noqa: F403 - one name for each constant of libnbd.h
+from nbd._binding.constants import __all__ as _constants
+from nbd._binding.errors import ClosedHandle, Error
+from nbd._binding.errors import (
+    DiskError as DiskError,  # not in __all__, as libnbd's module has none
+)
+from nbd._binding.errors import Timeout as Timeout  # nor this
+from nbd._binding.methods import NBD
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,13 +68,13 @@ if TYPE_CHECKING:
     from nbd import memory as memory
     from nbd import queue as queue
     from nbd import types as types
-    from nbd._core.connecting import connect as connect
-    from nbd._core.copying import Copied as Copied
-    from nbd._core.copying import copy as copy
-    from nbd._core.extents import Extent as Extent
-    from nbd._core.extents import Extents as Extents
-    from nbd._core.extents import extents as extents
-    from nbd._core.file import open as open
+    from nbd._disks.connect import connect as connect
+    from nbd._disks.copy import Copied as Copied
+    from nbd._disks.copy import copy as copy
+    from nbd._disks.extents import Extent as Extent
+    from nbd._disks.extents import Extents as Extents
+    from nbd._disks.extents import extents as extents
+    from nbd._disks.file import open as open
 
     #: "libnbd".
     package_name: str
@@ -85,11 +87,11 @@ __all__ = ["NBD", "Buffer", "ClosedHandle", "Error", "nbd", "package_name", *_co
 # Few programs use these names: they are made when they are first asked for.
 _MODULES = ("aio", "memory", "queue", "types")
 _FUNCTIONS = {
-    "Copied": "copying",
+    "Copied": "copy",
     "Extent": "extents",
     "Extents": "extents",
-    "connect": "connecting",
-    "copy": "copying",
+    "connect": "connect",
+    "copy": "copy",
     "extents": "extents",
     "open": "file",
 }
@@ -117,7 +119,7 @@ def __getattr__(name: str) -> object:
     if name in _FUNCTIONS:
         from importlib import import_module
 
-        found: object = getattr(import_module(f"nbd._core.{_FUNCTIONS[name]}"), name)
+        found: object = getattr(import_module(f"nbd._disks.{_FUNCTIONS[name]}"), name)
         globals()[name] = found
         return found
     if name not in _LATER:

@@ -3,6 +3,6 @@
 
 from __future__ import annotations
 
-from nbd._core.memory import set_pool_limit
+from nbd._binding.memory import set_pool_limit
 
 __all__ = ["set_pool_limit"]

@@ -10,6 +10,6 @@ Add requests, which does not wait; then wait for those that are done:
 
 from __future__ import annotations
 
-from nbd._core.queue import Queue, Request
+from nbd._disks.queue import Queue, Request
 
 __all__ = ["Queue", "Request"]

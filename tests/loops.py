@@ -35,7 +35,7 @@ from hostile import (
 from usage import collect_garbage, descriptors, registered, resident
 
 import nbd
-from nbd._core.handle import _open as open_handles
+from nbd._binding.handle import _open as open_handles
 
 CALLS = 1_000_000 if SOAK else 2_000
 STRETCHES = 4  # a loop runs so often at the most, and once if nothing leaks
@@ -486,7 +486,7 @@ def program(group: str, place: Place) -> None:
     collect_garbage()
     show(f"leaks, {group}: calls", calls)
     show(f"leaks, {group}: entries in the registry", registered())
-    show(f"leaks, {group}: exceptions that wait", len(nbd._core.errors.pending))
+    show(f"leaks, {group}: exceptions that wait", len(nbd._binding.errors.pending))
     show(f"leaks, {group}: handles more than before", len(open_handles) - handles)
     show(f"leaks, {group}: descriptors more than before", descriptors() - files)
 

@@ -26,8 +26,13 @@ INSTALLED = Path(nbd.__file__).parent
 SCREEN = 80  # lines
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
-# What each module of nbd._core may import from the others: only those that stand before it.
-ORDER = re.findall(r"^    (\w+) {2,}", (CHECKOUT / "nbd/_core/__init__.py").read_text(), re.M)
+# The layers, and in each what its modules may import of it: only those that stand before them.
+LAYERS = {
+    layer: re.findall(r"^    (\w+) {2,}", (CHECKOUT / f"nbd/{layer}/__init__.py").read_text(), re.M)
+    for layer in ("_binding", "_disks")
+}
+LAYERS["aio"] = ["_threads", "_client", "_connect", "_copy"]
+ORDER = [f"{layer}.{module}" for layer, modules in LAYERS.items() for module in modules]
 
 
 def source(path: str) -> str:
@@ -55,8 +60,8 @@ def defined(text: str) -> Iterator[str]:
 
 
 def imported(module: str) -> set[str]:
-    """Return the modules of nbd._core that one of them imports."""
-    tree = ast.parse(source(f"nbd/_core/{module}.py"))
+    """Return the modules of the layers that one of them imports when it is loaded."""
+    tree = ast.parse(source(f"nbd/{module.replace('.', '/')}.py"))
     found = {
         name
         for node in tree.body
@@ -67,7 +72,7 @@ def imported(module: str) -> set[str]:
             else [alias.name for alias in node.names]
         )
     }
-    return {name.rpartition(".")[2] for name in found if name.startswith("nbd.")}
+    return {name[len("nbd.") :] for name in found if name.startswith("nbd.")}
 
 
 @pytest.mark.parametrize(("path", "name"), NAMES, ids=[":".join(pair) for pair in NAMES])
@@ -95,8 +100,9 @@ def test_a_module_imports_only_from_those_before_it(module: str) -> None:
 
 
 def test_the_order_of_imports_names_every_private_module() -> None:
-    written = {path.stem for path in (INSTALLED / "_core").glob("*.py")} - {"__init__", "abi"}
-    assert written == set(ORDER)
+    for layer, modules in LAYERS.items():
+        written = {path.stem for path in (INSTALLED / layer).glob("*.py")} - {"__init__", "abi"}
+        assert written == set(modules)
 
 
 def test_an_import_loads_only_what_a_connection_and_a_read_need() -> None:
@@ -107,9 +113,9 @@ def test_an_import_loads_only_what_a_connection_and_a_read_need() -> None:
     done = subprocess.run(
         [sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True
     )
-    found = {m for m in done.stdout.split() if not re.match(r"nbd\._core\.(abi|api)", m)}
-    needed = ORDER[: ORDER.index("constants") + 1]  # the others are loaded when first asked for
-    assert found == {"nbd", "nbd._core", *(f"nbd._core.{module}" for module in needed)}
+    found = {m for m in done.stdout.split() if not re.match(r"nbd\._binding\.(abi|api)", m)}
+    needed = {f"nbd._binding.{module}" for module in LAYERS["_binding"]}
+    assert found == {"nbd", "nbd._binding", *needed}
 
 
 def test_the_source_says_in_one_line_that_it_is_not_built(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class Spiteful:
 @pytest.fixture
 def registry() -> Any:
     """Return the registry of live callables and buffers."""
-    return nbd._core.callbacks.registry
+    return nbd._binding.callbacks.registry
 
 
 # bool: any object, by its truth

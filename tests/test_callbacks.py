@@ -19,7 +19,7 @@ from handles import drain, finish, poll, raiser, retired, run_until
 from servers import Server
 
 import nbd
-from nbd._core import errors
+from nbd._binding import errors
 
 MIB = 1 << 20
 BASE = nbd.CONTEXT_BASE_ALLOCATION

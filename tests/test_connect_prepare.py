@@ -12,7 +12,7 @@ from asyncs import run
 from servers import Server, program
 
 import nbd
-from nbd._core import connecting
+from nbd._disks import connect as connecting
 
 Nbdkit = Callable[..., Server]
 

@@ -11,7 +11,8 @@ import servers
 from servers import Server
 
 import nbd
-from nbd._core import connecting, handle
+from nbd._binding import handle
+from nbd._disks import connect as connecting
 
 Nbdkit = Callable[..., Server]
 

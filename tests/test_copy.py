@@ -25,7 +25,7 @@ from programs import run_program
 from servers import Server
 
 import nbd
-from nbd._core.threads import running
+from nbd._disks.threads import running
 
 KIB, MIB = 1 << 10, 1 << 20
 Nbdkit = Callable[..., Server]
@@ -538,7 +538,7 @@ def test_a_copy_that_has_failed_leaves_no_queue_to_the_garbage_collector(
     try:
         with pytest.raises(nbd.Error):
             nbd.copy(uri, tmp_path / "copied", connections=4)
-        left = [one for one in gc.get_objects() if isinstance(one, nbd._core.engine.Engine)]
+        left = [one for one in gc.get_objects() if isinstance(one, nbd._disks.engine.Engine)]
     finally:
         gc.enable()
     assert left == []

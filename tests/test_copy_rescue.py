@@ -16,7 +16,7 @@ import pytest
 from servers import Server
 
 import nbd
-from nbd._core import rescue
+from nbd._disks import rescue
 
 Nbdkit = Callable[..., Server]
 Ranges = list[tuple[int, int]]
@@ -214,7 +214,7 @@ def test_errors_that_do_not_last_lose_nothing(nbdkit: Nbdkit, image: Path, tmp_p
 def test_several_connections_save_the_same(
     nbdkit: Nbdkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nbd._core import copying
+    from nbd._disks import copy as copying
 
     monkeypatch.setattr(copying, "_MIN_RANGE", 256 * KIB)
     monkeypatch.setattr(copying, "processors", lambda: 3)
@@ -312,7 +312,7 @@ def test_the_result_is_still_a_tuple_of_two(nbdkit: Nbdkit, image: Path, tmp_pat
 def test_random_damage_is_found_exactly(
     nbdkit: Nbdkit, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nbd._core import copying
+    from nbd._disks import copy as copying
 
     chosen = random.Random(seed)
     monkeypatch.setattr(copying, "_MIN_RANGE", 256 * KIB)

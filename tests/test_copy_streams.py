@@ -376,8 +376,8 @@ def test_a_stream_gets_zeroes_for_what_a_file_cannot_read(
         view[: len(data)] = data
         return len(data)
 
-    monkeypatch.setattr(nbd._core.files, "_read_at", read_at)
-    monkeypatch.setattr(nbd._core.files, "_is_of_system", lambda reason: True)
+    monkeypatch.setattr(nbd._disks.files, "_read_at", read_at)
+    monkeypatch.setattr(nbd._disks.files, "_is_of_system", lambda reason: True)
     target, calls = io.BytesIO(), list[tuple[int, int]]()
     assert nbd.copy(path, target, on_error=ask(calls, True)).bad == tuple(BAD)
     assert (target.getvalue(), calls) == (with_holes(DATA), BAD)

@@ -24,7 +24,7 @@ from servers import Server
 from waits import Stop, alarm
 
 import nbd
-from nbd._core.threads import running
+from nbd._disks.threads import running
 
 Nbdkit = Callable[..., Server]
 #: What a server does before it answers a request; it returns whether that was the answer.

@@ -249,7 +249,7 @@ Libs: -L{folder} -lnbd -Wl,-rpath,{folder}
 PROGRAM = """\
 import inspect, json, sys
 import nbd
-from nbd._core import callbacks
+from nbd._binding import callbacks
 out = {}
 h = nbd.NBD()
 """
@@ -275,6 +275,7 @@ def made_up(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     run(*shared, folder / "libnbd.c", "-o", folder / "libnbd.so")
 
     package = folder / "nbd"
+    binding = package / "_binding"
     shutil.copytree(CHECKOUT / "nbd", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     generated = folder / "generated"
     said = run(
@@ -284,13 +285,13 @@ def made_up(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
         NBD_CFFI_MODE="abi",
     ).stderr
     for module in generated.glob("*.py"):
-        shutil.copy(module, package / "_core")
+        shutil.copy(module, binding)
     run(
         *(*shared, "-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-pthread"),
         *(f"-I{CHECKOUT / 'csrc'}", f"-I{generated}"),
         *(CHECKOUT / "csrc").glob("*.c"),
         generated / "nbdglue.c",
-        *(f"-L{folder}", "-lnbd", f"-Wl,-rpath,{folder}", "-o", package / "_core" / "nbdshim.so"),
+        *(f"-L{folder}", "-lnbd", f"-Wl,-rpath,{folder}", "-o", binding / "nbdshim.so"),
     )
     return folder, said
 

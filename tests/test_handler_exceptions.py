@@ -280,9 +280,9 @@ while True:
 lost = made - came
 # PyPy calls finalizers, and callbacks of weak references, at any time, and loses what they raise.
 assert 0 <= lost <= (made // 100 + 1 if sys.implementation.name == "pypy" else 0), (made, came)
-while nbd._core.shim.lib.nbdshim_orphans(h._h):  # what was stopped is kept until the answer
+while nbd._binding.shim.lib.nbdshim_orphans(h._h):  # what was stopped is kept until the answer
     h.poll(-1)
-assert not nbd._core.callbacks.registry, nbd._core.callbacks.registry
+assert not nbd._binding.callbacks.registry, nbd._binding.callbacks.registry
 print(f"storm of Exceptions, calls: {calls}")
 print(f"storm of Exceptions, those that came out as they are: {came}")
 """

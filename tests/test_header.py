@@ -21,7 +21,7 @@ from handles import OWN_METHODS, drain
 from servers import Server, program
 
 import nbd
-from nbd._core.build import BUNDLED
+from nbd._binding.build import BUNDLED
 
 BASE = nbd.CONTEXT_BASE_ALLOCATION
 

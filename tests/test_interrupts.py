@@ -211,7 +211,7 @@ import ctypes, gc, os, resource, signal, sys, threading, time, nbd
 
 PACKAGE = os.path.dirname(nbd.__file__) + os.sep
 KEEPS_FREED = hasattr(ctypes.CDLL(None), "__asan_init")  # AddressSanitizer: up to 256 MiB
-orphans = nbd._core.shim.lib.nbdshim_orphans
+orphans = nbd._binding.shim.lib.nbdshim_orphans
 SIZES = [512, 4096, 65536, 300_000]
 SECONDS = float(sys.argv[2])
 wrong, signals, stopped = [], 0, 0
@@ -288,7 +288,7 @@ for thread in threads:
     thread.join()
 for h in handles:
     settle(h)
-while nbd._core.errors.pending:
+while nbd._binding.errors.pending:
     try:
         handles[0].get_size()
     except Interrupt:
@@ -296,7 +296,7 @@ while nbd._core.errors.pending:
 gc.collect(); gc.collect()
 assert wrong == [], wrong
 assert [orphans(h._h) for h in handles] == [0, 0, 0, 0]
-assert nbd._core.callbacks.registry == {}, len(nbd._core.callbacks.registry)
+assert nbd._binding.callbacks.registry == {}, len(nbd._binding.callbacks.registry)
 for number, h in enumerate(handles, 1):
     assert h.pread(SIZES[-1], number << 20) == bytes([number]) * SIZES[-1]
     h.close()
@@ -331,12 +331,12 @@ def test_a_signal_that_arrives_while_connecting_stops_it(nbdkit: StartServer) ->
 def test_a_handle_that_is_dropped_meanwhile_does_not_take_what_a_handler_raised(
     server: Server, slow: nbd.NBD, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settle = nbd._core.errors._failure
+    settle = nbd._binding.errors._failure
 
     def drop_another(*arguments: Any) -> Any:
         nbd.NBD().__del__()
         return settle(*arguments)
 
-    monkeypatch.setattr(nbd._core.errors, "_failure", drop_another)
+    monkeypatch.setattr(nbd._binding.errors, "_failure", drop_another)
     with paused(server), alarm(Handler(raise_stop)), pytest.raises(Stop):
         slow.pread(BLOCK, 0)

@@ -15,7 +15,7 @@ from programs import run_program
 from servers import Server
 
 import nbd
-from nbd._core.joining import Joining
+from nbd._disks.joining import Joining
 
 Nbdkit = Callable[..., Server]
 BOUND = 10  # seconds until an event that does not come fails the test
@@ -106,7 +106,7 @@ def test_a_handle_that_cannot_be_used_is_closed_and_no_other_is_made(nbdkit: Nbd
 def test_a_program_ends_while_a_connection_is_made() -> None:
     program = """
 import sys
-from nbd._core.joining import Joining
+from nbd._disks.joining import Joining
 joining = Joining(sys.argv[1], 3, None, print)
 joining.start()
 while joining._connecting is None:

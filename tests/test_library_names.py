@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import nbd
-from nbd._core.shim import MODE, ffi, lib, process
+from nbd._binding.shim import MODE, ffi, lib, process
 
 PACKAGE = Path(nbd.__file__).parent
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem != "abi")

@@ -129,7 +129,7 @@ def outcome(call, number, first, second):
 for text, (call, first, second) in CALLS.items():
     honest, lying = outcome(call, int, first, second), outcome(call, made, first, second)
     assert honest == lying, (text, honest, lying)
-print(len(CALLS), len(nbd._core.callbacks.registry))
+print(len(CALLS), len(nbd._binding.callbacks.registry))
 """
 
 

@@ -19,7 +19,7 @@ from servers import Server
 
 import nbd
 import nbd.memory
-from nbd._core import memory, shim
+from nbd._binding import memory, shim
 
 FEW, MANY = 10_000, 1_000_000 if SOAK else 40_000
 BLOCK = 4096

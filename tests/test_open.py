@@ -403,7 +403,7 @@ def sparse(path: Path, size: int) -> Path:
 
 
 def test_a_large_read_goes_straight_to_the_callers_memory(server: Server) -> None:
-    if nbd._core.memory.BOUNCES:
+    if nbd._binding.memory.BOUNCES:
         pytest.skip("PyPy: memory of the caller moves, so bytes are copied")
     memory = bytearray(MIB)
     with nbd.open(server.uri, buffering=0) as disk:
@@ -558,7 +558,7 @@ def test_memory_of_the_caller_can_be_resized_at_once(
 
 def test_import_of_nbd_does_not_load_it() -> None:
     done = run_program("import sys, nbd; print([m for m in sys.modules if 'file' in m])")
-    assert "nbd._core" not in done.stdout
+    assert "nbd._binding" not in done.stdout
 
 
 def test_what_a_program_leaves_in_a_buffer_is_written_at_its_end(

@@ -80,7 +80,7 @@ def greeting(tmp_sock: str, count: int, size: int = SIZE) -> Iterator[str]:
 def test_connections_that_never_come_cost_nothing(
     tmp_sock: str, buffering: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nbd._core.connections, "GOODBYE", 20.0)
+    monkeypatch.setattr(nbd._disks.connections, "GOODBYE", 20.0)
     with greeting(tmp_sock, 1) as uri:
         collect_garbage()
         before = descriptors()

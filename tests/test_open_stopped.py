@@ -21,7 +21,7 @@ from usage import collect_garbage
 from waits import Stop
 
 import nbd
-from nbd._core.connections import _kept
+from nbd._disks.connections import _kept
 
 KIB = 1 << 10
 Nbdkit = Callable[..., Server]

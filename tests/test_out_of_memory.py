@@ -22,7 +22,7 @@ from figures import Figure
 from handles import drain
 
 import nbd
-from nbd._core import callbacks
+from nbd._binding import callbacks
 
 SOURCE = Path(__file__).with_name("c") / "preload" / "fail_malloc.c"
 MIB = 1 << 20

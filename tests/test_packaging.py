@@ -15,7 +15,7 @@ from typing import Callable
 import pytest
 
 import nbd
-from nbd._core.build import MODE
+from nbd._binding.build import MODE
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 INSTALLED = Path(nbd.__file__).resolve().parent.parent
@@ -29,8 +29,8 @@ ENOUGH = 600  # seconds: PyPy compiles under load
 # What a build makes beside the sources; .gitignore names all of it.
 MADE_IN_PLACE = re.compile(
     r"build|libnbd_cffi\.egg-info|__pycache__"
-    r"|nbd/(_core/|shell/)?__pycache__"
-    r"|nbd/_core/((abi|build|constants|methods|upcalls)\.py|[^/]+\.so)"
+    r"|nbd/(_binding/|_disks/|aio/|shell/)?__pycache__"
+    r"|nbd/_binding/((abi|build|constants|methods|upcalls)\.py|[^/]+\.so)"
 )
 
 Pip = Callable[..., str]

@@ -14,7 +14,7 @@ import pytest
 from servers import PATIENCE
 
 import nbd
-from nbd._core.build import BUNDLED
+from nbd._binding.build import BUNDLED
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 INSTALLED = Path(nbd.__file__).resolve().parent.parent

@@ -19,8 +19,8 @@ from servers import Server
 
 import nbd
 import nbd.queue
-from nbd._core.callbacks import registry
-from nbd._core.shim import lib
+from nbd._binding.callbacks import registry
+from nbd._binding.shim import lib
 
 KIB, MIB = 1 << 10, 1 << 20
 Nbdkit = Callable[..., Server]

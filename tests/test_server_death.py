@@ -74,7 +74,7 @@ def test_nothing_is_left(server: Server, h: nbd.NBD) -> None:
     drain_dying(h)
     h.close()
     gc.collect()
-    assert len(nbd._core.callbacks.registry) == 0
+    assert len(nbd._binding.callbacks.registry) == 0
 
 
 def test_close_after_a_death_with_commands_not_retired(server: Server, h: nbd.NBD) -> None:
@@ -83,7 +83,7 @@ def test_close_after_a_death_with_commands_not_retired(server: Server, h: nbd.NB
     server.kill()
     h.close()
     gc.collect()
-    assert len(nbd._core.callbacks.registry) == 0
+    assert len(nbd._binding.callbacks.registry) == 0
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import shadows
 
 import nbd
-from nbd._core.build import BUNDLED
+from nbd._binding.build import BUNDLED
 
 SCRIPT = [str(Path(sys.executable).with_name("nbdsh"))]
 MODULE = [sys.executable, "-m", "nbd"]

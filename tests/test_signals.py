@@ -105,7 +105,7 @@ def retire():
 def registered():
     gc.collect()
     gc.collect()
-    return len(nbd._core.callbacks.registry)
+    return len(nbd._binding.callbacks.registry)
 """
 
 # The handler raises only inside the package, and inside the callbacks that it runs.
@@ -158,7 +158,7 @@ def attempt(call):
 
 def end_all():
     attempt(retire)
-    while nbd._core.errors.pending:  # each call raises one of them
+    while nbd._binding.errors.pending:  # each call raises one of them
         attempt(h.get_size)
     attempt(retire)
 
@@ -177,7 +177,7 @@ while time.monotonic() < end:
         signal.setitimer(signal.ITIMER_REAL, 0)
         end_all()
         check()
-        assert registered() == 0, nbd._core.callbacks.registry
+        assert registered() == 0, nbd._binding.callbacks.registry
         signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
 signal.setitimer(signal.ITIMER_REAL, 0)
 time.sleep(0.01)
@@ -210,7 +210,7 @@ use_blocks()
 down()
 retire()
 check()
-assert registered() == 0, nbd._core.callbacks.registry
+assert registered() == 0, nbd._binding.callbacks.registry
 print(f"stack that is full: calls that failed: {failures}")
 """
 

@@ -304,7 +304,7 @@ def test_threads_leave_nothing(disk: nbd.NBD) -> None:
 
     in_threads(work)
     gc.collect()
-    assert len(nbd._core.callbacks.registry) == 0
+    assert len(nbd._binding.callbacks.registry) == 0
 
 
 def test_a_thread_that_looks_at_a_buffer_sees_no_old_byte_while_another_reads_into_it(

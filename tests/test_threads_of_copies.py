@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 
-from nbd._core.threads import Helper, running
+from nbd._disks.threads import Helper, running
 
 BOUND = 10  # seconds until an event that does not come fails the test
 

@@ -33,6 +33,6 @@ def descriptors() -> int:
 
 def registered() -> int:
     """Return how many callables and buffers are kept for libnbd, after a collection if any are."""
-    if nbd._core.callbacks.registry:
+    if nbd._binding.callbacks.registry:
         collect_garbage()
-    return len(nbd._core.callbacks.registry)
+    return len(nbd._binding.callbacks.registry)

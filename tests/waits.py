@@ -117,7 +117,7 @@ class Stop(Exception):
 
 def orphans(h: nbd.NBD) -> int:
     """Return how many commands of a handle were stopped and have no answer yet."""
-    return int(nbd._core.shim.lib.nbdshim_orphans(h._h))
+    return int(nbd._binding.shim.lib.nbdshim_orphans(h._h))
 
 
 def reap(h: nbd.NBD) -> None:

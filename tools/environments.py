@@ -148,7 +148,7 @@ def ready(environment: Environment) -> None:
         environ = clean_environment(NBD_CFFI_MODE=environment.mode)
         must(log, install, f"the package does not build for {environment.name}", environ=environ)
     loaded = output(
-        [environment.python, "-c", "import nbd._core.build as build; print(build.MODE)"],
+        [environment.python, "-c", "import nbd._binding.build as build; print(build.MODE)"],
         f"the package of {environment.name} cannot be imported",
     )
     if loaded.lower() != environment.mode:

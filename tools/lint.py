@@ -49,7 +49,7 @@ def typed_copy(python: Path) -> Path:
         shutil.copy(script, folder)
     for module in generate(python, "abi").glob("*.py"):
         if module.name != "abi.py":
-            shutil.copy(module, folder / "nbd" / "_core")
+            shutil.copy(module, folder / "nbd" / "_binding")
     return folder
 
 

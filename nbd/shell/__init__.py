@@ -116,8 +116,8 @@ def _versions() -> tuple[str, ...]:
     import platform
     from importlib.metadata import version
 
-    from nbd._core.build import BUNDLED, MODE
-    from nbd._core.shim import as_text, lib
+    from nbd._binding.build import BUNDLED, MODE
+    from nbd._binding.shim import as_text, lib
 
     gnutls = as_text(lib.nbdshim_gnutls()) if lib.nbdshim_gnutls() else "missing: there is no TLS"
     origin = ", from this package" if BUNDLED else ""

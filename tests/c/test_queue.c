@@ -541,7 +541,7 @@ static void what_is_submitted_while_another_thread_waits_is_sent(void)
 /* A queue that several threads use, with a disk whose bytes are in other_room. */
 struct shared {
     struct rig rig;
-    pthread_mutex_t lock; /* as nbd/_core/queue.py has it: one thread at a time waits and takes */
+    pthread_mutex_t lock; /* as nbd/_disks/queue.py has it: one thread at a time waits and takes */
     atomic_uint told;
     atomic_bool is_over;
 };

@@ -1,0 +1,461 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""Errors: the exceptions of the package, and which one a call raises.
+
+A call fails when libnbd says so, or when the shim refuses it.  Besides, callbacks that ran during
+the call may have raised.  Their exceptions cannot pass through C: they wait in `pending` until the
+call is back in its method, in the same thread.  There `settle` decides what happens to them:
+
+    KeyboardInterrupt, SystemExit   are raised
+    another, and the call failed    becomes the cause of the nbd.Error
+    another, and the call did not   is given to sys.unraisablehook
+
+So does what a signal handler raised while the call was waiting, or while a callback ran.  That is
+raised, whatever it is.
+"""
+
+from __future__ import annotations
+
+import _signal
+import gc
+import os
+import sys
+from _thread import get_ident
+from errno import EDEADLK, EINTR, EMFILE, EOVERFLOW, ETIMEDOUT, errorcode
+
+from nbd._binding.shim import (
+    BY_HANDLER,
+    IS_CPYTHON,
+    as_text,
+    ffi,
+    lib,
+    one_for_all_imports,
+    process,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    # The thread in which a callback raised, the handle (None if it is not known), the exception.
+    # In place of the handle it may be BY_HANDLER.
+    Waiting = tuple[int, Any, BaseException]
+
+#: The flag of a code object whose function takes any number of arguments (inspect.CO_VARARGS).
+_HAS_REST = 4
+#: The instruction with which a function begins; 0 where there is none for that.
+_RESUME = (lambda: 0).__code__.co_code[0] if IS_CPYTHON and sys.version_info >= (3, 11) else 0
+
+pending = process.pending
+
+# The thread in which the process ends.  It is set when that thread begins to close all handles.
+_ending: int | None = None
+
+
+@one_for_all_imports
+class Error(Exception):
+    """A libnbd call failed.
+
+    Attributes:
+        string: What went wrong, for people to read.
+        errnum: The errno, such as 107; 0 if the failure had none.
+        errno: The errno's name, such as "ENOTCONN"; None if there is none.
+
+    Example:
+        >>> try:
+        ...     nbd.NBD().pread(512, 0)
+        ... except nbd.Error as error:
+        ...     print(error.errno)
+        ENOTCONN
+
+    C: nbd_get_error, nbd_get_errno, since libnbd 1.0.
+    """
+
+    __module__ = "nbd"
+
+    @property
+    def string(self) -> str:
+        """What went wrong, for people to read."""
+        message: str = self.args[0] if self.args else ""
+        return message
+
+    @property
+    def errnum(self) -> int:
+        """The errno, or 0 if the failure had none."""
+        number: int = self.args[1] if len(self.args) > 1 else 0
+        return number
+
+    @property
+    def errno(self) -> str | None:
+        """The errno's name, or None if there is none."""
+        return errorcode.get(self.errnum)
+
+    def __str__(self) -> str:
+        return f"{self.string} ({self.errno})" if self.errno else f"{self.string}"
+
+
+@one_for_all_imports
+class Timeout(Error, TimeoutError):  # type: ignore[misc] # its errno is that of nbd.Error
+    """A call has waited as long as nbd.NBD.settimeout allows.
+
+    Its errno is "ETIMEDOUT".  What the call asked for may still happen: a command cannot be taken
+    back.  See nbd.NBD.settimeout.
+
+    Example:
+        >>> h.settimeout(0.01)
+        >>> try:
+        ...     h.poll(-1)  # nothing is in flight
+        ... except TimeoutError as late:
+        ...     print(late.errno)
+        ETIMEDOUT
+    """
+
+    __module__ = "nbd"
+
+    @property
+    def strerror(self) -> str:  # type: ignore[override] # OSError has it as a variable
+        """What its errno means."""
+        return os.strerror(self.errnum)
+
+
+@one_for_all_imports
+class DiskError(Error, OSError):
+    """A read or write of a file of nbd.open has failed.
+
+    It is an nbd.Error, and an OSError for programs that only know files: its errno is a number,
+    the same as its errnum.
+
+    Example:
+        >>> isinstance(nbd.DiskError("writing failed", 28), OSError)
+        True
+    """
+
+    __module__ = "nbd"
+
+    @property
+    def errno(self) -> int:  # type: ignore[override] # that of OSError, as programs expect
+        """The errno."""
+        return self.errnum
+
+    @property
+    def strerror(self) -> str:  # type: ignore[override] # OSError has it as a variable
+        """What its errno means."""
+        return os.strerror(self.errnum)
+
+    def __str__(self) -> str:
+        name = errorcode.get(self.errnum)
+        return f"{self.string} ({name})" if name else self.string
+
+
+@one_for_all_imports
+class ClosedHandle(ValueError):
+    """A method was called on a handle that is closed.
+
+    Every method raises it after nbd.NBD.close; a second close does, too.  Make a new handle with
+    nbd.NBD() instead.
+    """
+
+    __module__ = "nbd"
+
+
+class UnknownHost(Exception):
+    """An address names a host that cannot be found; `explain` makes an nbd.Error of it."""
+
+
+def settle(handle: Any, result: Any) -> None:
+    """Raise what a method's call left to raise: it failed, or callbacks raised during it."""
+    settle_as(handle, result, sys._getframe(1).f_code.co_name)
+
+
+def settle_as(handle: Any, result: Any, method: str) -> None:
+    """The same for a call that was made for a method of another name."""
+    _raise(handle, _or_end(_failure(handle, result, method)))
+
+
+def explain(handle: Any, raised: BaseException, **numbers: tuple[object, str]) -> None:
+    """Raise a better exception for an argument that was refused, if there is a better one.
+
+    Args:
+        handle: If it is closed, the exception is ClosedHandle, whatever the arguments are.
+        raised: What was raised.  cffi's OverflowError tells the value, but not which argument.
+        numbers: The value and the C type of each argument that is a number, by its name.
+    """
+    if not isinstance(raised, Exception) or isinstance(raised, (ClosedHandle, Error)):
+        return
+    if lib.nbdshim_check(handle) == lib.NBDSHIM_CLOSED:
+        raise no_handle(handle)
+    if isinstance(raised, UnknownHost):
+        raise Error(str(raised), 0) from None
+    if not isinstance(raised, OverflowError):
+        return
+    for name, (value, ctype) in numbers.items():
+        try:
+            ffi.new(f"{ctype} *", value)
+        except OverflowError:
+            bits = 8 * ffi.sizeof(ctype)
+            signed = int(ffi.cast(ctype, -1)) < 0
+            least, most = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+            text = f"{name}: {value} is not between {least} and {most}"
+            raise OverflowError(text) from None
+        except TypeError:  # the value's own __index__ has raised
+            continue
+
+
+def no_handle(handle: Any) -> Exception:
+    """The exception for a call on a handle that is closed, or was never made."""
+    if not handle:
+        return AttributeError("no handle was made: __init__ must call nbd.NBD.__init__")
+    return ClosedHandle("the handle is closed; make a new one with nbd.NBD()")
+
+
+def last_error(method: str) -> Error:
+    """This thread's last libnbd error, as that of the call that was made.
+
+    libnbd names the function in which it failed.  For a call that waits this is another one.
+    """
+    message = lib.nbdshim_error()
+    text = as_text(message) if message else "unknown error"
+    name, colon, reason = text.partition(":")
+    if colon and name.startswith("nbd_"):
+        text = f"nbd_{method}:{reason}"
+    errnum = lib.nbdshim_errno()
+    if not IS_CPYTHON and errnum == EMFILE:
+        gc.collect()  # closes the handles that were dropped, so that a second try may succeed
+    return Error(text, errnum)
+
+
+def report_pending(handle: Any) -> None:
+    """Give what callbacks raised to sys.unraisablehook: no call is left that could raise it.
+
+    What a signal handler raised meanwhile is raised by the next call, of whatever handle.
+    """
+    waiting = _waiting(handle, None)
+    for one in waiting:
+        if is_by_handler(one[2].__traceback__):
+            pending.append((one[0], BY_HANDLER, one[2]))
+            _take(one)
+    _report([one for one in waiting if one in pending])
+
+
+def end_other_threads() -> None:
+    """From now on, calls that fail in other threads raise SystemExit: the process ends here.
+
+    Only daemon threads are left then, and their calls fail because the handles are closed.  A
+    traceback would not help anybody, and CPython aborts if one is printed while it ends.
+    """
+    global _ending
+    _ending = get_ident()
+    lib.nbdshim_end_other_threads()
+
+
+def _or_end(failure: Exception | None) -> BaseException | None:
+    """The failure of a call; or SystemExit in its place, where this thread has to end."""
+    if failure is None or _ending in (None, get_ident()):
+        return failure
+    return SystemExit("the program ends, and with it this thread")
+
+
+def _failure(handle: Any, result: Any, method: str) -> Exception | None:
+    """The exception for a negative number or a null pointer; None for a good result."""
+    if isinstance(result, int):
+        if result >= 0:
+            return None
+        code = result
+    else:
+        if result:
+            return None
+        code = lib.nbdshim_check(handle) or -1
+    if code == -1:
+        return last_error(method)
+    if code == lib.NBDSHIM_CLOSED:
+        return no_handle(handle)
+    if code == lib.NBDSHIM_NO_MEMORY:
+        return MemoryError(f"nbd_{method}: no memory for the call")
+    if code == lib.NBDSHIM_TIMED_OUT:
+        return Timeout(_late(handle, method), ETIMEDOUT)
+    if code == lib.NBDSHIM_STOPPED:
+        return Error(f"nbd_{method}: stopped by a signal handler", EINTR)
+    if code == lib.NBDSHIM_SERVER_CLOSED:
+        return Error(f"nbd_{method}: connection is closed", 0)
+    if code <= lib.NBDSHIM_OPTION_FAILED:
+        return _refused_option(method, lib.NBDSHIM_OPTION_FAILED - code)
+    if code == lib.NBDSHIM_REENTERED:
+        return Error(
+            f"nbd_{method}: called from inside a callback of the same handle, where libnbd would "
+            "deadlock; make the call after the callback has returned",
+            EDEADLK,
+        )
+    return Error(f"nbd_{method}: the server's number is too large", EOVERFLOW)
+
+
+def _late(handle: Any, method: str) -> str:
+    """What nbd.Timeout says."""
+    seconds = lib.nbdshim_timeout(handle)
+    return (
+        f"nbd_{method}: the server has not answered within {seconds:g} seconds; "
+        "try again, allow more time with settimeout, or close the handle"
+    )
+
+
+def _refused_option(method: str, errnum: int) -> Error:
+    """The exception for an option that the server refuses."""
+    asked = method
+    if "meta_context" in method:
+        is_old = not hasattr(lib, "nbdcall_opt_set_meta_context")
+        asked = "list meta context" if is_old else "meta context"
+    elif method == "opt_list":
+        asked = "list"
+    reason = os.strerror(errnum)
+    return Error(f"nbd_{method}: server replied with error to {asked} request: {reason}", errnum)
+
+
+def _waiting(*origins: Any) -> list[Waiting]:
+    """What was raised in this thread: by callbacks of a handle, of an unknown one, BY_HANDLER."""
+    # Of a copy: another thread may remove its own from the list while this one goes through it.
+    return [one for one in list(pending) if one[0] == get_ident() and one[1] in origins]
+
+
+def _raise(handle: Any, failure: BaseException | None) -> None:
+    """Raise the failure, or what is urgent; report the rest.
+
+    What a signal handler raised is urgent, and so is a KeyboardInterrupt or SystemExit of a
+    callback.  Of several, one is raised now.  The others wait for the next calls.
+
+    A signal handler may raise at any bytecode here.  So an exception is taken out of `pending` only
+    once it is being raised: until then, the next call finds it.
+
+    An exception refers to the frames that it passes.  No frame may refer to it in turn: that would
+    be a cycle, which keeps the caller's buffer pinned until the next garbage collection.
+    """
+    waiting = _waiting(handle, None, BY_HANDLER)
+    urgent = [one for one in waiting if _is_urgent(one)]
+    others = [one for one in waiting if not _is_urgent(one)]
+    try:
+        if urgent:
+            _raise_waiting(urgent[0])
+        if failure is not None:
+            if others:
+                _raise_with_cause(failure, others.pop(0))
+            raise failure
+    finally:
+        _report(others)
+        del failure, waiting, urgent, others
+
+
+def _is_urgent(one: Waiting) -> bool:
+    _, origin, raised = one
+    return (
+        origin is BY_HANDLER
+        or not isinstance(raised, Exception)
+        or is_by_handler(raised.__traceback__)
+    )
+
+
+def is_by_handler(traceback: Any) -> bool:
+    """Whether an exception was raised by the handler of a signal, as its traceback tells.
+
+    A handler is called with the number of the signal and the frame that it interrupts.  No other
+    function is given a frame, but those that trace.  A handler may have forgotten the frame; then
+    it is known by the number, unless another one was set meanwhile.  And where a function has just
+    begun, nothing else can have been called.
+    """
+    while traceback is not None and traceback.tb_next is not None:
+        before, traceback = traceback, traceback.tb_next
+        frame = traceback.tb_frame
+        if _has_just_begun(before):
+            return True
+        for value in _arguments(frame):
+            given = value if type(value) is tuple else (value,)
+            if any(type(one) is type(frame) or _handles(frame, one) for one in given):
+                return True
+    return False
+
+
+def _handles(frame: Any, number: object) -> bool:
+    """Whether a frame is that of the handler of a signal."""
+    if not isinstance(number, int) or not 0 < number < _signal.NSIG:
+        return False
+    handler: Any = _signal.getsignal(number)
+    if not callable(handler):
+        return False
+    function = getattr(handler, "__func__", handler)  # of a method
+    code = getattr(function, "__code__", None) or getattr(type(handler).__call__, "__code__", None)
+    return code is frame.f_code
+
+
+def _has_just_begun(traceback: Any) -> bool:
+    """Whether a frame was left at the instruction with which a function begins."""
+    if not _RESUME:
+        return False
+    return bool(traceback.tb_frame.f_code.co_code[traceback.tb_lasti] == _RESUME)
+
+
+def _arguments(frame: Any) -> list[Any]:
+    """What a function was called with; a tuple for those that have no names."""
+    code, values = frame.f_code, frame.f_locals
+    has_rest = bool(code.co_flags & _HAS_REST)
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + has_rest]
+    return [values[name] for name in names if name in values]
+
+
+def _raise_waiting(one: Waiting) -> None:
+    try:
+        raise one[2]
+    except BaseException:
+        _take(one)
+        raise
+    finally:
+        del one
+
+
+def _raise_with_cause(failure: BaseException, one: Waiting) -> None:
+    try:
+        raise failure from one[2]
+    except BaseException:
+        _take(one)
+        raise
+    finally:
+        del failure, one
+
+
+def _take(one: Waiting) -> bool:
+    """Take an exception out of `pending`; False if it is gone.
+
+    Garbage may be collected at any bytecode: then a destructor reports those whose handle is not
+    known.
+    """
+    try:
+        pending.remove(one)
+    except ValueError:
+        return False
+    return True
+
+
+def _report(waiting: list[Waiting]) -> None:
+    """Hand exceptions to sys.unraisablehook, as the interpreter does for a destructor's.
+
+    Not from inside a destructor: there, what a signal handler raises would be lost.
+    """
+    while waiting:
+        one = waiting.pop(0)
+        if not _take(one):
+            continue
+        try:
+            sys.unraisablehook(_unraisable(one[2]))
+        except Exception as broken:
+            sys.__unraisablehook__(_unraisable(broken))
+
+
+def _unraisable(exception: BaseException) -> Any:
+    """What sys.unraisablehook is called with."""
+    fields = {
+        "exc_type": type(exception),
+        "exc_value": exception,
+        "exc_traceback": exception.__traceback__,
+        "err_msg": "Exception ignored in a callback of libnbd",
+        "object": None,
+    }
+    if IS_CPYTHON:  # CPython's own hook takes this type and no other; the type has no public name
+        made: Any = next(c for c in tuple.__subclasses__() if c.__name__ == "UnraisableHookArgs")
+        return made(fields.values())
+    namespace: Any = type(sys.implementation)  # types.SimpleNamespace, without the import
+    return namespace(**fields, extra_line="")

@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""Memory that libnbd works on: results, blocks and their pool, pins and bounce buffers.
+
+A result is the bytearray that a read returns: new for every read that waits.
+
+A block is the memory of an nbd.Buffer.  On CPython it is a bytearray, and the pool keeps blocks for
+the next nbd.Buffer of the same size, up to a bound (set_pool_limit).  Otherwise each would be fresh
+memory, which the kernel clears page by page, with a fault for each page: with the pool, reads of
+1 MiB into new Buffers take a third of the time.
+
+A pin is the cdata that ffi.from_buffer makes of an object.  As long as it lives, CPython neither
+moves nor resizes the object.  PyPy before 8 may do both.  Later versions do not, but the object is
+pinned until the next garbage collection, which is too long.
+
+A bounce buffer is C memory that libnbd uses in place of such an object, so only on PyPy.  What was
+read is copied from it to the object.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from errno import ERANGE
+
+from nbd._binding.convert import as_number
+from nbd._binding.errors import Error
+from nbd._binding.shim import IS_CPYTHON, ffi, lib, one_for_all_imports
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections import deque
+    from typing import Any
+else:
+    from _collections import deque  # collections itself would make `import nbd` longer
+
+#: Whether libnbd works on bounce buffers in place of objects of the caller.
+BOUNCES = not IS_CPYTHON
+
+#: No libnbd reads more than this in one command, so it is refused before memory is allocated.
+_MOST_READ = 128 * 1024 * 1024
+#: A result of this size or more is in huge pages: a page fault for every 2 MiB, not every 4 KiB.
+#: That halves the time of a read of 32 MiB.
+_HUGE = 4 * 1024 * 1024
+#: The pool has blocks of so many sizes at once, and looks at so many for one that is not in use.
+_POOL_SIZES = 4
+_POOL_LOOKS = 4
+#: On PyPy, garbage is not collected more often than once for so many bytes allocated.
+_LEAST_LIMIT = 8 * 1024 * 1024
+
+_SIZE_MAX = 2 ** (8 * ffi.sizeof("size_t")) - 1
+_CHARS = ffi.typeof("char[]")
+_CLEAN, _STALE = lib.NBDSHIM_CLEAN, lib.NBDSHIM_STALE
+
+_new = ffi.new
+_new_uncleared = ffi.new_allocator(should_clear_after_alloc=False)
+#: The pin of an object whose memory is used as it is.
+from_buffer = ffi.from_buffer
+#: The state of memory of the caller's, which holds nothing that nobody may see.
+NEVER_STALE = _new("int *", _CLEAN)
+
+#: On PyPy half, since malloc gives memory back to the kernel when 62 MiB are freed at once.
+_pool_limit = (64 if IS_CPYTHON else 32) * 1024 * 1024
+
+
+@one_for_all_imports
+class Block:
+    """Memory of our own, whose address and size never change.
+
+    Attributes:
+        storage: The object that has the bytes: a bytearray (PyPy: a memoryview).
+        pin: The memory for C, a cdata of its size.  A command in flight refers to it.
+        state: Points to what the bytes are (enum nbdshim_state).  A block from the pool is stale:
+            it has bytes of somebody else.  A read overwrites them, and nbd.Buffer clears them
+            before anybody looks at them.  If every block were cleared, reads of 1 MiB would take
+            18 in 100 longer.
+    """
+
+    __slots__ = ("pin", "state", "storage")
+
+    def __init__(self, storage: Any, pin: Any, state: int) -> None:
+        self.storage = storage
+        self.pin = pin
+        self.state = _new("int *", state)
+
+    @property
+    def size(self) -> int:
+        """Its size in bytes."""
+        return len(self.pin)
+
+
+@one_for_all_imports
+class Shared:
+    """The memory of somebody else's bytes-like object, who may resize it between two commands.
+
+    Attributes:
+        storage: The object.
+        state: It is never stale.
+    """
+
+    __slots__ = ("storage",)
+
+    state = NEVER_STALE
+
+    def __init__(self, storage: Any) -> None:
+        self.storage = storage
+
+    @property
+    def size(self) -> int:
+        """Its size in bytes as it is now."""
+        with memoryview(self.storage) as view:
+            return view.nbytes
+
+
+# The pool: blocks by their size, in use or not.  What was given out last is at the end.  Each block
+# is in a tuple, so that no variable counts as a reference to it.
+_pool: dict[int, deque[tuple[Block]]] = {}
+
+
+def set_pool_limit(size: int) -> None:
+    """Bound how much memory of dropped nbd.Buffer objects is kept for new ones.
+
+    PyPy keeps none, because it finds out late what was dropped.  There the bound is how many bytes
+    may be allocated for reads before garbage is collected; less than 8 MiB count as 8 MiB.
+
+    Args:
+        size: Bytes, at the most; 0 keeps none.  It is 64 MiB to begin with (PyPy: 32 MiB).
+
+    Raises:
+        ValueError: size is negative.
+    """
+    global _pool_limit
+    size = as_number("size", size)
+    if size < 0:
+        raise ValueError(f"size: {size} is negative; 0 keeps no memory")
+    _pool_limit = size
+    _pool.clear()
+
+
+def new_block(size: int) -> Block:
+    """A block that nobody else has or sees.  It may be stale."""
+    return _unused_block(size) or _new_block(size)
+
+
+def give_away(block: Block) -> Any:
+    """The storage of a block, for somebody who may keep it: the pool forgets the block."""
+    try:
+        _pool[block.size].remove((block,))
+    except (KeyError, ValueError):  # it is not in the pool, or another thread is looking at it
+        return block.storage
+    return block.storage
+
+
+def _unused_block(size: int) -> Block | None:
+    """A block of the pool to which nothing but the pool refers, if one is found soon."""
+    kept = _pool.get(size)
+    for _ in range(_POOL_LOOKS if kept else 0):
+        try:
+            oldest = kept.popleft()  # type: ignore[union-attr] # until it is put back, it is ours
+        except IndexError:  # other threads have the rest
+            break
+        block = oldest[0] if _references(oldest) == _UNUSED else None
+        if block is not None:
+            block.state[0] = _STALE
+        kept.append(oldest)  # type: ignore[union-attr]
+        if block is not None:
+            return block
+    return None
+
+
+def _new_block(size: int) -> Block:
+    if not IS_CPYTHON:
+        pin = allocate(size)
+        return Block(memoryview(ffi.buffer(pin)), pin, _STALE)
+    storage, is_clean = _new_bytearray(size)
+    block = Block(storage, from_buffer(_CHARS, storage, True), _CLEAN if is_clean else _STALE)
+    if 0 < size <= _pool_limit:
+        _keep(block, size)
+    return block
+
+
+def _keep(block: Block, size: int) -> None:
+    """Put a block into the pool, if there is room.  Blocks of other sizes make room."""
+    for other in list(_pool):
+        if _pooled() + size <= _pool_limit and (size in _pool or len(_pool) < _POOL_SIZES):
+            break
+        if other != size:
+            _pool.pop(other, None)
+    if _pooled() + size <= _pool_limit:
+        _pool.setdefault(size, deque()).append((block,))
+
+
+def _pooled() -> int:
+    """How many bytes the pool has."""
+    return sum(size * len(kept) for size, kept in list(_pool.items()))
+
+
+def new_result(size: int) -> tuple[bytearray, Any]:
+    """A bytearray of zeroes for what a call reads that waits, and its pin; result_of ends it.
+
+    Raises:
+        nbd.Error: It is more than libnbd reads at once.
+        OverflowError, ValueError: The number cannot be a size.
+    """
+    if not 0 <= size <= _MOST_READ:
+        raise _refused_size(size)
+    result, is_clean = _new_bytearray(size)
+    pin = from_buffer(result)
+    if not is_clean:
+        lib.nbdshim_clear(pin, size)
+    return result, pin
+
+
+def result_of(result: bytearray, pin: Any) -> bytearray:
+    """What a call has read with new_result; from now on the bytearray can be resized."""
+    ffi.release(pin)
+    return result
+
+
+def new_shown_result(size: int) -> tuple[bytearray, Any]:
+    """The same for a call that shows the memory to a callback while it reads.
+
+    On PyPy the callback could resize the bytearray, so there libnbd has a bounce buffer.
+    """
+    if not BOUNCES:
+        return new_result(size)
+    if not 0 <= size <= _MOST_READ:
+        raise _refused_size(size)
+    return _copy_of_zeroes(size), allocate(size, clear=True)
+
+
+def shown_result_of(result: bytearray, pin: Any) -> bytearray:
+    """What a call has read with new_shown_result: the bytearray that the callback saw."""
+    if not BOUNCES:
+        return result_of(result, pin)
+    if len(result) != len(pin):  # the callback has resized it
+        result = bytearray(len(pin))
+    copy_back(result, pin)
+    free(pin)
+    return result
+
+
+def _refused_size(size: int) -> Exception:
+    if size < 0:
+        return ValueError(f"count: {size} is negative")
+    if size > _SIZE_MAX:
+        return OverflowError(f"count: {size} is not between 0 and {_SIZE_MAX}")
+    return Error(
+        f"count: {size} is more than libnbd reads at once (64 MiB); read it in pieces", ERANGE
+    )
+
+
+def _new_bytearray(size: int) -> tuple[bytearray, bool]:
+    """A bytearray, and whether its bytes are zeroes.  On CPython a large one has any bytes."""
+    if not IS_CPYTHON:
+        return _copy_of_zeroes(size), True
+    if size < _HUGE:
+        return bytearray(size), True
+    import ctypes
+
+    # PyByteArray_FromStringAndSize would do it in one call.  But where there is no memory, it drops
+    # a half-made bytearray, about which CPython prints a SystemError.
+    resize = ctypes.pythonapi["PyByteArray_Resize"]
+    resize.argtypes = [ctypes.py_object, ctypes.c_ssize_t]
+    if size == sys.maxsize:
+        raise MemoryError(f"no memory for {size} bytes")
+    large = bytearray()
+    resize(large, size)
+    lib.nbdshim_advise_huge(from_buffer(large), size)
+    return large, False
+
+
+def pinned(buffer: Any, is_written: bool) -> tuple[Any, int, Any]:
+    """The address, the size and the pin of an object; what cffi raises if it cannot be had.
+
+    Address and size are taken together, so both are of the same moment.
+
+    Of a memoryview the object behind it is pinned: until CPython 3.12.7 the garbage collector may
+    clear a memoryview that is pinned, and crash (gh-77894).
+    """
+    view = from_buffer(_CHARS, buffer, is_written)
+    if BOUNCES or not isinstance(buffer, memoryview):
+        return view, len(view), view
+    try:
+        pin = from_buffer(buffer.obj)
+    except (TypeError, ValueError, BufferError):
+        pin = view
+    return ffi.cast("char *", view), len(view), pin
+
+
+def as_bytes(buffer: Any) -> memoryview:
+    """A view of the bytes of a contiguous object, whatever its items are."""
+    view = memoryview(buffer)
+    if view.format == "B" and view.ndim == 1:
+        return view
+    with view:  # else it would be released at PyPy's next collection
+        return view.cast("B") if view.nbytes else memoryview(b"")
+
+
+# To look at an object, and to copy from it or to it, is one operation of a memoryview below: no
+# other thread can resize the object in between.
+
+
+def copied(buffer: Any) -> bytes:
+    """A copy of a buffer that a command reads: bytes are never resized, and can be kept."""
+    with memoryview(buffer) as view:
+        if not view.c_contiguous:
+            raise BufferError
+        return view.tobytes()
+
+
+def is_unowned(buffer: Any) -> bool:
+    """Whether a buffer is a memoryview without an owner, whose memory nobody can keep in place.
+
+    CPython's io makes such views of its own buffers for the methods readinto and write of a file.
+    """
+    return isinstance(buffer, memoryview) and buffer.obj is None
+
+
+def bounce_buffer(buffer: Any) -> Any:
+    """Zeroed memory in place of a buffer that a command writes: on PyPy, or if it is unowned."""
+    with memoryview(buffer) as view:
+        if view.readonly or not view.c_contiguous:
+            raise BufferError
+        size = view.nbytes
+    return allocate(size, clear=True) if BOUNCES else _new(_CHARS, size)
+
+
+def copy_back(target: Any, pin: Any) -> None:
+    """Copy the bytes of a bounce buffer to the object that it stands for.
+
+    Raises:
+        BufferError: The object has another size than it had.
+    """
+    with as_bytes(target) as whole:
+        try:
+            whole[:] = ffi.buffer(pin)[:]
+        except ValueError:
+            raise BufferError(
+                "the buffer was resized while a command was reading into it: what it read is lost"
+            ) from None
+
+
+def part(target: Any, pin: Any, start: int, count: int) -> memoryview:
+    """A read-only view of bytes of a command's buffer, for a callback.
+
+    Args:
+        target: The object that has the caller's bytes; None if the pin itself has them.
+        pin: The memory that libnbd uses.
+        start, count: Which bytes.
+    """
+    if target is None:
+        return memoryview(ffi.buffer(pin))[start : start + count].toreadonly()
+    try:
+        view = as_bytes(target)
+    except ValueError:  # numpy has types of items that memoryview does not know
+        view = memoryview(ffi.buffer(pin))
+    if count != len(view):
+        view = view[start : start + count]
+    if BOUNCES:
+        arrived = ffi.buffer(pin + start, count)[:]
+        try:
+            view[:] = arrived
+        except ValueError:  # the object was resized meanwhile; bring_back will say so
+            return memoryview(arrived)
+    return view.toreadonly()
+
+
+# The rest is PyPy's alone.  It frees memory when it collects garbage.  By itself it would do that
+# for every 8 MiB that are allocated, which takes as long as a hundred reads of 64 KiB; or, where
+# the processor's cache is large, only for every GiB.  So PyPy is told that this memory is none of
+# its business (add_memory_pressure), and we collect garbage when _pool_limit bytes were allocated.
+# That halves the time of reads of 64 KiB into new Buffers.
+_allocated = 0
+_zeroes = bytearray(0 if IS_CPYTHON else 64 * 1024)
+
+
+def allocate(size: int, clear: bool = False) -> Any:
+    """C memory for a block, or in place of an object; if it is not cleared, with any bytes."""
+    _count(size)
+    return (_new if clear else _new_uncleared)(_CHARS, size)
+
+
+def free(pin: Any) -> None:
+    """Free at once what `allocate` has returned, if nobody can see it any more."""
+    global _allocated
+    _allocated -= len(pin)
+    ffi.release(pin)
+
+
+def _count(size: int) -> None:
+    """Collect garbage, if it is time, before size bytes are allocated."""
+    global _allocated
+    add_memory_pressure(-size)
+    if _allocated > max(_pool_limit, _LEAST_LIMIT) and gc.isenabled():
+        _allocated = 0
+        gc.collect()
+    _allocated += size
+
+
+def _copy_of_zeroes(size: int) -> bytearray:
+    """A bytearray of zeroes.  PyPy's bytearray(size) takes reads of 64 KiB 1.4 times as long."""
+    _count(size)
+    if size <= len(_zeroes):
+        return _zeroes[:size]
+    copy = _zeroes * -(-size // len(_zeroes))
+    del copy[size:]
+    return copy
+
+
+if IS_CPYTHON:
+    from sys import getrefcount
+
+    def _references(kept: tuple[Block]) -> tuple[int, int, int]:
+        """How often a block, its pin and its storage are referred to."""
+        return getrefcount(kept[0]), getrefcount(kept[0].pin), getrefcount(kept[0].storage)
+
+    #: The same where only the pool refers to the block.  Then no Buffer has it, no command in
+    #: flight uses it, and nobody sees its bytes.  A finalizer could tell the same, but what a
+    #: signal handler raises inside a finalizer is printed and lost.
+    _UNUSED = _references((_new_block(0),))
+else:
+    from __pypy__ import add_memory_pressure  # type: ignore[import-not-found]
+
+    # glibc's malloc gives freed memory back to the kernel, until it has seen memory as large freed.
+    # 31 MiB is the most that it learns from.  Without this, reads of 1 MiB take 2.8 times as long.
+    ffi.release(_new_uncleared(_CHARS, 31 * 1024 * 1024))

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""The shim, loaded in the cffi mode that the package was built for: `ffi` and `lib`.
+
+The modes differ in one thing only, which is here too: how the shim is given the Python functions
+that it calls (`upcall`).  Everything above this module is the same in both.
+
+The shim is loaded once for the process, but the package may be imported twice: test runners empty
+sys.modules.  All imports must share what the shim refers to: the registry of callbacks, the counter
+of tokens, and the functions that it calls.  They are in one object, `process`.  The first import
+makes it and gives it to the shim, and later imports get it from there.
+"""
+
+from __future__ import annotations
+
+import _signal
+import atexit
+import os
+import sys
+from _thread import get_ident
+
+try:
+    from nbd._binding.build import BUNDLED, LIBNBD, MODE
+except ModuleNotFoundError:
+    _folder = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    raise ImportError(
+        f"nbd in {_folder} is source code that is not built. Type: pip install {_folder}; then "
+        "run Python in another folder, so that it finds the installed package"
+    ) from None
+
+__all__ = [
+    "BY_HANDLER",
+    "IS_CPYTHON",
+    "LIBNBD",
+    "MODE",
+    "as_text",
+    "ffi",
+    "install",
+    "keep_upcalls",
+    "lib",
+    "one_for_all_imports",
+    "process",
+    "upcall",
+]
+
+#: Stands in `pending` in place of the handle, with what a signal handler raised.
+BY_HANDLER = "by a signal handler"
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TypeVar
+
+    Class = TypeVar("Class", bound=type)
+    Function = TypeVar("Function", bound=Callable[..., object])
+
+#: CPython finalizes an object as soon as it is dropped, and never moves its memory.  PyPy does not.
+IS_CPYTHON = sys.implementation.name == "cpython"
+
+
+def _explain(reason: Exception) -> str:
+    if isinstance(reason, ModuleNotFoundError):
+        return f"nbd needs cffi: {reason}. Type: pip install cffi"
+    if BUNDLED:
+        return (
+            f"nbd cannot load the libnbd {LIBNBD} that came with it: {reason}. Install the wheel "
+            "again (pip install --force-reinstall FILE), one that is for this system"
+        )
+    return (
+        f"nbd was built against libnbd {LIBNBD} and cannot load it here: {reason}. "
+        f"Install libnbd {LIBNBD} or newer (Debian: apt install libnbd0; Fedora: dnf install "
+        "libnbd), or build nbd against the libnbd that is installed "
+        "(pip install --force-reinstall --no-binary libnbd-cffi libnbd-cffi)."
+    )
+
+
+def _is_subinterpreter() -> bool:
+    """Whether this is a subinterpreter of CPython.
+
+    There, libnbd's callbacks would run in the interpreter that imported the package first, with
+    objects of another.  Only the main thread of the main interpreter may set signal handlers.  We
+    try that first: where it works, the import of _interpreters is saved, 0.5 of 6 ms.
+    """
+    if not IS_CPYTHON:
+        return False
+    try:
+        _signal.signal(-1, _signal.SIG_DFL)
+    except ValueError as refused:
+        if str(refused) == "signal number out of range":
+            return False
+    try:
+        if sys.version_info >= (3, 13):
+            import _interpreters
+        else:
+            import _xxsubinterpreters as _interpreters
+    except ImportError:  # this Python has none
+        return False
+    is_other: bool = _interpreters.get_current() != _interpreters.get_main()
+    return is_other
+
+
+if _is_subinterpreter():
+    raise ImportError(
+        "nbd does not work in subinterpreters: libnbd's callbacks would run in another "
+        "interpreter. Import it in the main interpreter, or in another process"
+    )
+
+# RTLD_LAZY, as for a C program: the libraries that libnbd needs have thousands of functions, few of
+# which are called.  The shim is linked with -z now: a function that libnbd lacks is an error here.
+try:
+    if MODE == "API":
+        _others = sys.getdlopenflags()
+        sys.setdlopenflags(os.RTLD_LAZY)
+        try:
+            from nbd._binding.api import ffi, lib
+        finally:
+            sys.setdlopenflags(_others)
+    else:
+        from nbd._binding.abi import ffi
+
+        # RTLD_NODELETE: a daemon thread may be inside of the shim until the process is gone.
+        _path = os.path.join(os.path.dirname(__file__), "nbdshim.so")
+        lib = ffi.dlopen(_path, ffi.RTLD_LAZY | ffi.RTLD_NODELETE)
+except (ImportError, OSError) as reason:
+    raise ImportError(_explain(reason)) from reason
+
+
+class Process:
+    """What all imports of this package in one process share.
+
+    Attributes:
+        registry: What is kept for libnbd, by token (nbd._binding.callbacks).
+        next_token: Returns the next token, an int that was never used before.
+        pending: What callbacks raised: the thread, the handle (None if unknown), the exception.
+        upcalls: The functions that the shim calls, by name; empty until they are installed.
+        classes: The classes that programs compare by identity, by name.
+        address: The cdata by which the shim knows this object.  It must live as long as the object.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "address",
+        "classes",
+        "next_token",
+        "pending",
+        "registry",
+        "upcalls",
+    )
+
+    def __init__(self) -> None:
+        self.registry: dict[int, Any] = {}
+        # As itertools.count would do, without the import.
+        self.next_token = iter(range(1, sys.maxsize)).__next__
+        self.pending: list[tuple[int, Any, BaseException]] = []
+        self.upcalls: dict[str, Any] = {}
+        self.classes: dict[str, Any] = {}
+        self.address = ffi.new_handle(self)
+
+
+def one_for_all_imports(cls: Class) -> Class:
+    """The class of that name of the first import, so that `except nbd.Error` catches all."""
+    first: Class = process.classes.setdefault(cls.__name__, cls)
+    return first
+
+
+def as_text(pointer: Any) -> str:
+    """The string at a char pointer.  What is not UTF-8 becomes surrogates, as in os.fsdecode."""
+    raw: bytes = ffi.string(pointer)
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def upcall(name: str) -> Callable[[Function], Function]:
+    """Make a function callable from the shim, as the member `name` of its upcalls.
+
+    The function catches what the callable raises.  Two kinds of exception get past that: a signal
+    handler may raise at the first bytecode, and cffi may not be able to convert the result.  Then
+    the shim is told -1, so that a failure never looks like 0, and the exception is kept.  libnbd
+    calls a completion only once, so the shim then calls it again.
+    """
+
+    def decorate(function: Function) -> Function:
+        if name in process.upcalls:  # of an earlier import; it serves all of them
+            return function
+        keep = _KEEPERS.get(name, _keep_unexpected)
+        options = {"error": -1, "onerror": keep}
+        if MODE == "API":
+            ffi.def_extern(name=f"nbdup_{name}", **options)(function)
+            process.upcalls[name] = getattr(lib, f"nbdup_{name}")
+        else:
+            process.upcalls[name] = ffi.callback(_types[name].type, **options)(function)
+        return function
+
+    return decorate
+
+
+def _keep_unexpected(exc_type: object, exception: BaseException, traceback: Any) -> None:
+    # The upcall itself has raised nothing, so a function that it has called there is a handler.
+    is_by_handler = traceback is not None and traceback.tb_next is not None
+    origin = BY_HANDLER if is_by_handler else None
+    process.pending.append((get_ident(), origin, exception.with_traceback(traceback)))
+
+
+def _keep_of_completion(exc_type: object, exception: BaseException, traceback: Any) -> int:
+    """The same for a completion: NBDSHIM_NOT_DONE unless the callable may have been called."""
+    _keep_unexpected(exc_type, exception, traceback)
+    is_called = traceback is not None and "error_cell" in traceback.tb_frame.f_locals
+    return -1 if is_called else int(lib.NBDSHIM_NOT_DONE)
+
+
+def _keep_of_handler(exc_type: object, exception: BaseException, traceback: Any) -> None:
+    """The same for what a signal handler raised while a call was waiting, which will raise it."""
+    process.pending.append((get_ident(), BY_HANDLER, exception.with_traceback(traceback)))
+
+
+_KEEPERS = {"completion": _keep_of_completion, "interrupted": _keep_of_handler}
+
+
+def install() -> None:
+    """Give the shim the functions that `upcall` has seen."""
+    lib.nbdshim_register(ffi.new("struct nbdshim_upcalls *", process.upcalls))
+    if MODE == "API" and process is _own:
+        _rehearse(process.upcalls)
+
+
+def _rehearse(upcalls: dict[str, Any]) -> None:
+    """Call each upcall once, for no token.
+
+    At the first call, cffi looks for the Python function.  If the stack is full at that moment, it
+    does not find the function, and returns 0, which the shim would take for success.
+    """
+    for name, pointer in upcalls.items():
+        pointer(*(ffi.cast(argument, 0) for argument in _types[name].type.args))
+    process.pending[:] = [one for one in process.pending if not isinstance(one[2], Exception)]
+
+
+def keep_upcalls() -> None:
+    """Never free the upcalls of ABI mode, if other threads may be inside of them.
+
+    At its end CPython frees everything, also what ffi.callback has made.  A daemon thread that
+    waits in C may call it later than that.  If it is still there, the thread finds that Python has
+    ended, and stops.
+    """
+    if MODE == "ABI" and IS_CPYTHON and len(sys._current_frames()) > 1:
+        import ctypes
+
+        for pointer in process.upcalls.values():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(pointer))
+
+
+_types = dict(ffi.typeof("struct nbdshim_upcalls").fields)
+_own = Process()
+# atexit refers to this module.  So the object lives on when sys.modules is emptied.
+atexit.register(keep_upcalls)
+process: Process = ffi.from_handle(lib.nbdshim_adopt(_own.address))

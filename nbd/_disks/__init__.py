@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""Disks as files, copies and queues: modules that are loaded when they are first used.
+
+Each imports from nbd._binding, and here only from those above it:
+
+    engine        the shim's queue
+    queue         nbd.queue.Queue
+    connect       nbd.connect
+    threads       threads that can be begun and awaited wherever a signal handler raises
+    joining       further connections, made while the first one works
+    extents       nbd.extents
+    connections   the connections of a file, and the waits on them
+    readahead     the window of a file that is read in order
+    writes        the writes of a file that are in flight
+    rawfile       a disk as an unbuffered file
+    filebuffers   the buffers of io over it
+    openfiles     the open files, closed when the program ends
+    file          nbd.open
+    disks         the disks that a copy reads from and writes to
+    channels      pipes, sockets and terminals, of which a copy waits in poll
+    files         the files and streams of a copy
+    endpoints     what a copy reads from and writes to
+    rescue        reading around what cannot be read
+    copystream    copies from and to streams
+    copy          nbd.copy
+"""

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""The connections of a file, its queue, and the waits on them.
+
+The file is usable on its first connection.  More of them are an optimisation: they are made while
+the file waits, or is used, and join the queue when they are ready.  No thread runs for that.
+
+The connections of every open file are kept here until it is closed.  So a finalizer can still use
+them: when the garbage collector finds a file and its handles at once, it finalizes them in any
+order, and a handle that is finalized is closed.  Under a buffer, the file is kept as well.  Nothing
+that is kept refers to the program's own objects, which would never be collected.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+from contextlib import suppress
+from time import monotonic
+
+from nbd._binding.errors import ClosedHandle, Error, Timeout
+from nbd._binding.handle import hold, let_go
+from nbd._binding.methods import NBD
+from nbd._disks.connect import agreed, prepared
+from nbd._disks.engine import TARGET, IdleTimer
+from nbd._disks.queue import Queue
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from nbd._disks.queue import Request
+
+#: How many seconds a file that is closed waits for answers without progress, and how many it waits
+#: for all of its connections to end.
+GOODBYE = 1.0
+#: Seconds between two looks at the connections that are being made: the longest pause is for those
+#: of which nothing has been heard for long.
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.5
+
+#: The connections of the files that are open, each with the file if that is under a buffer.
+_kept: dict[Connections, Any] = {}
+
+
+class _Borrowed(NBD):
+    """A handle of the caller's, without what the program has attached to it."""
+
+    def __init__(self, handle: NBD) -> None:
+        self._h = handle._h
+
+    def __del__(self) -> None:
+        """Close nothing."""
+
+
+class Connections:
+    """The connections of one file.
+
+    Attributes:
+        ours: The handles that are closed with the file; those that are being made are among them.
+        queue: The queue over all connections.
+        can_flush: Whether the server has a flush.
+        is_stalled: Whether an exception has stopped a wait, and the server has done nothing since.
+        is_hurried: Whether the file is about to be closed, so that waits are short.
+    """
+
+    def __init__(
+        self, handle: NBD, ours: list[NBD], timeout: float | None, depth: int, piece: int
+    ) -> None:
+        handle.get_size()  # raises an error for a size that is too large for Python's files
+        self.can_flush = handle.can_flush()
+        self.ours = ours
+        self._borrowed = None if ours else _Borrowed(handle)
+        self.is_stalled = False
+        self.is_hurried = False
+        self._timeout = timeout
+        self._joining: list[NBD] = []
+        self._look_at = 0.0
+        self._pause = _SHORTEST_PAUSE
+        self._is_late = False
+        self.queue = Queue(self._borrowed or handle, depth=depth, piece=piece)
+
+    def keep(self, file: Any) -> None:
+        """Keep the connections, and the file if it is given, until `end` or `abandon`."""
+        if self._borrowed is not None:
+            hold(self._borrowed._h, self)
+        _kept[self] = file
+
+    def add(self, uri: str, count: int) -> None:
+        """Begin to make more connections; those that fail are left out."""
+        uri = agreed(uri, "", {})
+        for _ in range(count):
+            try:
+                handle, _ = prepared(uri, [], None)
+            except (Error, MemoryError):
+                return
+            self.ours.append(handle)
+            self._joining.append(handle)
+            try:
+                handle.aio_connect_uri(uri)
+            except Error:
+                self._leave_out(handle)
+                return
+
+    def let_join(self) -> None:
+        """Make progress with the connections that are being made, unless it was tried just now."""
+        if not self._joining or monotonic() < self._look_at:
+            return
+        has_moved = False
+        for handle in list(self._joining):
+            has_moved |= self._advance(handle)
+        self._pause = _SHORTEST_PAUSE if has_moved else min(2 * self._pause, _LONGEST_PAUSE)
+        self._look_at = monotonic() + self._pause
+
+    def wait_until(self, is_over: Callable[[], bool]) -> None:
+        """Wait until something is so, as the answers of the server will make it.
+
+        Raises:
+            nbd.Timeout: Nothing has moved on the connections for as long as the timeout says.
+        """
+        if is_over():
+            return
+        self.is_stalled = True  # if an exception comes out of this
+        queue, engine = self.queue, self.queue._engine
+        timer = IdleTimer(engine, self._timeout)
+        while True:
+            self.let_join()
+            count = queue._finish(*engine.wait(1, self._slice(timer.remaining())))
+            queue._finished.clear()  # each request knows that it is done
+            if is_over():
+                break
+            if not count and timer.is_over():
+                self._is_late = self.is_hurried
+                raise self._late()
+        self.is_stalled = False
+
+    def wait_for(self, request: Request) -> None:
+        """Wait for a request, as `wait_until` does."""
+        self.wait_until(lambda: request.is_done)
+
+    def hurry(self) -> None:
+        """Wait for a short time only from now on: the file is about to be closed."""
+        self.is_hurried = True
+        self._timeout = self.grace
+
+    @property
+    def grace(self) -> float:
+        """For how many seconds without progress a file waits while it is closed."""
+        return GOODBYE if self._timeout is None else min(GOODBYE, self._timeout)
+
+    def end(self) -> None:
+        """Close the connections, and say goodbye to the server if it answers.
+
+        The answers to reads get a moment to come: nbdkit 1.32 can abort if it cannot send them.
+        """
+        queue, was_hurried = self.queue, self.is_hurried
+        is_over = False
+        try:
+            self.hurry()
+            with suppress(Timeout):
+                if not self._is_late:  # else it has waited already
+                    self.wait_until(lambda: not len(queue))
+                    is_over = self._say_goodbye() or not was_hurried
+            if not is_over:
+                self._kill()
+        except BaseException:  # Ctrl-C: nobody wants to wait any longer
+            self._kill()
+            raise
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close the connections at once.  May be called again."""
+        try:
+            self.queue.close()
+            for handle in self.ours:
+                handle.__exit__(None, None, None)
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._borrowed is not None:
+            let_go(self._borrowed._h, self)
+        _kept.pop(self, None)
+
+    def _slice(self, seconds: float) -> float:
+        """How long to wait at once; connections that are being made have to be looked at."""
+        if self._joining:
+            pause = max(0.0, self._look_at - monotonic())
+            return pause if seconds < 0 else min(pause, seconds)
+        return seconds
+
+    def _advance(self, handle: NBD) -> bool:
+        """Advance a connection that is being made; returns whether something has happened."""
+        try:
+            if handle.aio_is_connecting():
+                if not handle.poll(0):
+                    return False
+                while handle.aio_is_connecting() and handle.poll(0):
+                    pass
+            if not handle.aio_is_connecting():
+                # Before its first request a queue would take an export of another size.
+                if handle.get_size() == self.queue.size:
+                    self.queue._engine.add(TARGET, handle)
+                self._joining.remove(handle)
+        except Error:
+            self._leave_out(handle)
+        except ValueError:  # it is in the queue already, or its block sizes are other ones by now
+            self._joining.remove(handle)
+        return True
+
+    def _leave_out(self, handle: NBD) -> None:
+        """Do without one of the connections that are being made."""
+        handle.__exit__(None, None, None)
+        for handles in (self._joining, self.ours):
+            if handle in handles:
+                handles.remove(handle)
+
+    def _say_goodbye(self) -> bool:
+        """End the connections in order; all of them together have `grace` seconds.
+
+        Returns:
+            Whether the server has ended them all in time.
+        """
+        until = monotonic() + self.grace
+        ready = [handle for handle in self.ours if handle not in self._joining]
+        for handle in ready:
+            with suppress(Error, ClosedHandle):  # nothing is lost: all is written and flushed
+                handle.aio_disconnect(0)
+        for handle in ready:
+            with suppress(Error, ClosedHandle):
+                handle.settimeout(max(0.001, until - monotonic()))
+                handle.shutdown()
+        return all(_has_ended(handle) for handle in ready)
+
+    def _kill(self) -> None:
+        """End a server that the program has started, and that hangs: closing would wait for it."""
+        for handle in self.ours:
+            with suppress(Error, ClosedHandle):
+                handle.kill_subprocess(signal.SIGKILL)
+
+    def _late(self) -> Timeout:
+        text = f"the server has done nothing for {self._timeout:g} seconds; "
+        if self.is_hurried:
+            text += "the disk is closed, and what was written to it last may be lost"
+        else:
+            text += "try again, or open the disk with a longer timeout"
+        return Timeout(text, errno.ETIMEDOUT)
+
+
+def _has_ended(handle: NBD) -> bool:
+    """Whether the server has closed a connection, or the connection is lost."""
+    try:
+        return handle.aio_is_closed() or handle.aio_is_dead()
+    except (Error, ClosedHandle):
+        return True

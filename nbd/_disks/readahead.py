@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""Reading ahead: a window of pieces before the reader, which grows while the reader has to wait.
+
+What is read ahead is bounded by what the reader has read in order since it has jumped, so that a
+program that jumps fetches at most twice what it uses.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from nbd._binding.buffer import Buffer
+from nbd._binding.memory import BOUNCES
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from nbd._disks.queue import Queue, Request
+
+#: The size of the largest command of a file, in bytes.
+PIECE = 256 * 1024
+#: The smallest unit that a disk fails to read.
+SECTOR = 512
+#: The window has at most this many pieces: 8 MiB.
+_MAX_PIECES = 32
+
+
+def new_memory(size: int) -> tuple[Any, memoryview]:
+    """Memory that a queue reads into without a copy, and a view of it."""
+    if BOUNCES:
+        memory = Buffer(size)
+        return memory, memoryview(memory.to_buffer())
+    whole = bytearray(size)
+    return whole, memoryview(whole)
+
+
+class Piece:
+    """A part of the window: which bytes are read into which memory."""
+
+    __slots__ = ("end", "memory", "request", "start", "view")
+
+    def __init__(
+        self, start: int, end: int, memory: tuple[Any, memoryview], request: Request
+    ) -> None:
+        self.start = start
+        self.end = end
+        self.memory, self.view = memory
+        self.request = request
+
+
+class ReadAhead:
+    """The window of one file: pieces that follow each other.  It waits for nothing.
+
+    Memory goes to the next piece only after its own was read to the end.  The memory of a piece
+    that is forgotten is not used again: the server may still answer.
+
+    Attributes:
+        in_order: How many bytes were read in order since the last jump.
+    """
+
+    def __init__(self, queue: Queue, size: int) -> None:
+        self.in_order = 0
+        self._queue = queue
+        self._size = size
+        self._pieces: deque[Piece] = deque()
+        self._most = 1
+        self._free: list[tuple[Any, memoryview]] = []
+
+    def __len__(self) -> int:
+        """How many pieces it has."""
+        return len(self._pieces)
+
+    def covers(self, at: int) -> bool:
+        """Whether the window has a place."""
+        return bool(self._pieces) and self._pieces[0].start <= at < self._pieces[-1].end
+
+    def stop(self) -> None:
+        """Forget the window: the reader has jumped, or a part cannot be read."""
+        self._pieces.clear()
+        self._most = 1
+        self.in_order = 0
+
+    def forget(self, start: int, end: int) -> None:
+        """Forget the window if it has a part of a range, which will be written."""
+        if self._pieces and self._pieces[0].start < end and start < self._pieces[-1].end:
+            self._pieces.clear()
+
+    def reach(self, at: int) -> int:
+        """Where the window ends at most, if it is asked for a place now."""
+        return min(at + self.in_order + PIECE, self._size)
+
+    def grow(self, at: int) -> None:
+        """Read further ahead from now on: the reader has to wait."""
+        self._most = min(2 * self._most, _MAX_PIECES)
+        self._fill_up(at)
+
+    def piece_at(self, at: int) -> Piece:
+        """The piece with a place, which is asked for if it is not in the window."""
+        if not self.covers(at):
+            self._pieces.clear()
+            end = at + max(self.in_order, 1)
+            self._add(at, end + -end % SECTOR)
+        while self._pieces[0].end <= at:
+            self._pieces.popleft()
+        self._fill_up(at)
+        return self._pieces[0]
+
+    def take(self, piece: Piece, view: memoryview, at: int) -> int:
+        """Copy what a piece has from a place on, as far as view has room; returns how much."""
+        start = at - piece.start
+        count = min(len(view), piece.end - at)
+        view[:count] = piece.view[start : start + count]
+        self.in_order += count
+        if at + count == piece.end:
+            self._pieces.popleft()
+            self._keep(piece)
+            if self._pieces:
+                self._fill_up(at + count)
+        return count
+
+    def _keep(self, piece: Piece) -> None:
+        """Keep the memory of a piece that was read, for another one."""
+        if len(piece.view) == PIECE and len(self._free) < _MAX_PIECES:
+            self._free.append((piece.memory, piece.view))
+
+    def _fill_up(self, at: int) -> None:
+        """Ask for more pieces, as far ahead as what was read in order allows."""
+        while len(self._pieces) < self._most:
+            start = self._pieces[-1].end
+            end = self._end_of_piece(start)
+            if start == end or end > at + self.in_order:
+                break
+            self._add(start, end)
+
+    def _end_of_piece(self, start: int) -> int:
+        return min(start - start % PIECE + PIECE, self._size)
+
+    def _add(self, start: int, end: int) -> None:
+        end = min(end, self._end_of_piece(start))
+        if end - start == PIECE and self._free:
+            memory = self._free.pop()
+        else:
+            memory = new_memory(end - start)
+        self._pieces.append(Piece(start, end, memory, self._queue.read(memory[0], start)))

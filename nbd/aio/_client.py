@@ -1,0 +1,754 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""nbd.aio.Client: a disk whose commands are awaited.
+
+The way of a command: it gets a place among those in flight, or waits in line for one; the queue
+sends it; its task awaits a future.  The event loop watches the descriptor of the queue.  When that
+is ready, one step of the queue tells of all commands that are done, and their futures end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import warnings
+from asyncio import _get_running_loop
+from collections import OrderedDict
+from functools import partial, update_wrapper
+from sys import is_finalizing
+from weakref import ref
+
+from nbd._binding.buffer import readable, writable_by_call
+from nbd._binding.callbacks import next_token
+from nbd._binding.constants import CONTEXT_BASE_ALLOCATION
+from nbd._binding.errors import ClosedHandle, Error, Timeout, is_by_handler
+from nbd._binding.memory import BOUNCES, copy_back, free, is_unowned, new_result, result_of
+from nbd._binding.methods import NBD
+from nbd._binding.shim import ffi, lib
+from nbd._disks.engine import (
+    CACHE,
+    FLUSH,
+    READ,
+    TARGET,
+    TRIM,
+    WRITE,
+    ZERO,
+    Engine,
+    as_request,
+    failure,
+)
+from nbd._disks.extents import Survey
+from nbd.aio._threads import in_thread
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop, Future
+    from collections.abc import AsyncIterator, Callable, Coroutine
+    from types import TracebackType
+    from typing import Any, TypeVar, overload
+
+    from _typeshed import ReadableBuffer, WriteableBuffer
+    from typing_extensions import Concatenate, ParamSpec
+
+    from nbd._binding.buffer import Buffer
+    from nbd._disks.extents import Extent, Extents
+    from nbd.types import Extent64Callback, ExtentCallback
+
+    Parameters = ParamSpec("Parameters")
+    Result = TypeVar("Result")
+    Self = TypeVar("Self", bound="Client")
+
+_PIECE = 256 * 1024
+#: What a future has instead of an errno when the client was closed.
+_CLOSED = -1
+#: A timer of a loop that is late by more seconds than this tells that the process was suspended, or
+#: that the loop stood still.
+_LATENESS = 0.1
+#: More seconds than this, three years, are for ever: the timers of some loops take no more.
+_MAX_TIMEOUT = 1e8
+
+nbdqueue_submit = lib.nbdqueue_submit
+
+
+def _question(
+    ask: Callable[Concatenate[NBD, Parameters], Result],
+) -> Callable[Concatenate[Client, Parameters], Result]:
+    """A method of the client for one of nbd.NBD that does not wait for the server."""
+
+    def method(self: Client, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        return ask(self.handles[0], *args, **kwargs)
+
+    update_wrapper(method, ask)
+    return method
+
+
+class Client:
+    """A disk in an event loop of asyncio's; nbd.aio.connect makes one.
+
+    The methods have the names of nbd.NBD's.  Those that wait for the server are coroutines.  They
+    raise nbd.Error if the server refuses or is lost, nbd.Timeout after the client's timeout, and
+    nbd.ClosedHandle if the client is closed.
+
+    A request may be any range of the disk: it is cut into commands as the server's block size
+    constraints ask for.  Commands are not ordered: where the order matters, await in between.
+
+    Attributes:
+        handles: The connections, one nbd.NBD each, for what has no method here.  Their calls that
+            wait would hold up the whole loop.  At first it is one; it grows when others join.
+    """
+
+    __module__ = "nbd.aio"
+
+    _is_closed = True  # until it is made
+
+    def __init__(
+        self, handles: list[NBD], depth: int, timeout: float | None, is_command: bool
+    ) -> None:
+        self._engine = engine = Engine(depth, _PIECE)
+        try:
+            for handle in handles:
+                engine.add(TARGET, handle)
+            self._fd = engine.fileno()
+        except BaseException:
+            engine.end()  # its descriptors are closed now, not when garbage is collected
+            raise
+        self._loop = asyncio.get_running_loop()
+        self._process = os.getpid()
+        self._depth = depth
+        self._timeout = timeout
+        self._is_command = is_command
+        #: The futures of what has a place, by token; None for a place that somebody in line was
+        #: given and has not used yet.  The pins are in `Engine.kept`.  That is referred to as long
+        #: as a command is in flight, and a future leads to its task and to this client.
+        self._waiting: dict[int, Future[Any] | None] = {}
+        self._line: OrderedDict[Future[int], None] = OrderedDict()
+        self._turn = 0
+        #: The tasks that make more connections.  They do not refer to this client.
+        self._joining: set[asyncio.Task[None]] = set()
+        self.handles = tuple(handles)
+        self._loop.add_reader(self._fd, _step, ref(self))
+        self._is_closed = False
+
+    def __repr__(self) -> str:
+        state = "closed" if self._is_closed else f"{len(self._waiting)} commands in flight"
+        return f"<nbd.aio.Client: {state}>"
+
+    async def pread(self, count: int, offset: int, flags: int = 0) -> bytearray:
+        """Read bytes of the disk.
+
+        Args:
+            count: How many bytes, up to 128 MiB.
+            offset: Where to start, in bytes from the start of the export.
+            flags: 0, or nbd.CMD_FLAG_DF.
+
+        Returns:
+            A new bytearray.
+
+        Raises:
+            nbd.Error: The read has failed; a range past the end with EINVAL.
+            ValueError: A number is out of range.
+
+        C: nbd_aio_pread.
+        """
+        count, offset, flags = as_request(count, offset, flags)
+        token = self._place() or await self._wait_in_line()
+        try:
+            result, pin = new_result(count)
+        except BaseException:
+            self._give_back(token)
+            raise
+        await self._run(token, READ, pin, count, offset, flags, pin)
+        return result_of(result, pin)
+
+    async def pread_into(self, buf: WriteableBuffer | Buffer, offset: int, flags: int = 0) -> None:
+        """Read bytes of the disk into memory of the caller.
+
+        A read that was cancelled keeps the memory until the server answers.  Until then it cannot
+        be resized, and may be written.
+
+        Args:
+            buf: Writable contiguous bytes-like object or nbd.Buffer; all of it is filled.  On PyPy
+                pass an nbd.Buffer: what is read into other objects has to be copied to them.
+            offset: Where to start, in bytes from the start of the export.
+            flags: 0, or nbd.CMD_FLAG_DF.
+
+        Raises:
+            nbd.Error: The read has failed; a range past the end with EINVAL.
+            BufferError: buf is read-only or not contiguous.
+
+        C: nbd_aio_pread.
+        """
+        pointer, size, pin, state, target = writable_by_call("buf", buf)
+        size, offset, flags = as_request(size, offset, flags)
+        token = self._place() or await self._wait_in_line()
+        if state[0]:
+            lib.nbdshim_clear_stale(state, pin, size)
+        try:
+            await self._run(token, READ, pointer, size, offset, flags, pin)
+            if target is not None and (BOUNCES or is_unowned(target)):
+                copy_back(target, pin)
+                if BOUNCES:
+                    free(pin)
+        finally:
+            del pointer, pin  # who keeps an exception keeps its frames, but not the buffer pinned
+
+    async def pwrite(self, buf: ReadableBuffer | Buffer, offset: int, flags: int = 0) -> None:
+        """Write bytes to the disk.
+
+        Args:
+            buf: Contiguous bytes-like object or nbd.Buffer.  It must not change until the write is
+                done; that of a write that was cancelled may be sent later.
+            offset: Where to start, in bytes from the start of the export.
+            flags: 0, or nbd.CMD_FLAG_FUA: done means that it is on the disk.
+
+        Raises:
+            nbd.Error: The write has failed; a range past the end with ENOSPC.
+
+        C: nbd_aio_pwrite; nbd_aio_pread too where a block has to be merged.
+        """
+        pointer, size, pin = readable("buf", buf)
+        size, offset, flags = as_request(size, offset, flags)
+        token = self._place() or await self._wait_in_line()
+        try:
+            await self._run(token, WRITE, pointer, size, offset, flags, pin)
+        finally:
+            del pointer, pin
+
+    async def zero(self, count: int, offset: int, flags: int = 0) -> None:
+        """Write zeroes; where the server has no command for that, they are sent.
+
+        Args:
+            count: How many bytes.
+            offset: Where to start, in bytes from the start of the export.
+            flags: 0, or nbd.CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, CMD_FLAG_FAST_ZERO.
+
+        Raises:
+            nbd.Error: It has failed.
+
+        C: nbd_aio_zero, or nbd_aio_pwrite.
+        """
+        count, offset, flags = as_request(count, offset, flags)
+        token = self._place() or await self._wait_in_line()
+        await self._run(token, ZERO, ffi.NULL, count, offset, flags)
+
+    async def trim(self, count: int, offset: int, flags: int = 0) -> None:
+        """Tell the server that whole blocks of a range are not needed any more.
+
+        Args:
+            count: How many bytes.
+            offset: Where to start, in bytes from the start of the export.
+            flags: 0, or nbd.CMD_FLAG_FUA.
+
+        Raises:
+            nbd.Error: It has failed.
+
+        C: nbd_aio_trim.
+        """
+        count, offset, flags = as_request(count, offset, flags)
+        token = self._place() or await self._wait_in_line()
+        await self._run(token, TRIM, ffi.NULL, count, offset, flags)
+
+    async def cache(self, count: int, offset: int, flags: int = 0) -> None:
+        """Ask the server to have a range ready.
+
+        Args:
+            count: How many bytes.
+            offset: Where to start, in bytes from the start of the export.
+            flags: Must be 0.
+
+        Raises:
+            nbd.Error: It has failed.
+
+        C: nbd_aio_cache.
+        """
+        count, offset, flags = as_request(count, offset, flags)
+        token = self._place() or await self._wait_in_line()
+        await self._run(token, CACHE, ffi.NULL, count, offset, flags)
+
+    async def flush(self, flags: int = 0) -> None:
+        """Have what was written on the disk: of the writes that are done already.
+
+        Args:
+            flags: Must be 0.
+
+        Raises:
+            nbd.Error: It has failed.
+
+        C: nbd_aio_flush.
+        """
+        _, _, flags = as_request(0, 0, flags)
+        token = self._place() or await self._wait_in_line()
+        await self._run(token, FLUSH, ffi.NULL, 0, 0, flags)
+
+    async def block_status(
+        self, count: int, offset: int, extent: ExtentCallback, flags: int = 0
+    ) -> None:
+        """Ask which parts of a range are allocated, zeroes, or whatever the contexts tell.
+
+        `extents` asks for any range, and merges what it is told.
+
+        Args:
+            count: How many bytes; the reply may end earlier, or later.
+            offset: Where to start, in bytes from the start of the export.
+            extent: Called in the event loop, for each context, as extent(context, offset, entries,
+                error): see nbd.NBD.block_status.
+            flags: 0, or nbd.CMD_FLAG_REQ_ONE.
+
+        Raises:
+            nbd.Error: It has failed.  What extent has raised is its cause.
+
+        C: nbd_aio_block_status.
+        """
+        await self._ask("block_status", count, offset, extent, flags)
+
+    async def block_status_64(
+        self, count: int, offset: int, extent64: Extent64Callback, flags: int = 0
+    ) -> None:
+        """The same with entries of tuples, whose numbers have 64 bits; since libnbd 1.20.
+
+        C: nbd_aio_block_status_64.
+        """
+        await self._ask("block_status_64", count, offset, extent64, flags)
+
+    if TYPE_CHECKING:
+
+        @overload
+        def extents(
+            self,
+            context: str = CONTEXT_BASE_ALLOCATION,
+            *,
+            start: int = 0,
+            end: int | None = None,
+        ) -> AsyncIterator[Extent]: ...
+
+        @overload
+        def extents(
+            self,
+            context: list[str] | tuple[str, ...],
+            *,
+            start: int = 0,
+            end: int | None = None,
+        ) -> AsyncIterator[Extents]: ...
+
+    def extents(
+        self,
+        context: str | list[str] | tuple[str, ...] = CONTEXT_BASE_ALLOCATION,
+        *,
+        start: int = 0,
+        end: int | None = None,
+    ) -> AsyncIterator[Any]:
+        """Go through the extents of the disk, or of a part of it, with `async for`.
+
+        The whole range is covered, in order.  Two extents next to each other differ.
+
+        Args:
+            context: The name of a meta context.  With a list of names, each extent has a tuple of
+                flags, one for each name.
+            start: Where to begin, in bytes from the start of the export.
+            end: Where to end; None is the end of the export.
+
+        Returns:
+            An asynchronous iterator of tuples (offset, length, flags).
+
+        Raises:
+            nbd.Error: A context was not negotiated (ENOTSUP); a command has failed; or the server's
+                answer has no extent for a place (EPROTO).
+            ValueError: start or end is outside the export.
+
+        C: nbd_aio_block_status_64, or nbd_aio_block_status.
+        """
+        self._check()
+        return self._surveyed(Survey(self.handles[0], context, start, end))
+
+    async def _surveyed(self, survey: Survey) -> AsyncIterator[Any]:
+        while not survey.is_complete:
+            question = survey.question()
+            await self._ask(survey.method, question.count, question.offset, question.note, 0)
+            for extent in survey.learn(question):
+                yield extent
+
+    get_size = _question(NBD.get_size)
+    get_block_size = _question(NBD.get_block_size)
+    get_export_name = _question(NBD.get_export_name)
+    get_export_description = _question(NBD.get_export_description)
+    get_canonical_export_name = _question(NBD.get_canonical_export_name)
+    get_uri = _question(NBD.get_uri)
+    get_protocol = _question(NBD.get_protocol)
+    get_tls_negotiated = _question(NBD.get_tls_negotiated)
+    get_structured_replies_negotiated = _question(NBD.get_structured_replies_negotiated)
+    is_read_only = _question(NBD.is_read_only)
+    is_rotational = _question(NBD.is_rotational)
+    can_cache = _question(NBD.can_cache)
+    can_df = _question(NBD.can_df)
+    can_fast_zero = _question(NBD.can_fast_zero)
+    can_flush = _question(NBD.can_flush)
+    can_fua = _question(NBD.can_fua)
+    can_meta_context = _question(NBD.can_meta_context)
+    can_multi_conn = _question(NBD.can_multi_conn)
+    can_trim = _question(NBD.can_trim)
+    can_zero = _question(NBD.can_zero)
+
+    async def close(self) -> None:
+        """Close the connections.  A second close does nothing.
+
+        What still waits for the server fails with nbd.ClosedHandle.  Commands that were sent may
+        still happen: flush first, if what was written has to be on the disk.  A server that was
+        started by a command line is waited for, at most for the timeout.
+
+        C: nbd_aio_disconnect, nbd_close.
+        """
+        self._check_loop()
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._loop.remove_reader(self._fd)
+        for future in (*self._waiting.values(), *self._line):
+            if future is not None and not future.done():
+                future.set_result(_CLOSED)
+        self._line.clear()
+        self._waiting.clear()
+        self._engine.end()
+        for task in self._joining:
+            task.cancel()
+        ends: list[Future[Any]] = [*self._joining]
+        for handle in self.handles:
+            say_goodbye(handle)
+            end = partial(handle.__exit__, None, None, None)
+            if self._is_command:  # libnbd waits for the end of the process
+                ends.append(in_thread(self._loop, end))
+            else:
+                end()
+        if ends:
+            await asyncio.wait(ends, timeout=self._timeout)
+
+    async def __aenter__(self: Self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def __del__(self) -> None:
+        if self._is_closed or is_finalizing():
+            return
+        self._is_closed = True
+        # In a forked child the loop's selector is the parent's.
+        if self._process == os.getpid() and not self._loop.is_closed():
+            _unwatch_later(self._loop, self._fd, self._engine, self._joining)
+        warnings.warn(
+            "an nbd.aio.Client was not closed; use async with, or await its close()",
+            ResourceWarning,
+            source=self,
+            stacklevel=2,
+        )
+
+    def _is_usable(self) -> bool:
+        return not self._is_closed and not self._loop.is_closed()
+
+    def _begin_to_join(self, joining: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine that makes one more connection, until the client is closed."""
+        task = self._loop.create_task(joining)
+        self._joining.add(task)
+        task.add_done_callback(self._joining.discard)
+
+    def _join(self, handle: NBD) -> None:
+        """Use one more connection, which the client closes from then on."""
+        self._check()
+        self._engine.add(TARGET, handle)
+        self.handles += (handle,)
+
+    def _check_loop(self) -> None:
+        if _get_running_loop() is not self._loop:
+            raise RuntimeError(
+                "this nbd.aio.Client belongs to another event loop: use it where it was connected, "
+                "or connect one in this loop"
+            )
+
+    def _check(self) -> None:
+        self._check_loop()
+        if self._is_closed:
+            raise _closed()
+
+    def _place(self) -> int:
+        """A token that has a place in flight; 0 if there is none, or if others are in line."""
+        if self._is_closed or _get_running_loop() is not self._loop:
+            self._check()
+        if self._line or len(self._waiting) >= self._depth:
+            return 0
+        token = next_token()
+        self._waiting[token] = None
+        return token
+
+    async def _wait_in_line(self) -> int:
+        """The same when there is a place, in the order of the callers."""
+        future: Future[int] = self._loop.create_future()
+        self._line[future] = None
+        try:
+            token = await self._by_timeout(future, "no place among the commands in flight was free")
+        except BaseException:
+            self._line.pop(future, None)
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._give_back(future.result())
+            raise
+        if token == _CLOSED:
+            raise _closed()
+        return token
+
+    def _admit(self) -> None:
+        """Give free places to those in line."""
+        while self._line and len(self._waiting) < self._depth:
+            future, _ = self._line.popitem(last=False)
+            if not future.done():
+                token = next_token()
+                self._waiting[token] = None
+                future.set_result(token)
+
+    def _give_back(self, token: int) -> None:
+        """A place is not needed after all."""
+        self._waiting.pop(token, None)
+        self._engine.kept.pop(token, None)
+        self._admit()
+
+    async def _run(
+        self,
+        token: int,
+        operation: int,
+        pointer: Any,
+        length: int,
+        offset: int,
+        flags: int,
+        pin: Any = None,
+    ) -> None:
+        """Send a request, and wait for the answer."""
+        engine = self._engine
+        # Its result is 0, the errno and the place of a failure, or _CLOSED.
+        future: Future[Any] = self._loop.create_future()
+        self._waiting[token] = future
+        if pin is not None:
+            engine.kept[token] = pin
+        result = nbdqueue_submit(engine.q, operation, token, pointer, length, offset, flags)
+        if result < 0:
+            self._give_back(token)
+            raise _closed() if self._is_closed else engine.refused(result)
+        del pointer, pin
+        try:
+            if self._timeout is None:
+                ended = await future
+            else:
+                ended = await self._by_timeout(future, "the server has not answered")
+        except BaseException:
+            if not self._is_closed:
+                engine.cancel(token)
+            raise
+        if ended:
+            if isinstance(ended, int):
+                raise _closed()
+            raise failure(operation, length, offset, *ended)
+
+    async def _by_timeout(self, future: Future[Result], late: str) -> Result:
+        """The result of a future; nbd.Timeout if it is too late."""
+        if self._timeout is None:
+            return await future
+        alarm = _Alarm(ref(self), future, late, self._timeout)
+        try:
+            return await future
+        finally:
+            alarm.cancel()
+
+    async def _ask(self, method: str, count: int, offset: int, extent: Any, flags: int) -> None:
+        """Send a command that has no place in the queue, but in its connection."""
+        if not callable(extent):
+            raise TypeError(f"extent: a callable is needed, not {type(extent).__name__}")
+        token = self._place() or await self._wait_in_line()
+        future: Future[int] = self._loop.create_future()
+        self._waiting[token] = future
+        answer = _Answer(self, token, future, extent)
+        try:
+            handle = self._next_handle(method)
+            send = getattr(handle, f"aio_{method}")
+            send(count, offset, answer.extent, answer.completion, flags)
+            self._engine.wake()  # it looks which way libnbd waits now
+        except BaseException:
+            self._give_back(token)
+            raise
+        try:
+            errnum = await self._by_timeout(future, "the server has not answered")
+        except BaseException:
+            answer.is_wanted = False
+            raise
+        if errnum == _CLOSED:
+            raise _closed()
+        if errnum:
+            if answer.raised is not None and is_by_handler(answer.raised.__traceback__):
+                raise answer.raised
+            errnum = self._engine.error_of(handle) or errnum
+            reason = f"{count} bytes at offset {offset} failed: {os.strerror(errnum)}"
+            raise Error(f"nbd_{method}: {reason}", errnum) from answer.raised
+
+    def _next_handle(self, method: str) -> NBD:
+        """The connections in turn, as long as they live."""
+        errnum = 0
+        for _ in self.handles:
+            self._turn = (self._turn + 1) % len(self.handles)
+            handle = self.handles[self._turn]
+            errnum = self._engine.error_of(handle)
+            if not errnum:
+                return handle
+        raise Error(f"nbd_{method}: the connection was lost: {os.strerror(errnum)}", errnum)
+
+
+class _Answer:
+    """The callbacks of a command, which libnbd calls."""
+
+    def __init__(self, client: Client, token: int, future: Future[int], extent: Any) -> None:
+        self._client = ref(client)
+        self._token = token
+        self._future = future
+        self._extent = extent
+        self.raised: Exception | None = None
+        self.is_wanted = True
+
+    def extent(self, context: str, offset: int, entries: list[Any], error: Any) -> int:
+        """Tell the caller's callable, unless the caller was cancelled."""
+        if not self.is_wanted:
+            return 0
+        extent = self._extent
+        try:
+            result = extent(context, offset, entries, error)
+        except Exception as raised:
+            self.raised = raised
+            return -1
+        return result if isinstance(result, int) else 0
+
+    def completion(self, error: Any) -> int:
+        """Give the place back, and wake the caller; 1 retires the command."""
+        if not self._future.done():
+            self._future.set_result(error.value)
+        client = self._client()
+        if client is not None:
+            client._give_back(self._token)
+        return 1
+
+
+def _step(client: ref[Client]) -> None:
+    """Called by the event loop when the queue has something to do."""
+    self = client()
+    if self is None or self._is_closed:
+        return
+    engine, waiting, kept = self._engine, self._waiting, self._engine.kept
+    try:
+        done, count = engine.step()
+        for i in range(count):
+            one = done[i]
+            token = one.token
+            future = waiting.get(token)
+            if future is not None and not future.done():
+                future.set_result((one.error, one.offset) if one.error else 0)
+            waiting.pop(token, None)
+            kept.pop(token, None)
+        engine.take(done, count)
+    except BaseException:
+        engine.wake()  # it tells again of what it has told
+        raise
+    if self._line:
+        self._admit()
+
+
+def _unwatch_later(
+    loop: AbstractEventLoop, fd: int, engine: Engine, joining: set[asyncio.Task[None]]
+) -> None:
+    """Have the loop forget a client that was dropped, perhaps in another thread.
+
+    The engine, which closes the descriptor, lives until then.
+    """
+    try:
+        loop.call_soon_threadsafe(partial(_unwatch, loop, fd, engine, joining))
+    except RuntimeError:  # the loop was closed meanwhile
+        return
+
+
+def _unwatch(
+    loop: AbstractEventLoop, fd: int, engine: Engine, joining: set[asyncio.Task[None]]
+) -> None:
+    loop.remove_reader(fd)
+    for task in joining:
+        task.cancel()
+    engine.end()
+
+
+class _Alarm:
+    """The end of a call's time.
+
+    The answer may be there already: after a process was suspended, timers come before descriptors.
+    So the queue is looked at once more.
+    """
+
+    __slots__ = ("_client", "_future", "_late", "_seconds", "_timer", "_until")
+
+    def __init__(self, client: ref[Client], future: Future[Any], late: str, seconds: float) -> None:
+        self._client = client
+        self._future = future
+        self._late = late
+        self._seconds = seconds
+        loop = future.get_loop()
+        self._until = loop.time() + seconds
+        self._timer = loop.call_at(self._until, self._ring)
+
+    def cancel(self) -> None:
+        self._timer.cancel()
+
+    def _ring(self) -> None:
+        """Called by the event loop."""
+        future = self._future
+        if future.done():
+            return
+        loop = future.get_loop()
+        until = prolonged(self._until, loop.time(), self._seconds)
+        try:
+            _step(self._client)
+        finally:
+            if until > self._until:
+                self._until = until
+                self._timer = loop.call_at(until, self._ring)
+            elif not future.done():
+                future.set_exception(late_error(self._late, self._seconds))
+
+
+def prolonged(until: float, now: float, seconds: float) -> float:
+    """Until when a call may take `seconds`, if its timer should have come at `until`.
+
+    If it comes much later, the process was suspended, or the loop stood still.  Then the server is
+    given as much time again.
+    """
+    behind = now - until
+    return now + min(behind, seconds) if behind > _LATENESS else until
+
+
+def limited(seconds: float) -> float | None:
+    """A number of seconds as the timers of every loop take it; None is for ever."""
+    return seconds if seconds <= _MAX_TIMEOUT else None
+
+
+def late_error(late: str, seconds: float) -> Timeout:
+    """The exception for what takes longer than the client's timeout."""
+    return Timeout(
+        f"nbd.aio: {late} within {seconds:g} seconds; try again, or allow more time",
+        errno.ETIMEDOUT,
+    )
+
+
+def say_goodbye(handle: NBD) -> None:
+    """Tell the server that the connection ends, if there is one that nobody uses any more."""
+    try:
+        if not handle.aio_in_flight():
+            handle.aio_disconnect()
+    except (Error, ClosedHandle):
+        return
+
+
+def _closed() -> ClosedHandle:
+    return ClosedHandle("the nbd.aio.Client is closed; connect another")

@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""nbd.aio.connect: connections that are made while the event loop goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from contextlib import suppress
+from functools import partial
+from socket import SOCK_STREAM
+from time import monotonic
+from urllib.parse import urlsplit
+from weakref import ref
+
+from nbd._binding.constants import (
+    AIO_DIRECTION_READ,
+    AIO_DIRECTION_WRITE,
+    CONTEXT_BASE_ALLOCATION,
+    SIZE_MAXIMUM,
+    SIZE_MINIMUM,
+    SIZE_PREFERRED,
+    TLS_DISABLE,
+)
+from nbd._binding.convert import as_number, as_seconds
+from nbd._binding.errors import ClosedHandle, Error, pending, settle_as
+from nbd._binding.methods import NBD
+from nbd._binding.shim import lib
+from nbd._disks.connect import (
+    LONGEST_PAUSE,
+    NOT_THERE,
+    SHORTEST_PAUSE,
+    context_names,
+    prepared,
+)
+from nbd.aio._client import Client, late_error, limited, prolonged
+from nbd.aio._threads import close_in_thread, in_thread
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop, Future
+    from collections.abc import Callable, Coroutine, Generator, Iterable
+    from types import TracebackType
+    from typing import Any, TypeVar
+
+    from nbd._binding.errors import Timeout
+    from nbd._disks.connect import Uri
+
+    Result = TypeVar("Result")
+
+_PORT = 10809
+_MAX_CONNECTIONS = 64  # of one queue
+_SIZES = (SIZE_MINIMUM, SIZE_PREFERRED, SIZE_MAXIMUM)
+
+
+def connect(
+    uri: Uri,
+    *,
+    connections: int = 1,
+    depth: int = 64,
+    timeout: float | None = None,
+    retry_for: float | None = None,
+    contexts: Iterable[str] = (CONTEXT_BASE_ALLOCATION,),
+    prepare: Callable[[NBD], object] | None = None,
+) -> Connecting:
+    """Connect a disk: `async with nbd.aio.connect(uri) as disk`, or `disk = await ...`.
+
+    Args:
+        uri: The URI of a server; or the command line of one, as a list of str, which is started and
+            spoken to over its standard input and output, as `nbdkit -s` does.
+        connections: How many connections to make, up to 64, if the server allows several
+            (nbd.NBD.can_multi_conn); else one is made.  The disk can be used as soon as the first
+            is there.  The others join when they are made; one that cannot be made is left out.
+        depth: How many commands may be in flight at once; other callers wait in line.
+        timeout: How many seconds each call may wait, the connecting first; None is for ever.
+        retry_for: How many seconds to go on trying while the server is not there yet: while
+            connections are refused, or its Unix socket does not exist.  None tries once.
+        contexts: The meta contexts to ask for; base:allocation is what `extents` needs.
+        prepare: Called with each new handle before it is connected: for TLS, for an export name.
+            What it sets counts: a URI may not say something else.
+
+    Returns:
+        What is awaited, or used with `async with`; the result is an nbd.aio.Client.  It can be used
+        again when that client is closed.
+
+    Raises:
+        nbd.Error: The server cannot be reached, or refuses.
+        nbd.Timeout: The server does not answer.
+        RuntimeError: What is returned is used while its last client is open.
+        ValueError: A number is out of range; prepare has set an export name, or something of TLS,
+            and the URI has another; or prepare has set the option mode.
+
+    Example:
+        >>> async def size_of(uri):
+        ...     async with nbd.aio.connect(uri, timeout=10) as disk:
+        ...         return disk.get_size()
+        >>> asyncio.run(size_of(["nbdkit", "-s", "memory", "1M"]))
+        1048576
+
+    C: nbd_aio_connect_uri or nbd_aio_connect_command.
+    """
+    count = as_number("connections", connections)
+    if not 1 <= count <= _MAX_CONNECTIONS:
+        raise ValueError(f"connections: {count} is not between 1 and {_MAX_CONNECTIONS}")
+    plan = Plan(
+        uri,
+        context_names(contexts),
+        prepare,
+        None if timeout is None else limited(as_seconds("timeout", timeout)),
+        0.0 if retry_for is None else as_seconds("retry_for", retry_for),
+    )
+    return Connecting(plan, count, as_number("depth", depth))
+
+
+class Connecting:
+    """What nbd.aio.connect returns: a connection to be made."""
+
+    __module__ = "nbd.aio"
+
+    def __init__(self, plan: Plan, connections: int, depth: int) -> None:
+        self._plan = plan
+        self._connections = connections
+        self._depth = depth
+        self._is_connecting = False
+        self._entered: Client | None = None
+        self._made: Callable[[], Client | None] = _nothing
+
+    def __await__(self) -> Generator[Any, None, Client]:
+        return self._client().__await__()
+
+    async def __aenter__(self) -> Client:
+        self._entered = await self._client()
+        return self._entered
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        entered, self._entered = self._entered, None
+        if entered is not None:
+            await entered.close()
+
+    async def _client(self) -> Client:
+        """A new client, one at a time: of two that were entered, the first would not be closed."""
+        last = self._made()
+        if self._is_connecting or (last is not None and last._is_usable()):
+            raise RuntimeError(
+                "this nbd.aio.connect(...) is in use: close its client first, or call "
+                "nbd.aio.connect again for a second one"
+            )
+        self._is_connecting = True
+        try:
+            client = await self._connected()
+            self._made = ref(client)
+        finally:
+            self._is_connecting = False
+        return client
+
+    async def _connected(self) -> Client:
+        plan = self._plan
+        first = await connected(plan)
+        try:
+            client = Client([first], self._depth, plan.timeout, plan.is_command)
+        except BaseException:
+            close_all([first], plan)
+            raise
+        if self._connections > 1 and not plan.is_command and first.can_multi_conn():
+            for _ in range(self._connections - 1):
+                client._begin_to_join(_join(ref(client), plan))
+        return client
+
+
+def _nothing() -> None:
+    return None
+
+
+class Plan:
+    """How to connect.
+
+    Attributes:
+        uri: A URI or a command line.
+        is_command: Whether it is a command line.
+        contexts: The names of meta contexts.
+        prepare: The caller's function, or None.
+        timeout: Seconds for one connection, or None.
+        retry_for: Seconds in which to try again.
+    """
+
+    def __init__(
+        self,
+        uri: Uri,
+        contexts: list[str],
+        prepare: Callable[[NBD], object] | None,
+        timeout: float | None,
+        retry_for: float,
+    ) -> None:
+        self.uri = uri
+        self.is_command = isinstance(uri, (list, tuple))
+        self.contexts = contexts
+        self.prepare = prepare
+        self.timeout = timeout
+        self.retry_for = retry_for
+
+
+async def connected(plan: Plan) -> NBD:
+    """A connected handle, after as many tries as the plan allows."""
+    loop = asyncio.get_running_loop()
+    tried_until = monotonic() + plan.retry_for
+    pause = SHORTEST_PAUSE
+    while True:
+        try:
+            return await _Try(plan, loop).run()
+        except Error as reason:
+            if reason.errnum not in NOT_THERE or monotonic() >= tried_until:
+                raise
+        await asyncio.sleep(min(pause, max(0.0, tried_until - monotonic())))
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+async def _join(client: ref[Client], plan: Plan) -> None:
+    """Make one more connection for a client.  If that fails, the client has one fewer."""
+    with suppress(Error, OSError):
+        handle = await connected(plan)
+        try:
+            self = client()
+            if self is not None and _is_alike(self.handles[0], handle, plan):
+                self._join(handle)
+                return
+        except (ClosedHandle, ValueError):  # the client is closed, or it is another export
+            pass
+        except BaseException:
+            close_all([handle], plan)
+            raise
+        close_all([handle], plan)
+
+
+def _is_alike(first: NBD, other: NBD, plan: Plan) -> bool:
+    """Whether two connections are to the same export, as far as they tell."""
+    return _told(first, plan) == _told(other, plan)
+
+
+def _told(handle: NBD, plan: Plan) -> list[int]:
+    """What is the same on all connections to an export."""
+    return [
+        handle.get_size(),
+        handle.is_read_only(),
+        *map(handle.get_block_size, _SIZES),
+        *map(handle.can_meta_context, plan.contexts),
+    ]
+
+
+def close_all(handles: list[NBD], plan: Plan) -> None:
+    """Close handles, and do not wait: libnbd waits for the end of a process, in a thread."""
+    for handle in handles:
+        if plan.is_command:
+            close_in_thread(asyncio.get_running_loop(), handle, plan.timeout)
+        else:
+            handle.__exit__(None, None, None)
+
+
+class _Try:
+    """One try to connect, within the timeout."""
+
+    def __init__(self, plan: Plan, loop: AbstractEventLoop) -> None:
+        self._plan = plan
+        self._loop = loop
+        self._until = None if plan.timeout is None else loop.time() + plan.timeout
+
+    async def run(self) -> NBD:
+        handle, uri = self._new_handle()
+        if isinstance(uri, (list, tuple)):
+            return await self._connected(handle, "connect_command", list(uri))
+        host = _host_to_look_up(uri)
+        if host is None:
+            return await self._connected(handle, "connect_uri", uri)
+        if uri.startswith("nbds") or handle.get_tls() != TLS_DISABLE:
+            # The name has to be that of the server's certificate: so libnbd looks it up.
+            return await self._connected(handle, "connect_uri", uri, is_slow=True)
+        handle.__exit__(None, None, None)
+        *others, last = await self._look_up(*host)
+        for address in others:
+            with suppress(Error):
+                return await self._connected_to(address)
+        return await self._connected_to(last)
+
+    def _new_handle(self) -> tuple[NBD, Uri]:
+        """A handle of its own, as one that has failed cannot be used again; and its URI."""
+        plan = self._plan
+        handle, uri = prepared(plan.uri, plan.contexts, plan.prepare)
+        if handle.get_opt_mode():
+            handle.__exit__(None, None, None)
+            raise ValueError(
+                "prepare: it has called set_opt_mode, but nbd.aio negotiates by itself; "
+                "leave that out, or use nbd.connect in a thread"
+            )
+        return handle, uri
+
+    async def _look_up(self, host: str, port: int) -> list[str]:
+        """The addresses of a host; at least one."""
+        try:
+            found = await self._in_time(self._loop.getaddrinfo(host, port, type=SOCK_STREAM))
+        except (OSError, UnicodeError) as reason:
+            raise Error(f"nbd_aio_connect_uri: {host}: {reason}", 0) from None
+        return list(dict.fromkeys(str(one[4][0]) for one in found))
+
+    async def _connected_to(self, address: str) -> NBD:
+        handle, uri = self._new_handle()
+        return await self._connected(handle, "connect_uri", _with_host(str(uri), address))
+
+    async def _connected(
+        self, handle: NBD, method: str, argument: Any, is_slow: bool = False
+    ) -> NBD:
+        """Connect a handle; if it fails, the handle is closed."""
+        begin = partial(getattr(handle, f"aio_{method}"), argument)
+        try:
+            if is_slow:
+                await self._in_time(in_thread(self._loop, begin))
+            else:
+                begin()
+            await self._finish(handle, f"aio_{method}")
+        except BaseException:
+            close_all([handle], self._plan)
+            raise
+        return handle
+
+    async def _finish(self, handle: NBD, method: str) -> None:
+        """Let libnbd go on until the handle is connected."""
+        while handle.aio_is_connecting():
+            is_late = not await self._ready(handle)
+            result = lib.nbdcall_poll(handle._h, 0)
+            if result < 0 or pending:
+                settle_as(handle._h, result, method)
+            if is_late and handle.aio_is_connecting():
+                raise self._late()
+        if not handle.aio_is_ready() and not handle.aio_is_negotiating():
+            raise Error(f"nbd_{method}: the server has closed the connection", errno.ECONNRESET)
+
+    async def _ready(self, handle: NBD) -> bool:
+        """Wait until the socket is ready for what libnbd waits for; returns whether it is in time.
+
+        libnbd may go on to another socket in its next step, so the loop forgets this one.
+        """
+        fd, direction = handle.aio_get_fd(), handle.aio_get_direction()
+        ready: Future[None] = self._loop.create_future()
+        timer = None if self._until is None else self._loop.call_at(self._until, _wake, ready)
+        try:
+            if direction & AIO_DIRECTION_READ:
+                self._loop.add_reader(fd, _wake, ready)
+            if direction & AIO_DIRECTION_WRITE:
+                self._loop.add_writer(fd, _wake, ready)
+            await ready
+        finally:
+            self._loop.remove_reader(fd)
+            self._loop.remove_writer(fd)
+            if timer is not None:
+                timer.cancel()
+        if self._until is None or self._plan.timeout is None:
+            return True
+        now = self._loop.time()
+        self._until = prolonged(self._until, now, self._plan.timeout)
+        return now < self._until
+
+    async def _in_time(self, awaited: Future[Result] | Coroutine[Any, Any, Result]) -> Result:
+        """The result of a future or coroutine; nbd.Timeout if it is too late."""
+        if self._until is None:
+            return await awaited
+        future = asyncio.ensure_future(awaited)
+        try:
+            await asyncio.wait({future}, timeout=max(0.0, self._until - self._loop.time()))
+            if not future.done():
+                raise self._late()
+            return future.result()
+        finally:
+            future.cancel()
+
+    def _late(self) -> Timeout:
+        return late_error("the connection was not made", self._plan.timeout or 0)
+
+
+def _wake(ready: Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)
+
+
+def _host_to_look_up(uri: str) -> tuple[str, int] | None:
+    """The host and port of a URI over TCP, if the host is a name."""
+    try:
+        parts = urlsplit(uri)
+        host, port = parts.hostname or "localhost", parts.port or _PORT
+    except (AttributeError, TypeError, ValueError):
+        return None  # libnbd says what is wrong with it
+    if parts.scheme not in ("nbd", "nbds") or ":" in host or host.replace(".", "").isdigit():
+        return None
+    return host, port
+
+
+def _with_host(uri: str, address: str) -> str:
+    """A URI with an address in place of its host's name."""
+    parts = urlsplit(uri)
+    user, at, _ = parts.netloc.rpartition("@")
+    host = f"[{address.replace('%', '%25')}]" if ":" in address else address
+    port = f":{parts.port}" if parts.port is not None else ""
+    return parts._replace(netloc=f"{user}{at}{host}{port}").geturl()
