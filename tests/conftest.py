@@ -10,9 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable
 
-import figures
 import pytest
-import servers
+from support import figures, servers
 
 import nbd
 

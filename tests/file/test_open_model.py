@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""nbd.open beside a bytearray: random calls, buffers, connections, block sizes, a second writer.
+
+What a read may see is known for each byte: what is on the disk, or, inside of io's buffer, an older
+value.  A buffer is filled by reads, so it has no byte that is older than the last seek outside of
+it, and read-ahead is that old at most too.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from support.forms import SOAK
+from support.servers import Server
+
+import nbd
+
+KIB = 1 << 10
+Nbdkit = Callable[..., Server]
+ROUNDS = 1000 if SOAK else 24
+CALLS = 60
+#: The rounds of one test, so that a failure is found again soon.
+SHARE = 8
+BUFFERINGS = (0, 2, 100, 512, 4096, 10_000, -1)
+BLOCKS = ((1, 4096), (512, 4096), (4096, 65536), (65536, 65536))
+MODES = ("rb", "r+b", "wb", "w+b")
+
+
+class Model:
+    """The disk as it is, and the older values that a byte may still show.
+
+    Attributes:
+        now: What the disk has, with what the file has written.
+        at: The position of the file.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        """Begin with what the disk has."""
+        self.now = bytearray(data)
+        self.at = 0
+        self._older: dict[int, set[int]] = {}
+
+    def write(self, data: bytes) -> None:
+        """Note what the file has written at its position: it sees that at once."""
+        end = self.at + len(data)
+        self.now[self.at : end] = data
+        for place in range(self.at, end):
+            self._older.pop(place, None)
+        self.at = end
+
+    def write_by_other(self, data: bytes, at: int) -> None:
+        """Note what somebody else has written."""
+        for place in range(at, at + len(data)):
+            self._older.setdefault(place, set()).add(self.now[place])
+        self.now[at : at + len(data)] = data
+
+    def read_anew(self) -> None:
+        """From now on no older value may be seen."""
+        self._older.clear()
+
+    def check(self, found: bytes, wanted: int, *, is_whole: bool) -> None:
+        """Check what was read at the position, and move it."""
+        room = max(0, min(wanted, len(self.now) - self.at))
+        assert len(found) == room if is_whole else min(1, room) <= len(found) <= room
+        if self.now[self.at : self.at + len(found)] != found:
+            for place, value in enumerate(found, self.at):
+                assert value in {self.now[place], *self._older.get(place, ())}, place
+        self.at += len(found)
+
+
+class Round:
+    """One file with random settings, and calls on it."""
+
+    def __init__(self, rand: random.Random, nbdkit: Nbdkit) -> None:
+        """Choose the settings, and start the server."""
+        self.rand = rand
+        self.minimum, preferred = rand.choice(BLOCKS)
+        self.size = 65536 * rand.randrange(1, 12)
+        self.mode = rand.choice(MODES)
+        self.buffering = rand.choice(BUFFERINGS)
+        self.connections = rand.choice((1, 1, 4))
+        self.server = nbdkit(
+            "--threads=4",
+            "--filter=blocksize-policy",
+            "memory",
+            str(self.size),
+            f"blocksize-minimum={self.minimum}",
+            f"blocksize-preferred={preferred}",
+            "blocksize-maximum=32M",
+            "blocksize-error-policy=error",
+        )
+
+    def __str__(self) -> str:
+        """Return the settings, for the message of a failure."""
+        kept = ("mode", "buffering", "connections", "minimum", "size")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in kept)
+
+    def run(self) -> None:
+        """Make the calls, and compare."""
+        rand = self.rand
+        data = rand.randbytes(self.size)
+        with nbd.connect(self.server.uri) as self.other, nbd.queue.Queue(self.other) as self.queue:
+            self.write_directly(data, 0)
+            self.model = Model(data)
+            with nbd.open(
+                self.server.uri, self.mode, buffering=self.buffering, connections=self.connections
+            ) as self.disk:
+                for _ in range(CALLS):
+                    self.one_call()
+                    assert self.disk.tell() == self.model.at
+            found = bytearray(self.size)
+            self.finish(self.queue.read(found, 0))
+            assert found == self.model.now
+
+    def write_directly(self, data: bytes, at: int) -> None:
+        """Write through another connection, and flush."""
+        self.finish(self.queue.write(data, at))
+        self.finish(self.queue.flush())
+
+    def finish(self, request: Any) -> None:
+        """Wait for a request of the other connection."""
+        while not request.is_done:
+            self.queue.wait()
+        assert request.error is None
+
+    def one_call(self) -> None:
+        """Make one call, which rand chooses."""
+        rand, model = self.rand, self.model
+        calls: list[Callable[[], None]] = [self.seek, self.seek, self.others, self.odd]
+        if self.disk.readable():
+            calls += [self.read, self.read, self.read_in_order, self.line, self.peek]
+        if self.disk.writable():
+            calls += [self.write, self.write, self.flush]
+        if rand.random() < 0.1:
+            calls = [self.write_past_end] if self.disk.writable() else [self.seek_to_end]
+        if not self.buffering:
+            model.read_anew()  # each read sees the disk as it is
+        rand.choice(calls)()
+
+    def count(self) -> int:
+        """Return how much to read or write."""
+        return self.rand.choice((0, 1, 17, 512, 1000, 4096, 10_000, 70_000, 300_000))
+
+    def seek(self) -> None:
+        """Jump, at times to where the file is."""
+        rand, model, disk = self.rand, self.model, self.disk
+        place = rand.choice([rand.randrange(self.size), model.at, max(0, model.at - 600), 0])
+        how = rand.choice([os.SEEK_SET, os.SEEK_CUR, os.SEEK_END])
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: model.at, os.SEEK_END: self.size}[how]
+        before = model.at
+        assert disk.seek(place - origin, how) == place
+        model.at = place
+        reach = 256 * KIB if self.buffering == -1 else self.buffering
+        if how == os.SEEK_END or abs(place - before) > reach:  # surely outside of the buffer
+            model.read_anew()
+
+    def seek_to_end(self) -> None:
+        """Jump to the end or behind it, and find nothing there."""
+        where = self.size + self.rand.choice([0, 1, 5000])
+        assert self.disk.seek(where) == where
+        assert not self.disk.readable() or self.disk.read(10) == b""
+        self.model.at = self.disk.seek(0, os.SEEK_END)
+        self.model.read_anew()
+
+    def read(self) -> None:
+        """Read by one of the methods that do."""
+        disk, count = self.disk, self.count()
+        method = self.rand.choice(["read", "readinto", "read1", "readinto1", "read all"])
+        if method.endswith("1") and not self.buffering:
+            method = method[:-1]
+        is_whole = bool(self.buffering) and not method.endswith("1")
+        if method == "read all":
+            self.model.check(disk.read(), self.size, is_whole=True)
+        elif method.startswith("readinto"):
+            memory = bytearray(count)
+            filled = getattr(disk, method)(memory)
+            self.model.check(bytes(memory[:filled]), count, is_whole=is_whole)
+            memory.append(0)  # it is not pinned
+        else:
+            self.model.check(getattr(disk, method)(count), count, is_whole=is_whole)
+
+    def read_in_order(self) -> None:
+        """Read so that the file reads ahead."""
+        step = self.rand.choice([700, 4096, 50_000])
+        for _ in range(self.rand.randrange(12)):
+            found = self.disk.read(step)
+            self.model.check(found, step, is_whole=bool(self.buffering))
+            if self.rand.random() < 0.1:
+                self.others()
+            if not self.buffering:
+                self.model.read_anew()
+
+    def line(self) -> None:
+        """Read a line, which may be cut."""
+        most = self.rand.choice([10, 100])
+        found = self.disk.readline(most)
+        assert b"\n" not in found[:-1]
+        room = max(0, self.size - self.model.at)
+        assert len(found) == min(most, room) or found.endswith(b"\n")
+        self.model.check(found, len(found), is_whole=True)
+
+    def peek(self) -> None:
+        """Look ahead, which moves nothing."""
+        if not self.buffering or not hasattr(self.disk, "peek"):
+            return
+        found = self.disk.peek(10)
+        before = self.model.at
+        assert found or before >= self.size
+        self.model.check(found, len(found), is_whole=True)
+        self.model.at = before
+
+    def write(self) -> None:
+        """Write what has room."""
+        data = self.rand.randbytes(min(self.count(), max(0, self.size - self.model.at)))
+        assert self.disk.write(data) == len(data)
+        self.model.write(data)
+
+    def write_past_end(self) -> None:
+        """Write more than has room: it is refused, and nothing of it is written."""
+        self.model.at = self.disk.seek(self.size - 3)
+        with pytest.raises(OSError, match="the disk ends at") as caught:
+            self.disk.write(b"0123456789")
+        assert caught.value.errno == errno.ENOSPC
+
+    def flush(self) -> None:
+        """Flush: others see what was written."""
+        self.disk.flush()
+        found = bytearray(self.size)
+        self.finish(self.queue.read(found, 0))
+        assert found == self.model.now
+
+    def others(self) -> None:
+        """Let somebody else write, elsewhere than what the file may have in a buffer of writes."""
+        if self.disk.writable():
+            self.disk.flush()
+        at = self.rand.randrange(self.size)
+        data = self.rand.randbytes(min(self.rand.choice([1, 512, 5000]), self.size - at))
+        self.write_directly(data, at)
+        self.model.write_by_other(data, at)
+
+    def odd(self) -> None:
+        """Make a call that is refused."""
+        with pytest.raises(io.UnsupportedOperation):
+            self.disk.truncate(10)
+        with pytest.raises(OSError, match=r"before the start|[Ii]nvalid"):
+            self.disk.seek(-1)
+        if not self.disk.readable():
+            with pytest.raises(io.UnsupportedOperation):
+                self.disk.read(1)
+        if not self.disk.writable():
+            with pytest.raises(io.UnsupportedOperation):
+                self.disk.write(b"1")
+
+
+@pytest.mark.parametrize("first", range(0, ROUNDS, SHARE))
+def test_a_file_is_what_a_bytearray_is(nbdkit: Nbdkit, first: int) -> None:
+    for seed in range(first, first + SHARE):
+        turn = Round(random.Random(seed), nbdkit)
+        try:
+            turn.run()
+        except BaseException as error:
+            error.args = (f"seed {seed}: {turn}: {error}",)
+            raise
+        finally:
+            turn.server.kill()

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: LGPL-2.0-or-later
+"""nbd.open: a call that an exception stops, at any bytecode, moves nothing and leaves nothing."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from support.figures import Figure
+from support.forms import SOAK
+from support.injection import Injector, came_out, places
+from support.servers import Server
+from support.usage import collect_garbage
+from support.waits import Stop
+
+import nbd
+from nbd._disks.connections import _kept
+
+KIB = 1 << 10
+Nbdkit = Callable[..., Server]
+SIZE = 512 * KIB
+DATA = random.Random(1).randbytes(SIZE)
+BUFFERINGS = [0, 1000, -1]
+#: The last place is where the method returns: no `try` of it can be around that.  CPython runs no
+#: signal handler there, but a trace function can raise.
+RETURNS = 1
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """Return a file with the data."""
+    path = tmp_path / "image"
+    path.write_bytes(DATA)
+    return path
+
+
+@pytest.fixture
+def uri(nbdkit: Nbdkit, image: Path) -> str:
+    """Return the URI of a server of the image."""
+    return nbdkit("file", str(image)).uri
+
+
+@pytest.fixture(autouse=True)
+def no_garbage_is_collected() -> Iterator[None]:
+    """Let no finalizer of other tests run: an exception that is raised in it is lost."""
+    collect_garbage()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def readinto(disk: Any) -> bytes:
+    """Read into memory of the caller."""
+    memory = bytearray(3000)
+    return bytes(memory[: disk.readinto(memory)])
+
+
+READS: dict[str, Callable[[Any], bytes]] = {
+    "read": lambda disk: disk.read(3000),
+    "readinto": readinto,
+    "readall": lambda disk: disk.read(),
+    "read1": lambda disk: disk.read1(3000),
+    "readline": lambda disk: disk.readline(),
+}
+
+
+@pytest.mark.parametrize("buffering", BUFFERINGS)
+@pytest.mark.parametrize("name", READS)
+@pytest.mark.parametrize("form", ["after a jump", "in order"])
+def test_a_stopped_read_moves_nothing(
+    uri: str, figure: Figure, name: str, buffering: int, form: str
+) -> None:
+    with nbd.open(uri, buffering=buffering) as disk:
+        if not buffering and name in ("read1", "readline"):
+            return  # there is no read1, and a read of each byte for a line
+        read, start = READS[name], SIZE - 5000
+
+        def once(injector: Injector) -> None:
+            disk.seek(start)
+            if form == "in order":
+                disk.seek(1000)
+                disk.seek(start - 8000)
+                while disk.tell() < start:
+                    disk.read(start - disk.tell())
+            found: list[bytes] = []
+            error = injector.run(lambda: found.append(read(disk)))
+            if injector.raised:
+                assert came_out(error)
+                moved.append(disk.tell() != start)
+                disk.seek(start)
+            data = found[0] if found else read(disk)
+            assert data
+            assert data == DATA[start : start + len(data)]
+            assert disk.tell() == start + len(data)
+
+        moved: list[bool] = []
+        figure(f"nbd.open {buffering} {name} {form}: places of an exception", places(once))
+    assert not any(moved[:-RETURNS])
+
+
+@pytest.mark.parametrize("buffering", BUFFERINGS)
+@pytest.mark.parametrize("size", [100, 300 * KIB])
+def test_a_stopped_write_moves_nothing(
+    uri: str, figure: Figure, image: Path, size: int, buffering: int
+) -> None:
+    data = b"x" * size
+    with nbd.open(uri, "r+b", buffering=buffering) as disk:
+
+        def once(injector: Injector) -> None:
+            disk.seek(9000)
+            found: list[int] = []
+            error = injector.run(lambda: found.append(disk.write(data)))
+            if injector.raised:
+                assert came_out(error)
+                moved.append(disk.tell() != 9000)
+                disk.seek(9000)
+            assert (found[0] if found else disk.write(data)) == size
+            assert disk.tell() == 9000 + size
+
+        moved: list[bool] = []
+        figure(f"nbd.open {buffering} write {size}: places of an exception", places(once))
+    assert not any(moved[:-RETURNS])
+    assert image.read_bytes() == DATA[:9000] + data + DATA[9000 + size :]
+
+
+def what_a_destructor_met() -> BaseException | None:
+    """Return what was raised inside of a destructor, which the next call raises."""
+    try:
+        with nbd.NBD() as handle:
+            handle.get_version()
+    except KeyboardInterrupt as raised:
+        return raised
+    return None
+
+
+def sockets() -> int:
+    """Return how many sockets this process has."""
+    links = [os.path.join("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+    return sum(os.readlink(link).startswith("socket") for link in links if os.path.lexists(link))
+
+
+@pytest.mark.parametrize("buffering", BUFFERINGS)
+@pytest.mark.parametrize("given", ["URI", "handle"])
+def test_a_stopped_open_or_close_leaves_nothing(
+    uri: str, figure: Figure, buffering: int, given: str, unraisable: list[Any]
+) -> None:
+    h = nbd.connect(uri)
+    source: Any = uri if given == "URI" else h
+    collect_garbage()
+    before, kept = sockets(), set(_kept)
+
+    def use() -> None:
+        disk = nbd.open(source, "r+b", buffering=buffering)
+        try:
+            disk.write(b"abc")
+        finally:
+            disk.close()
+
+    def once(injector: Injector) -> None:
+        error = injector.run(use)
+        late = what_a_destructor_met()
+        if injector.raised:
+            seen = [late, *unraisable]
+            assert came_out(error) or any(isinstance(one, KeyboardInterrupt) for one in seen)
+        del error
+        unraisable.clear()
+        if not set(_kept) <= kept:
+            collect_garbage()
+        assert set(_kept) <= kept
+
+    found = places(once, 20_000)
+    collect_garbage()
+    assert sockets() == before
+    h.close()
+    figure(f"nbd.open and close, {given}, {buffering}: places of an exception", found)
+
+
+@pytest.mark.parametrize("buffering", BUFFERINGS)
+def test_signals_at_any_moment_lose_no_byte(uri: str, buffering: int) -> None:
+    rounds = 5000 if SOAK else 200
+    stops = 0
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stop
+
+    before = signal.signal(signal.SIGALRM, stop)
+    rand = random.Random(buffering)
+    try:
+        with nbd.open(uri, buffering=buffering) as disk:
+            for _ in range(rounds):
+                start = disk.seek(rand.randrange(SIZE - 20_000))
+                data = b""
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, rand.uniform(1e-5, 3e-4))
+                    try:
+                        data = disk.read(5000)
+                        end = disk.tell()
+                    finally:
+                        signal.setitimer(signal.ITIMER_REAL, 0)
+                except Stop:
+                    stops += 1
+                    continue  # whether the data or the position was taken is not known here
+                assert data == DATA[start : start + len(data)]
+                assert end == start + len(data)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert stops

@@ -1,0 +1,295 @@
+"""What a signal handler raises comes out of the call as it is, wherever it is raised."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import itertools
+import signal
+from collections.abc import Iterator
+from typing import Any, Callable
+
+import pytest
+from support.figures import Figure, pass_on
+from support.forms import SOAK
+from support.injection import EVENT, Injector
+from support.programs import run_program
+from support.servers import Server
+from support.usage import registered
+
+import nbd
+
+Nbdkit = Callable[..., Server]
+KIB, MIB = 1 << 10, 1 << 20
+
+
+class Stop(Exception):
+    """What the signal handlers of these tests raise: no KeyboardInterrupt."""
+
+
+def plain(number: int, frame: Any) -> None:
+    raise Stop
+
+
+def catch_all(*args: Any) -> None:
+    raise Stop
+
+
+def once(number: int, frame: Any) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    raise Stop
+
+
+def indirect(number: int, frame: Any) -> None:
+    plain(number, None)
+
+
+class Handler:
+    """Handlers that are no functions."""
+
+    def method(self, number: int, frame: Any) -> None:
+        raise Stop
+
+    def __call__(self, number: int, frame: Any) -> None:
+        raise Stop
+
+
+def forgetful(number: int, frame: Any) -> None:
+    while frame is not None:
+        frame = frame.f_back
+    raise Stop
+
+
+HANDLERS: dict[str, Any] = {
+    "function": plain,
+    "forgetful": forgetful,
+    "any arguments": catch_all,
+    "only once": once,
+    "indirect": indirect,
+    "method": Handler().method,
+    "object": Handler(),
+    "partial": functools.partial(plain),
+    "generator": lambda *args: next(raising()),
+}
+
+
+def raising() -> Iterator[None]:
+    catch_all()
+    yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_printed(unraisable: list[Any], capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """Assert that no exception was merely reported."""
+    yield
+    assert unraisable == []
+    assert "Stop" not in capfd.readouterr().err
+
+
+@pytest.fixture(params=list(HANDLERS.values()), ids=list(HANDLERS))
+def handler(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Have one of the handlers called by a signal."""
+    before = signal.signal(signal.SIGUSR1, request.param)
+    yield request.param
+    signal.signal(signal.SIGUSR1, before)
+
+
+def interrupted(*_: Any) -> int:
+    """A callback that is interrupted."""
+    signal.raise_signal(signal.SIGUSR1)
+    return 0
+
+
+@pytest.mark.usefixtures("handler")
+def test_in_a_callback_of_a_call_that_fails_by_it(disk: nbd.NBD) -> None:
+    with pytest.raises(Stop):
+        disk.block_status(MIB, 0, interrupted)
+    assert disk.pread(512, 0) == bytes(512)
+    assert registered() == 0
+
+
+def drive(h: nbd.NBD) -> None:
+    """Let all commands end."""
+    while h.aio_in_flight():
+        h.poll(-1)
+
+
+@pytest.mark.usefixtures("handler")
+def test_in_a_callback_of_a_call_that_does_not_fail(disk: nbd.NBD) -> None:
+    disk.aio_pread(nbd.Buffer(512), 0, interrupted)
+    with pytest.raises(Stop):
+        drive(disk)
+    assert disk.pread(512, 0) == bytes(512)
+
+
+@pytest.mark.usefixtures("handler")
+def test_in_a_callback_of_the_debug_log(disk: nbd.NBD) -> None:
+    first = iter([interrupted])
+    disk.set_debug_callback(lambda *message: next(first, lambda: 0)())
+    with pytest.raises(Stop):
+        disk.set_debug(True)
+    disk.set_debug(False)
+    disk.clear_debug_callback()
+    assert disk.pread(512, 0) == bytes(512)
+
+
+def waiting_calls(h: nbd.NBD) -> list[Callable[[], object]]:
+    """A list of functions: each line of the handle's debug log calls one of them."""
+    waiting: list[Callable[[], object]] = []
+    h.set_debug_callback(lambda *message: waiting.pop()() if waiting else 0)
+    h.set_debug(True)
+    return waiting
+
+
+@pytest.mark.usefixtures("handler")
+def test_in_a_callback_that_the_end_of_a_with_statement_runs(disk: nbd.NBD) -> None:
+    def leave() -> None:
+        with disk:
+            waiting.append(interrupted)
+
+    waiting = waiting_calls(disk)
+    with pytest.raises(Stop):
+        leave()
+    assert registered() == 0
+
+
+@pytest.mark.usefixtures("handler")
+def test_in_a_callback_that_a_dropped_handle_runs(nbdkit: Nbdkit) -> None:
+    def drop() -> None:
+        handles.clear()
+        for _ in range(3):
+            gc.collect()
+        nbd.NBD().get_handle_name()  # what a destructor cannot raise the next call does
+
+    handles = [nbd.connect(nbdkit("memory", "1M").uri)]
+    waiting_calls(handles[0]).append(interrupted)
+    with pytest.raises(Stop):
+        drop()
+    nbd.NBD().get_handle_name()
+
+
+def test_what_a_callback_raises_itself_is_still_the_cause(disk: nbd.NBD) -> None:
+    def extent(*_: Any) -> int:
+        plain(1, None)
+        return 0
+
+    with pytest.raises(nbd.Error) as caught:
+        disk.block_status(MIB, 0, extent)
+    assert isinstance(caught.value.__cause__, Stop)
+
+
+class StopAt(Injector):
+    """Raises an Exception, not a KeyboardInterrupt."""
+
+    def step(self, frame: Any, event: str, argument: object) -> Any:
+        """Count a place, and raise if it is the one."""
+        if event == EVENT:
+            self.left -= 1
+            if self.left == 0:
+                self.raised = True
+                raise Stop
+        return self.step
+
+
+def at_every_place(function: Callable[[], object]) -> int:
+    """Call a function once for each place; what comes out is always the exception itself."""
+    for place in itertools.count(1):
+        injector = StopAt(place)
+        error = injector.run(function)
+        assert injector.raised == (type(error) is Stop), (place, error)
+        error = None
+        if not injector.raised:
+            return place - 1
+    raise AssertionError
+
+
+def status(h: nbd.NBD, context: str, offset: int, entries: list[int], error: Any) -> None:
+    """Look at the arguments."""
+    assert (context, offset, error.value) == (nbd.CONTEXT_BASE_ALLOCATION, 0, 0)
+
+
+CALLS: dict[str, Callable[[nbd.NBD], object]] = {
+    "extents": lambda h: list(nbd.extents(h)),
+    "block_status": lambda h: h.block_status(MIB, 0, functools.partial(status, h)),
+    "pread_structured": lambda h: h.pread_structured(512, 0, lambda *chunk: 0),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_at_every_bytecode(nbdkit: Nbdkit, figure: Figure, name: str) -> None:
+    for _ in range(3):
+        gc.collect()  # what is raised in a finalizer is lost
+    with nbd.connect(nbdkit("memory", "1M").uri) as h:
+        places = at_every_place(lambda: CALLS[name](h))
+        assert registered() == 0
+    figure(f"injection of an Exception: places in {name}", places)
+
+
+STORM = """
+import nbd, os, random, signal, sys, time
+
+class Stop(Exception):
+    pass
+
+made = came = calls = 0
+armed = False
+
+def handler(number, frame):
+    global made, armed
+    if not armed:
+        return
+    while frame is not None:  # cffi drops what its `onerror` raises, and so does a destructor
+        if frame.f_code.co_name.startswith(("_keep", "__del__", "_gone")):
+            return
+        frame = frame.f_back
+    armed = False
+    made += 1
+    raise Stop
+
+def unraisable(told):
+    print("unraisable", told.exc_value, told.object)
+
+sys.unraisablehook = unraisable
+signal.signal(signal.SIGALRM, handler)
+h = nbd.connect(sys.argv[1])
+for at in range(0, 1 << 20, 1 << 16):
+    h.pwrite(b"data", at)
+list(nbd.extents(h))  # loads what is needed
+end = time.monotonic() + float(sys.argv[2])
+chance = random.Random(1)
+while time.monotonic() < end:
+    calls += 1
+    try:
+        armed = True
+        signal.setitimer(signal.ITIMER_REAL, chance.random() * 0.001 + 1e-6)
+        if calls % 2:
+            extents = list(nbd.extents(h))
+            assert len(extents) == 32
+        else:
+            h.block_status(1 << 20, 0, lambda *extents: 0)
+        armed = False
+    except Stop:
+        came += 1
+while True:
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        h.get_size()
+        break
+    except Stop:
+        came += 1
+lost = made - came
+# PyPy calls finalizers, and callbacks of weak references, at any time, and loses what they raise.
+assert 0 <= lost <= (made // 100 + 1 if sys.implementation.name == "pypy" else 0), (made, came)
+while nbd._binding.shim.lib.nbdshim_orphans(h._h):  # what was stopped is kept until the answer
+    h.poll(-1)
+assert not nbd._binding.callbacks.registry, nbd._binding.callbacks.registry
+print(f"storm of Exceptions, calls: {calls}")
+print(f"storm of Exceptions, those that came out as they are: {came}")
+"""
+
+
+def test_in_a_storm_of_signals(nbdkit: Nbdkit, figure: Figure) -> None:
+    done = run_program(STORM, nbdkit("memory", "1M").uri, "30" if SOAK else "2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "unraisable" not in done.stdout
+    pass_on(done.stdout, figure)

@@ -1,0 +1,37 @@
+"""Of every kind of call, callback, error and life of a handle nothing is left, however often."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from typing import Callable
+
+import pytest
+from support import loops
+from support.figures import Figure, pass_on
+from support.forms import SOAK
+from support.programs import finds_support
+from support.servers import Server
+
+HANG = 1800 if SOAK else 120  # seconds until the loops of a group count as hung
+
+
+@pytest.mark.skipif(
+    hasattr(ctypes.CDLL(None), "__asan_init"), reason="AddressSanitizer keeps what is freed"
+)
+@pytest.mark.parametrize("group", loops.GROUPS)
+def test_loops_leave_nothing(group: str, nbdkit: Callable[..., Server], figure: Figure) -> None:
+    disk = nbdkit("memory", "1M").socket
+    failing = nbdkit("memory", "1M", "--filter=error", "error=EIO", "error-rate=100%").socket
+    done = subprocess.run(
+        [sys.executable, "-m", "support.loops", group, disk, failing],
+        env=finds_support(),
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    pass_on(done.stdout, figure)
+    figures = [line.rpartition(": ")[::2] for line in done.stdout.splitlines()]
+    assert [one for one in figures if one[1] != "0" and not one[0].endswith(": calls")] == []

@@ -1,0 +1,93 @@
+"""The server that connect_command starts is waited for, however its handle ends: no zombies."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from support import servers
+from support.figures import Figure
+from support.forms import SOAK
+from support.programs import run_program
+
+ROUNDS = 50 if SOAK else 3
+
+# A process of its own, which has no other children: waitpid tells whether there is one left.
+PROGRAM = """
+import gc, nbd, os, sys
+nbdkit = [sys.argv[1], "-s", "--exit-with-parent", "memory", "1M"]
+
+def connected(*more):
+    h = nbd.NBD()
+    h.connect_command([*nbdkit, *more])
+    return h
+
+def refused(command):
+    h = nbd.NBD()
+    try:
+        h.connect_command([command])
+    except nbd.Error:
+        h.close()
+
+def end():
+    {end}
+
+for _ in range({rounds}):
+    end()
+    gc.collect()
+    try:
+        print("left:", os.waitpid(-1, os.WNOHANG))
+    except ChildProcessError:
+        pass
+"""
+
+ENDS = {
+    "closed": "connected().close()",
+    "dropped": "connected()",
+    "shut down": "connected().shutdown()",
+    "closed with commands in flight": """
+    h = connected("--filter=delay", "rdelay=600")
+    h.aio_pread(bytearray(512), 0, lambda error: 1)
+    h.close()
+""",
+    "killed": """
+    h = connected()
+    h.kill_subprocess(9)
+    h.close()
+""",
+    "never answered": "refused('true')",
+    "not found": "refused('/nonexistent/nbdkit')",
+    "started by socket activation": """
+    h = nbd.NBD()
+    h.connect_systemd_socket_activation(nbdkit[:1] + nbdkit[2:])
+    h.shutdown()
+    h.close()
+""",
+}
+
+
+def run(program: str, *arguments: str) -> tuple[int, str]:
+    """Run a program; return its status and output, not stderr: servers write there too."""
+    done = run_program(program, *arguments)
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+def test_nothing_is_left_to_wait_for(end: str, figure: Figure) -> None:
+    program = PROGRAM.format(end=end, rounds=ROUNDS)
+    assert run(program, servers.program("nbdkit")) == (0, "")
+    figure("sub-processes: handles after which none was left", ROUNDS)
+
+
+def test_nothing_is_left_by_a_program_that_ends(tmp_path: Path) -> None:
+    # If nobody had waited for it, it would still run, or be a zombie, and have its number.
+    pid = tmp_path / "pid"
+    program = """
+import nbd, sys
+h = nbd.NBD()
+h.connect_command([sys.argv[1], "-s", "--exit-with-parent", "--pidfile", sys.argv[2], "null"])
+"""
+    assert run(program, servers.program("nbdkit"), str(pid)) == (0, "")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)

@@ -1,0 +1,1 @@
+"""What tests share: servers, handles, programs, and what must not be left behind."""

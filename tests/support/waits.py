@@ -1,0 +1,183 @@
+"""The calls that wait for a server, each as a test makes it, and what stops them."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any, Callable
+
+import pytest
+
+import nbd
+from support.figures import Figure
+from support.servers import Server
+
+Call = Callable[[Any], object]
+
+BLOCK = 512
+SHORT = 0.05  # seconds that a call may wait, or until a signal arrives
+AGAIN = 20  # seconds until a signal comes again
+
+#: What a connected handle can do.
+COMMANDS: dict[str, Call] = {
+    "block_status": lambda h: h.block_status(65536, 0, lambda *extents: 0),
+    "block_status_64": lambda h: h.block_status_64(65536, 0, lambda *extents: 0),
+    "block_status_filter": lambda h: h.block_status_filter(
+        65536, 0, [nbd.CONTEXT_BASE_ALLOCATION], lambda *extents: 0
+    ),
+    "cache": lambda h: h.cache(BLOCK, 0),
+    "flush": lambda h: h.flush(),
+    "pread": lambda h: h.pread(BLOCK, 0),
+    "pread_into": lambda h: h.pread_into(bytearray(BLOCK), 0),
+    "pread_structured": lambda h: h.pread_structured(BLOCK, 0, lambda *chunk: 0),
+    "pwrite": lambda h: h.pwrite(bytes(BLOCK), 65536),
+    "trim": lambda h: h.trim(BLOCK, 65536),
+    "zero": lambda h: h.zero(BLOCK, 65536),
+}
+
+#: What waits for whatever comes, and what ends the connection.
+OTHERS: dict[str, Call] = {
+    "poll": lambda h: h.poll(-1),
+    "poll2": lambda h: h.poll2(-1, -1),
+    "shutdown": lambda h: h.shutdown(),
+}
+
+#: What a handle can do that is negotiating.
+OPTIONS: dict[str, Call] = {
+    "opt_extended_headers": lambda h: h.opt_extended_headers(),
+    "opt_go": lambda h: h.opt_go(),
+    "opt_info": lambda h: h.opt_info(),
+    "opt_list": lambda h: h.opt_list(lambda *export: 0),
+    "opt_list_meta_context": lambda h: h.opt_list_meta_context(lambda name: 0),
+    "opt_list_meta_context_queries": lambda h: h.opt_list_meta_context_queries(
+        ["base:"], lambda name: 0
+    ),
+    "opt_set_meta_context": lambda h: h.opt_set_meta_context(lambda name: 0),
+    "opt_set_meta_context_queries": lambda h: h.opt_set_meta_context_queries(
+        ["base:"], lambda name: 0
+    ),
+    "opt_starttls": lambda h: h.opt_starttls(),
+    "opt_structured_reply": lambda h: h.opt_structured_reply(),
+}
+
+#: Why a call that waits is in no table.
+UNTRIED = {
+    "opt_abort": "libnbd does not wait for its answer",
+    "connect_vsock": "there is no vsock server here",
+}
+
+
+def connect_socket(h: nbd.NBD, server: Server) -> None:
+    """Give the handle a socket that is connected to the server."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(server.socket)
+        h.connect_socket(sock.detach())
+
+
+def connect_tcp(h: nbd.NBD, server: Server) -> None:
+    """Connect to a port on which somebody listens and nobody accepts."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        h.connect_tcp("127.0.0.1", str(listener.getsockname()[1]))
+
+
+def connect_systemd(h: nbd.NBD, server: Server) -> None:
+    """Start a server that never accepts, and end it."""
+    try:
+        h.connect_systemd_socket_activation(["sleep", "600"])
+    finally:
+        h.kill_subprocess(signal.SIGTERM)
+
+
+#: How a handle can be connected: the server is stopped, or is one that never answers.
+CONNECTS: dict[str, Callable[[nbd.NBD, Server], object]] = {
+    "connect_command": lambda h, server: h.connect_command(["sh", "-c", "cat >/dev/null"]),
+    "connect_socket": connect_socket,
+    "connect_systemd_socket_activation": connect_systemd,
+    "connect_tcp": connect_tcp,
+    "connect_unix": lambda h, server: h.connect_unix(server.socket),
+    "connect_uri": lambda h, server: h.connect_uri(server.uri),
+}
+
+
+def those_of_this_libnbd(table: dict[str, Any]) -> list[Any]:
+    """Return the parameters of a test: the calls of a table that the libnbd in use has."""
+    return [
+        pytest.param(*item, id=item[0], marks=pytest.mark.needs(item[0])) for item in table.items()
+    ]
+
+
+class Stop(Exception):
+    """What the signal handler of a test raises."""
+
+
+def orphans(h: nbd.NBD) -> int:
+    """Return how many commands of a handle were stopped and have no answer yet."""
+    return int(nbd._binding.shim.lib.nbdshim_orphans(h._h))
+
+
+def reap(h: nbd.NBD) -> None:
+    """Let the server's late answers arrive."""
+    while orphans(h):
+        h.poll(-1)
+
+
+@contextmanager
+def alarm(
+    handler: Callable[[int, FrameType | None], object], seconds: float = SHORT
+) -> Iterator[None]:
+    """Have a signal handler called after some time.
+
+    What it raises is lost where it happens to run in a finalizer, which PyPy calls at any time.  So
+    it is called again, much later.
+    """
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def time_out(h: nbd.NBD, name: str, call: Callable[[], object], figure: Figure) -> None:
+    """Make a call that has to time out, and say how late it did."""
+    h.settimeout(SHORT)
+    start = time.monotonic()
+    with pytest.raises(nbd.Timeout) as caught:
+        call()
+    late = time.monotonic() - start - SHORT
+    h.settimeout(None)
+    assert caught.value.errnum == errno.ETIMEDOUT
+    assert caught.value.string.startswith(f"nbd_{name}: ")
+    assert f"{SHORT} seconds" in caught.value.string
+    figure(f"{name}: milliseconds from the deadline to nbd.Timeout", f"{late * 1000:.1f}")
+
+
+def interrupt(name: str, call: Callable[[], object], figure: Figure) -> None:
+    """Make a call that a signal handler has to stop, and say how soon it did."""
+    raised: list[float] = []
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        raised.append(time.monotonic())
+        raise Stop
+
+    with alarm(handler), pytest.raises(Stop):
+        call()
+    late = time.monotonic() - raised[0]
+    figure(f"{name}: milliseconds from the signal to the exception", f"{late * 1000:.1f}")
+
+
+@contextmanager
+def paused(server: Server) -> Iterator[None]:
+    """Let a server answer nothing for a while."""
+    server.pause()
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            server.resume()
