@@ -67,10 +67,11 @@ def python_steps(bin_folder: Path) -> Iterator[Step]:
     mypy = [bin_folder / "mypy", "--strict", "--config-file", ROOT / "setup.cfg"]
     modules = [typed / "nbd", typed / "generator", *sorted(typed.glob("*.py"))]
     yield Step("mypy --strict nbd generator setup.py ...", [*mypy, *modules], [typed])
-    for name in ("tools", "benchmarks", "tests"):
+    for name in ("tools", "packaging", "benchmarks", "tests"):
         files = sorted(f for f in (ROOT / name).rglob("*.py") if f.parent.name != "c")
+        search = [typed, ROOT / name] + ([ROOT / "tools"] if name == "packaging" else [])
         if files:
-            yield Step(f"mypy --strict {name}", [*mypy, *files], [typed, ROOT / name])
+            yield Step(f"mypy --strict {name}", [*mypy, *files], search)
     for example in sorted((ROOT / "examples").glob("*.py")):
         yield Step(f"mypy --strict examples/{example.name}", [*mypy, example], [typed])
     yield stubtest(bin_folder)
@@ -105,7 +106,7 @@ def c_steps() -> Iterator[Step]:
 
 def shell_steps() -> Iterator[Step]:
     """The linter of the shell scripts."""
-    scripts = [ROOT / "run", ROOT / "tests" / "c" / "run", ROOT / "tools" / "libraries.sh"]
+    scripts = [ROOT / "run", ROOT / "tests" / "c" / "run", ROOT / "packaging" / "libraries.sh"]
     scripts += sorted((ROOT / ".ci").glob("*"))
     yield Step("shellcheck", ["shellcheck", *scripts])
 

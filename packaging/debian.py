@@ -13,11 +13,11 @@ import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 
-from console import CACHE, ROOT, Failure, log_path, must, output, say
+from console import CACHE, Failure, log_path, must, output, say
 from roots import AS_ROOT, derived, entering, locked, scripts_for
 from targets import Libraries, Part, Target, zig
 
-# The source packages that tools/libraries.sh builds, and their libraries.
+# The source packages that libraries.sh builds, and their libraries.
 SOURCES = {
     "gmp": frozenset({"libgmp"}),
     "nettle": frozenset({"libnettle", "libhogweed"}),
@@ -28,6 +28,7 @@ SOURCES = {
 }
 
 DOWNLOADS = CACHE / "downloads"
+LIBRARIES_SH = Path(__file__).resolve().with_name("libraries.sh")
 
 # The library by its path: compilers may have other folders before any that is given by -L.
 _LIBNBD_PC = """\
@@ -110,7 +111,7 @@ def built(target: Target, folder: Path) -> Libraries:
     shutil.copytree(unpacked_sources(target.suite), sources, symlinks=True)
     must(
         log(target),
-        ["bash", ROOT / "tools" / "libraries.sh", sources, zig(), target.architecture, target.zig],
+        ["bash", LIBRARIES_SH, sources, zig(), target.architecture, target.zig],
         f"the libraries for {target.platform} cannot be built",
         environ={**os.environ, "MAKEFLAGS": f"-j{os.cpu_count()}"},
         cwd=folder,

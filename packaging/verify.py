@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from console import ROOT, Failure, clean_environment, log_path, logged, show_end, shown
-from outside import servers
+from console import Failure, clean_environment, log_path, logged, show_end, shown
 from roots import AS_ROOT, derived, entering, locked
+from servers import servers
 
-PROBE = ROOT / "tools" / "probe.py"
+PROBE = Path(__file__).resolve().with_name("probe.py")
 PYTHONS = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14")
 # How many methods libnbd's manual has, by release.
 METHODS = {"1.22": 156, "1.24": 161}

@@ -18,7 +18,7 @@ from wheels import DIST
 COMMON_LICENCE = re.compile(r"/usr/share/common-licenses/([A-Za-z]+[-.\w]*\w)")
 
 
-def build_contained(sdist: Path, target: Target) -> Path:
+def build_bundled(sdist: Path, target: Target) -> Path:
     """Make the self-contained wheel for a target."""
     log = log_path(f"dist-{target.platform}")
     log.unlink(missing_ok=True)

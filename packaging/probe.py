@@ -2,7 +2,7 @@
 """What an installed nbd says of itself, and what it can do: run by the interpreter that has it.
 
 Usage: probe.py               Start an nbdkit and read from it.
-       probe.py URIS          Read from servers: JSON, as tools/outside.py makes it.
+       probe.py URIS          Read from servers: JSON, as servers.py makes it.
        probe.py trust URI     Read from a server whose certificate the system's authorities signed.
 
 Prints one line of JSON; the status is 1 if something does not work.

@@ -6,14 +6,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import time
 import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tools"))
+
+from bundled import build_bundled
 from console import Failure, log_path, must, run, say
-from contained import build_contained
 from debian import forget
 from environments import Environment, tools, venv
 from index import write_index
@@ -129,7 +132,7 @@ def main(arguments: list[str]) -> int:
     with ThreadPoolExecutor(max_workers=2) as pool:
         # The slowest first: a root of another processor is made by a processor that is emulated.
         root = None if obstacle(EMULATED) else pool.submit(installable, EMULATED)
-        building = {one: pool.submit(build_contained, sdist, one) for one in reversed(TARGETS)}
+        building = {one: pool.submit(build_bundled, sdist, one) for one in reversed(TARGETS)}
         api = build_wheel(sdist, builder("cpython", "api"))
         api_pypy = build_wheel(sdist, builder("pypy", "api"))
         abi = build_wheel(sdist, builder("cpython", "abi"))
