@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* How the pieces of a queue's requests become commands, and how these end; see pieces.h. */
+/* How the pieces of a queue's requests become commands, and how these end; see queue_internal.h. */
 
 #include "watch.h"
 

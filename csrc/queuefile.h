@@ -6,8 +6,8 @@
  * What is written goes on to the disk meanwhile, and then out of the system's cache: a copy of a
  * large disk would fill all of it, and what other programs use would have to go.
  */
-#ifndef NBD_QUEUEFILE_H
-#define NBD_QUEUEFILE_H
+#ifndef NBDSHIM_QUEUEFILE_H
+#define NBDSHIM_QUEUEFILE_H
 
 #include <stdint.h>
 

@@ -10,10 +10,10 @@
  * The epoll has the duplicates of the sockets that the handles own (see nbdshim_socket_of).  A
  * forked child shares the epoll with its parent, so it leaves it alone.
  */
-#ifndef NBD_WATCH_H
-#define NBD_WATCH_H
+#ifndef NBDSHIM_WATCH_H
+#define NBDSHIM_WATCH_H
 
-#include "pieces.h"
+#include "queue_internal.h"
 
 /* Make the descriptor, which the queue owns.  Returns it, or -1 with errno.  q->turn is taken. */
 int watch_begin(struct nbdqueue *q);

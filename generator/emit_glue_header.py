@@ -25,7 +25,7 @@ SHIM_UPCALLS = {
 def glue_header(header: Header) -> str:
     """The text of nbdglue.h.  The cdef is made from it too."""
     blocks = [
-        f'{BANNER}#ifndef NBDGLUE_H\n#define NBDGLUE_H\n\n#include "nbdqueue.h"\n',
+        f'{BANNER}#ifndef NBDGLUE_H\n#define NBDGLUE_H\n\n#include "queue.h"\n',
         upcalls_struct(header),
         *(f"{wrap_c(prototype(function) + ';')}\n" for function in header.functions),
         "#endif\n",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
 """The shim's queue, as Python sees it: what nbd.queue.Queue and nbd.copy have in common.
 
-csrc/nbdqueue.h is its manual.
+csrc/queue.h is its manual.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 #define RIG_H
 
 #include "handle.h"
-#include "nbdqueue.h"
+#include "queue.h"
 #include "owner.h"
 #include "server.h"
 

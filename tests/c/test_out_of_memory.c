@@ -5,7 +5,7 @@
  */
 #include "check.h"
 #include "handle.h"
-#include "nbdqueue.h"
+#include "queue.h"
 #include "owner.h"
 #include "server.h"
 

@@ -34,8 +34,8 @@
  * it closes its descriptors: a thread of the parent may have been in the middle of a call.  The
  * buffers of its requests are kept until the child ends.
  */
-#ifndef NBDQUEUE_H
-#define NBDQUEUE_H
+#ifndef NBDSHIM_QUEUE_H
+#define NBDSHIM_QUEUE_H
 
 #include "nbdshim.h"
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* A queue of requests, and who moves it when; see nbdqueue.h, and pieces.h for its inside. */
+/* A queue of requests, and who moves it when; see queue.h, and queue_internal.h for its inside. */
 
 #include "watch.h"
 

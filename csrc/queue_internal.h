@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
 /*
- * The inside of a queue: what nbdqueue.c, which waits, and pieces.c, which works, share.
+ * The inside of a queue: what queue.c, which waits, and pieces.c, which works, share.
  *
  * The way of a piece.  `pieces_pump` cuts it off the first request and gives it to a slot.
  * `send_command` makes one command of it.  libnbd calls `complete` when the server has answered,
@@ -14,10 +14,10 @@
  * and counters, also from callbacks, which run while libnbd's lock is held.  So libnbd is never
  * called while q->lock is locked.
  */
-#ifndef NBD_PIECES_H
-#define NBD_PIECES_H
+#ifndef NBDSHIM_QUEUE_INTERNAL_H
+#define NBDSHIM_QUEUE_INTERNAL_H
 
-#include "nbdqueue.h"
+#include "queue.h"
 #include "queuefile.h"
 #include "wait.h"
 
