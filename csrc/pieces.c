@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* How the pieces of a queue's requests become commands, and how these end; see queue_internal.h. */
+/* How the pieces of a queue's requests become commands, and how these end; see pieces.h. */
 
+#include "pieces.h"
 #include "watch.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 /* Commands without data are not larger than this. */
 #define LARGEST (UINT64_C(128) << 20)
@@ -75,6 +77,25 @@ static size_t bytes_of(const struct slot *slot)
     return has_data ? slot->wide_length : 0;
 }
 
+void pieces_unrefer(struct nbdqueue *q)
+{
+    if (atomic_fetch_sub(&q->references, 1) != 1)
+        return;
+    for (unsigned i = 0; i < q->depth; i++)
+        free(q->slots[i].own);
+    watch_end(q);
+    for (size_t i = 0, added = q->added; i < added; i++)
+        nbdshim_disown(q->members[i].s);
+    if (q->waker >= 0)
+        close(q->waker);
+    pthread_mutex_destroy(&q->lock);
+    sem_destroy(&q->turn);
+    free(q->zeroes);
+    free(q->keeper);
+    free(q->slots);
+    free(q);
+}
+
 /* libnbd's `free` callback: it has no more use for the command. */
 static void retire(void *user_data)
 {
@@ -97,7 +118,7 @@ static void retire(void *user_data)
     if (q->is_forgotten && q->flying == 0)
         release_buffers(q, s);
     pthread_mutex_unlock(&q->lock);
-    nbdqueue_unrefer(q);
+    pieces_unrefer(q);
 }
 
 /* What a command does to a file.  Returns 0 or an errno. */

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
 /* A queue of requests, and who moves it when; see queue.h, and queue_internal.h for its inside. */
 
+#include "queue.h"
+#include "pieces.h"
 #include "watch.h"
 
 #include <errno.h>
@@ -61,25 +63,6 @@ int nbdqueue_make(struct nbdqueue **made, unsigned depth, uint32_t piece, uintpt
     return *made != NULL ? 0 : errno;
 }
 
-void nbdqueue_unrefer(struct nbdqueue *q)
-{
-    if (atomic_fetch_sub(&q->references, 1) != 1)
-        return;
-    for (unsigned i = 0; i < q->depth; i++)
-        free(q->slots[i].own);
-    watch_end(q);
-    for (size_t i = 0, added = q->added; i < added; i++)
-        nbdshim_disown(q->members[i].s);
-    if (q->waker >= 0)
-        close(q->waker);
-    pthread_mutex_destroy(&q->lock);
-    sem_destroy(&q->turn);
-    free(q->zeroes);
-    free(q->keeper);
-    free(q->slots);
-    free(q);
-}
-
 /* One of the server's block size constraints; 0 if there is none. */
 static uint32_t constraint(struct nbdshim *s, int which)
 {
@@ -108,20 +91,6 @@ uint64_t nbdqueue_size(const struct nbdqueue *q, enum nbdqueue_end end)
 uint32_t nbdqueue_minimum(const struct nbdqueue *q, enum nbdqueue_end end)
 {
     return q->ends[end].minimum;
-}
-
-void nbdqueue_rouse(struct nbdqueue *q)
-{
-    const uint64_t one = 1;
-
-    if (q->is_sleeping && q->waker >= 0)
-        (void)!write(q->waker, &one, sizeof one);
-    q->is_sleeping = false;
-}
-
-void nbdqueue_note_move(struct nbdqueue *q)
-{
-    atomic_store_explicit(&q->last_moved, nbdshim_now(), memory_order_relaxed);
 }
 
 double nbdqueue_last_moved(const struct nbdqueue *q)
@@ -864,5 +833,5 @@ void nbdqueue_destroy(struct nbdqueue *q)
     take_last_turn(q);
     (void)enter_all(q);
     forget_and_leave(q);
-    nbdqueue_unrefer(q);
+    pieces_unrefer(q);
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
 /*
- * The inside of a queue: what queue.c, which waits, and pieces.c, which works, share.
+ * The inside of a queue: what queue.c, which waits, pieces.c, which works, and watch.c share.
  *
  * The way of a piece.  `pieces_pump` cuts it off the first request and gives it to a slot.
  * `send_command` makes one command of it.  libnbd calls `complete` when the server has answered,
@@ -20,6 +20,8 @@
 #include "queue.h"
 #include "queuefile.h"
 #include "wait.h"
+
+#include <unistd.h>
 
 /* A handle of the queue. */
 struct member {
@@ -127,44 +129,20 @@ static inline bool nbdqueue_is_inherited(const struct nbdqueue *q)
     return atomic_load_explicit(&nbdshim_forks, memory_order_relaxed) != q->forks;
 }
 
-/*
- * What is known at once of a new request: that it cannot be, or has nothing to do.  Returns 0 or an
- * errno.
- */
-int pieces_check(const struct nbdqueue *q, struct request *r);
-
-/* Find the largest piece that both ends allow.  q->lock is locked, and no command is in flight. */
-void pieces_settle_size(struct nbdqueue *q);
-
-/* Send as much as the depth allows.  The caller has the turn. */
-void pieces_pump(struct nbdqueue *q);
-
-/*
- * Go on with the slots whose commands have ended.  The caller has the turn.  Returns whether there
- * were any.
- */
-bool pieces_reap(struct nbdqueue *q);
-
-/* The connection of a handle has ended, with an errno or 0: no more commands go there. */
-void pieces_lose(const struct nbdqueue *q, struct member *m, int error);
-
-/* Mark the slots of a request that was cancelled.  q->lock is locked. */
-void pieces_cancel(struct nbdqueue *q, uintptr_t token);
-
-/*
- * The end of all requests of a queue that was dropped.  Commands in flight become orphans.  The
- * caller has the turn.  s is the handle whose call hands the queue's token over, if that can be
- * now.
- */
-void pieces_forget(struct nbdqueue *q, struct nbdshim *s);
-
 /* Have the thread that sleeps in poll look again.  q->lock is locked. */
-void nbdqueue_rouse(struct nbdqueue *q);
+static inline void nbdqueue_rouse(struct nbdqueue *q)
+{
+    const uint64_t one = 1;
+
+    if (q->is_sleeping && q->waker >= 0)
+        (void)!write(q->waker, &one, sizeof one);
+    q->is_sleeping = false;
+}
 
 /* Note that a byte has moved. */
-void nbdqueue_note_move(struct nbdqueue *q);
-
-/* Let go of a queue; the last one frees it. */
-void nbdqueue_unrefer(struct nbdqueue *q);
+static inline void nbdqueue_note_move(struct nbdqueue *q)
+{
+    atomic_store_explicit(&q->last_moved, nbdshim_now(), memory_order_relaxed);
+}
 
 #endif
