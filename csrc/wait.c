@@ -22,7 +22,6 @@
 /* So often an upcall is tried if handlers of signals raise in it. */
 #define KEEP_TRIES 100
 
-extern struct nbdshim_upcalls nbdshim_up;
 _Thread_local struct nbdshim_wait *nbdshim_waiting;
 
 static int64_t nanoseconds(clockid_t clock)

@@ -33,6 +33,7 @@ from generator.text import COLUMNS, banner_c, wrap_c
 BANNER = banner_c(__name__)
 INCLUDES = """\
 #include "nbdglue.h"
+#include "buffer.h"
 #include "handle.h"
 #include "wait.h"
 
@@ -46,8 +47,6 @@ def glue_source(header: Header) -> str:
     """The text of nbdglue.c."""
     blocks = [
         f"{BANNER}\n{INCLUDES}",
-        "/* The functions to call upwards; nbdshim_register sets them once. */\n"
-        "extern struct nbdshim_upcalls nbdshim_up;\n",
         *(upcall_function(closure) for closure in header.closures),
         *(glue_function(function) for function in header.functions),
     ]

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
 /* The helpers for memory: zeroes, and advice. */
 #include "check.h"
-#include "handle.h"
+#include "buffer.h"
 
 #include <pthread.h>
 #include <string.h>

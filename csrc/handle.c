@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: LGPL-2.0-or-later
+/* A handle from its beginning to its end; see handle.h, and nbdshim.h for what callers see. */
+
+#include "handle.h"
+
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+struct nbdshim *nbdshim_create(void)
+{
+    struct nbdshim *s = malloc(sizeof *s);
+
+    if (s == NULL)
+        return NULL;
+    s->h = nbd_create();
+    if (s->h == NULL || pthread_mutex_init(&s->lock, NULL) != 0) {
+        nbd_close(s->h);
+        free(s);
+        return NULL;
+    }
+    atomic_init(&s->owners, 1);
+    (void)sem_init(&s->turn, 0, 1); /* fails only for larger numbers */
+    atomic_init(&s->waiting, 0);
+    atomic_init(&s->users, 1);
+    atomic_init(&s->waker, -1);
+    atomic_init(&s->socket, -1);
+    atomic_init(&s->owner, 0);
+    atomic_init(&s->timeout, 0);
+    atomic_init(&s->is_connected, false);
+    atomic_init(&s->is_stalled, false);
+    atomic_init(&s->is_leaving, false);
+    atomic_init(&s->orphans, 0);
+    atomic_init(&s->orphan_bytes, 0);
+    s->held = NULL;
+    s->changing = NULL;
+    atomic_init(&s->initializes, true);
+#ifdef LIBNBD_HAVE_NBD_SET_PREAD_INITIALIZE
+    (void)nbd_set_pread_initialize(s->h, false);
+#endif
+    return s;
+}
+
+/* Replace the waker by fd, which s owns from now on, or by none (-1).  The old one is closed. */
+static void replace_waker(struct nbdshim *s, int fd)
+{
+    int old = atomic_exchange(&s->waker, fd);
+
+    if (old >= 0)
+        close(old);
+}
+
+void nbdshim_leave(struct nbdshim *s)
+{
+    if (atomic_fetch_sub_explicit(&s->users, 1, memory_order_acq_rel) == (NBDSHIM_CLOSING | 1)) {
+        /* First: nbd_close may wait for a server that waits for the connection to end. */
+        replace_waker(s, -1);
+        nbd_close(s->h);
+    }
+    if (nbdshim_released != NULL && !nbdshim_is_reentry(s))
+        nbdshim_hand_over(s);
+}
+
+/* Shut the connection down, so that the calls that wait in other threads come back. */
+static void wake(struct nbdshim *s)
+{
+    int fd;
+
+    /* In the child of a fork there are no such threads, and the connection is the parent's. */
+    if (getpid() != atomic_load_explicit(&s->owner, memory_order_relaxed))
+        return;
+    fd = atomic_exchange(&s->waker, -1);
+    if (fd >= 0) {
+        (void)shutdown(fd, SHUT_RDWR);
+        close(fd);
+    }
+}
+
+void nbdshim_note_socket(struct nbdshim *s)
+{
+    int fd = nbd_aio_get_fd(s->h);
+    int waker = fd >= 0 ? fcntl(fd, F_DUPFD_CLOEXEC, 0) : -1;
+
+    /* If another thread has ended the connection meanwhile, fd may have been a stranger's file. */
+    if (waker >= 0 && nbd_aio_get_fd(s->h) != fd) {
+        close(waker);
+        waker = -1;
+    }
+    atomic_store_explicit(&s->socket, fd, memory_order_relaxed);
+    atomic_store_explicit(&s->owner, getpid(), memory_order_relaxed);
+    replace_waker(s, waker);
+    /*
+     * nbdshim_close first marks the handle and then takes the waker.  Here the waker is stored
+     * first, and then the mark is read: so one of the two threads wakes who waits.
+     */
+    if (atomic_load(&s->users) & NBDSHIM_CLOSING)
+        wake(s);
+}
+
+void nbdshim_note_end(struct nbdshim *s)
+{
+    if (atomic_load_explicit(&s->waker, memory_order_relaxed) >= 0 &&
+        (nbd_aio_is_dead(s->h) == 1 || nbd_aio_is_closed(s->h) == 1)) {
+        wake(s); /* who polls it in another thread */
+        replace_waker(s, -1);
+    }
+}
+
+int nbdshim_close(struct nbdshim *s)
+{
+    unsigned users;
+
+    if (s == NULL)
+        return NBDSHIM_CLOSED;
+    if (nbdshim_is_reentry(s))
+        return NBDSHIM_REENTERED;
+    users = atomic_fetch_or(&s->users, NBDSHIM_CLOSING);
+    if (users & NBDSHIM_CLOSING)
+        return NBDSHIM_CLOSED;
+    if (users > 1)
+        wake(s);
+    nbdshim_leave(s);
+    return 0;
+}
+
+/* NBDSHIM_CLOSED if s is closed, else 0. */
+static int check_closed(struct nbdshim *s)
+{
+    return s == NULL || (atomic_load(&s->users) & NBDSHIM_CLOSING) ? NBDSHIM_CLOSED : 0;
+}
+
+void nbdshim_destroy(struct nbdshim *s)
+{
+    if (s == NULL)
+        return;
+    (void)nbdshim_close(s);
+    nbdshim_disown(s);
+}
+
+void nbdshim_disown(struct nbdshim *s)
+{
+    if (atomic_fetch_sub(&s->owners, 1) != 1)
+        return;
+    if (atomic_load(&s->users) != NBDSHIM_CLOSING)
+        return;
+    nbdshim_discard_released(s);
+    pthread_mutex_destroy(&s->lock);
+    sem_destroy(&s->turn);
+    free(s);
+}
+
+int nbdshim_check(struct nbdshim *s)
+{
+    return nbdshim_is_reentry(s) ? NBDSHIM_REENTERED : check_closed(s);
+}
+
+int nbdshim_check_unlocked(struct nbdshim *s)
+{
+    return nbdshim_is_debugging(s) ? NBDSHIM_REENTERED : check_closed(s);
+}
+
+int nbdshim_set_timeout(struct nbdshim *s, double seconds)
+{
+    int closed = check_closed(s);
+
+    if (closed == 0)
+        atomic_store(&s->timeout, seconds);
+    return closed;
+}
+
+double nbdshim_timeout(struct nbdshim *s)
+{
+    int closed = check_closed(s);
+
+    return closed == 0 ? atomic_load(&s->timeout) : closed;
+}
+
+unsigned nbdshim_orphans(struct nbdshim *s)
+{
+    return s == NULL ? 0 : atomic_load(&s->orphans);
+}
+
+const char *nbdshim_error(void)
+{
+    return nbd_get_error();
+}
+
+int nbdshim_errno(void)
+{
+    return nbd_get_errno();
+}
+
+int64_t nbdshim_number(int64_t number, const char *call)
+{
+    const char *error;
+    size_t length = strlen(call);
+
+    if (number >= 0)
+        return number;
+    error = number == -1 ? nbd_get_error() : NULL;
+    if (error != NULL && strncmp(error, call, length) == 0 && error[length] == ':')
+        return -1;
+    return NBDSHIM_TOO_LARGE;
+}
+
+void nbdshim_free(void *p)
+{
+    free(p);
+}
