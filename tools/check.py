@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""./run check: the test suite on both interpreters and in both modes, here and in Debian roots."""
+"""./run check: the test suite on both interpreters and in both modes, here and in Debian roots.
+
+Each environment runs the rooms of the suite in which only it can fail: see PLAN.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,34 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from console import run, say
-from environments import ALL, BRIEF, OF_WHEEL, ready
-from suite import Outcome, run_suite
+from environments import ALL, OF_WHEEL, Environment, ready
+from suite import ROOMS, Outcome, described, run_room
+
+Plan = dict[Environment, tuple[str, ...]]
+
+CPYTHON_API, CPYTHON_ABI, PYPY_API, PYPY_ABI = ALL
+#: What only a mode can break is below the methods: how the shim is loaded, called and calls back.
+_OF_THE_MODE = ("binding", "packaging")
+#: What only an interpreter can break: its buffers, collector, io, asyncio, threads and exit.
+_OF_THE_INTERPRETER = ("robustness", "binding", "aio", "copy", "file", "queue", "shell")
+
+#: What `./run check` runs.
+PLAN: Plan = {
+    CPYTHON_API: ROOMS,
+    CPYTHON_ABI: _OF_THE_MODE,
+    PYPY_API: _OF_THE_INTERPRETER,
+    PYPY_ABI: _OF_THE_MODE,
+}
+#: What `./run check --all` runs in roots, whose interpreters and libnbd are newer: CPython's is
+#: another, so is PyPy's; the modes are those that the other one does not have here.
+PLAN_OF_ROOTS: Plan = {CPYTHON_API: ROOMS, PYPY_ABI: _OF_THE_INTERPRETER}
+#: What `./run check --whole` runs.
+WHOLE: Plan = dict.fromkeys(ALL, ROOMS)
+OF_WHEELS: Plan = dict.fromkeys(OF_WHEEL, ROOMS)
 
 NEWER = ("trixie", "forky")  # what --all checks besides this machine
 SUITES = ("bookworm", *NEWER)
@@ -25,7 +50,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="./run check")
     parser.add_argument("--root", action="append", default=[], metavar="SUITE", choices=SUITES)
     parser.add_argument("--all", action="store_true", help="here and in every root, and a table")
-    parser.add_argument("--brief", action="store_true", help="CPython in API mode, PyPy in ABI")
+    parser.add_argument("--whole", action="store_true", help="every test in every environment")
+    parser.add_argument("--as-root", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--wheel", type=Path, help="a wheel that has libnbd inside")
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     at = arguments.index("--") if "--" in arguments else len(arguments)
@@ -36,35 +62,50 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def check_here(
-    options: Sequence[str], variables: dict[str, str], is_brief: bool = False
-) -> list[Outcome]:
-    """Run the suite in each environment, two at a time, PyPy's first: those take longest.
-
-    One at a time if it is brief: then two roots do this at the same time.
-    """
-    environments = BRIEF if is_brief else ALL
+def planned(options: argparse.Namespace) -> Plan:
+    """What is to be run here."""
     if "NBD_WHEEL" in os.environ:
-        environments = OF_WHEEL
-    with ThreadPoolExecutor(max_workers=1 if is_brief else 2) as pool:
-        list(pool.map(ready, environments))
+        return OF_WHEELS
+    if options.whole:
+        return WHOLE
+    return PLAN_OF_ROOTS if options.as_root else PLAN
+
+
+def check_here(plan: Plan, options: Sequence[str], variables: dict[str, str]) -> list[Outcome]:
+    """Run rooms in environments, some at a time, as tests wait more than they compute.
+
+    PyPy's rooms come first: they take longest.
+    """
+    with ThreadPoolExecutor(max_workers=(os.cpu_count() or 1) + 1) as pool:
+        list(pool.map(ready, plan))
+        outcomes = {environment: described(environment) for environment in plan}
         say("running the tests")
-        longest_first = sorted(environments, key=lambda one: one.interpreter != "pypy")
-        running = {one: pool.submit(run_suite, one, options, variables) for one in longest_first}
-        outcomes = [running[one].result() for one in environments]
-    compare(outcomes)
-    return outcomes
+        longest_first = sorted(plan, key=lambda one: one.interpreter != "pypy")
+        running = {
+            pool.submit(run_room, environment, room, options, variables): (environment, room)
+            for room in ROOMS
+            for environment in longest_first
+            if room in plan[environment]
+        }
+        for done in as_completed(running):
+            environment, room = running[done]
+            outcomes[environment].add(room, done.result())
+    result = list(outcomes.values())
+    compare(result)
+    for outcome in result:
+        say("\n".join(outcome.lines()))
+    return result
 
 
 def check_roots(suites: Sequence[str], options: argparse.Namespace) -> list[Outcome]:
-    """Run the suite in roots: two at a time, if each has only one run at a time."""
+    """Run the suite in roots, two at a time."""
     from roots import check_in_root
 
-    is_brief = options.brief or options.all
+    flags = ["--whole"] if options.whole else ["--as-root"] if options.all else []
     outcomes: list[Outcome] = []
-    with ThreadPoolExecutor(max_workers=2 if is_brief else 1) as pool:
+    with ThreadPoolExecutor(max_workers=2) as pool:
         running = [
-            pool.submit(check_in_root, suite, options.pytest, options.wheel, is_brief)
+            pool.submit(check_in_root, suite, flags, options.pytest, options.wheel)
             for suite in suites
         ]
         for one in running:
@@ -73,13 +114,15 @@ def check_roots(suites: Sequence[str], options: argparse.Namespace) -> list[Outc
 
 
 def compare(outcomes: list[Outcome]) -> None:
-    """Fail a run that has fewer tests than another run with the same libnbd: some were lost."""
-    most = max(outcome.tests for outcome in outcomes)
-    for outcome in outcomes:
-        if outcome.tests < most and not outcome.failures:
-            lost = f"{most - outcome.tests} tests of another interpreter or mode were not run"
-            outcome.failures.append(lost)
-            say(f"{outcome.interpreter} {outcome.mode}: {lost}")
+    """Fail a run that has fewer tests of a room than another run of it: some were lost."""
+    for room in ROOMS:
+        most = max(outcome.tests.get(room, 0) for outcome in outcomes)
+        for outcome in outcomes:
+            if outcome.tests.get(room, most) < most and not outcome.failures:
+                outcome.failures.append(
+                    f"{room}: {most - outcome.tests[room]} tests that another interpreter or mode "
+                    "has were not run"
+                )
 
 
 def closing_line(outcomes: list[Outcome]) -> str:
@@ -120,7 +163,7 @@ def main(arguments: list[str]) -> int:
     if options.wheel:
         os.environ["NBD_WHEEL"] = str(options.wheel.resolve())
     if options.all or not options.root:
-        outcomes += check_here(options.pytest, {}, options.brief)
+        outcomes += check_here(planned(options), options.pytest, {})
     for outcome in outcomes:
         outcome.debian = debian_here()
     outcomes += check_roots(NEWER if options.all else options.root, options)

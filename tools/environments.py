@@ -49,8 +49,6 @@ class Environment(NamedTuple):
 
 
 ALL = tuple(Environment(i, m) for i in ("cpython", "pypy") for m in ("api", "abi"))
-#: One run for each interpreter, and each mode once: what roots are for is their versions.
-BRIEF = (Environment("cpython", "api"), Environment("pypy", "abi"))
 OF_WHEEL = tuple(Environment(interpreter, "wheel") for interpreter in ("cpython", "pypy"))
 
 

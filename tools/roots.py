@@ -208,7 +208,7 @@ def lend_checkout(root: Path) -> None:
 
 
 def check_in_root(
-    suite: str, options: Sequence[str], wheel: Path | None, is_brief: bool = False
+    suite: str, flags: Sequence[str], options: Sequence[str], wheel: Path | None
 ) -> list[Outcome]:
     """Run the command of this checkout in a Debian root, and return its outcomes."""
     root = derived(suite, "check")
@@ -217,11 +217,10 @@ def check_in_root(
         say(f"{suite}: ./run check in {root}")
         report = CHECKOUT / ".cache" / "outcomes.json"
         subprocess.run([*AS_ROOT, "rm", "-f", str(root / report)], check=True)
-        of = ["--brief"] if is_brief else []
         if wheel:
             copy_into(root, wheel, CHECKOUT / wheel.name)
-            of.append(f"--wheel=/{CHECKOUT / wheel.name}")
-        command = [f"/{CHECKOUT}/run", "check", f"--json=/{report}", *of, "--", *options]
+            flags = [*flags, f"--wheel=/{CHECKOUT / wheel.name}"]
+        command = [f"/{CHECKOUT}/run", "check", f"--json=/{report}", *flags, "--", *options]
         run_showing(suite, entering(root, command))
         if not (root / report).is_file():
             raise Failure(f"./run check failed in {root}, for the reason above")

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
 
-from check import check_here, closing_line
-from console import log_path, run, say
-from environments import ALL
+from check import WHOLE, check_here, closing_line
+from console import LOGS, run, say
 from suite import Outcome
 
 BETWEEN = 60  # seconds from one line about how far the tests are to the next
-PATIENCE = "-v", "-o", "faulthandler_timeout=1800"  # pytest's, which a long test may need
+LONG_FORM = "-v", "-o", "faulthandler_timeout=1800"  # for pytest: a long test takes half an hour
 
 
 def table(outcomes: list[Outcome]) -> list[str]:
@@ -30,8 +29,7 @@ def table(outcomes: list[Outcome]) -> list[str]:
 
 def last_lines() -> dict[str, str]:
     """What each run has printed last: the test that it is at."""
-    logs = {environment.name: log_path(f"suite-{environment.name}") for environment in ALL}
-    texts = {name: log.read_text(errors="replace") for name, log in logs.items() if log.is_file()}
+    texts = {log.stem: log.read_text(errors="replace") for log in LOGS.glob("suite-*.log")}
     return {name: (text.splitlines() or [""])[-1].strip() for name, text in texts.items()}
 
 
@@ -61,7 +59,7 @@ def progress() -> Iterator[None]:
 def main(arguments: list[str]) -> int:
     """Run the suite, with options for pytest if there are any; returns 1 if a test failed."""
     with progress():
-        outcomes = check_here([*PATIENCE, *arguments], {"NBD_SOAK": "1"})
+        outcomes = check_here(WHOLE, [*LONG_FORM, *arguments], {"NBD_SOAK": "1"})
     say("\n".join(table(outcomes)))
     say(closing_line(outcomes))
     return 1 if any(outcome.failures for outcome in outcomes) else 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""One run of the test suite, with one interpreter and mode, and its outcome."""
+"""The rooms of the test suite, each run with one interpreter and mode, and the outcomes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from pathlib import Path
 from console import ROOT, clean_environment, log_path, logged, output, say, show_end, shown
 from environments import Environment
 
-TIMEOUT = 3600  # seconds; a run takes minutes
+#: The folders of tests/, those that take longest first.
+ROOMS = (
+    *("robustness", "binding", "aio", "copy", "file", "queue"),
+    *("shell", "packaging", "generator", "docs"),
+)
+TIMEOUT = 3600  # seconds; a room takes minutes
+NO_TESTS = 5  # pytest's status where the options select none of the tests
 #: PyPy's young objects have half of the processor's cache, and it collects the others when there is
 #: eight times as much: more than a GiB on some machines, where tests that measure memory fail.
 VARIABLES = {"PYPY_GC_NURSERY": "2M"}
@@ -34,7 +40,7 @@ print(json.dumps({
 
 @dataclass
 class Outcome:
-    """The outcome of one run of the suite."""
+    """The outcome of the suite, or of a part of it, in one environment."""
 
     interpreter: str  # "cpython 3.11"
     mode: str
@@ -45,10 +51,17 @@ class Outcome:
     figures: dict[str, str] = field(default_factory=dict)  # what tests counted, by name
     seconds: float = 0
     debian: str = ""
+    tests: dict[str, int] = field(default_factory=dict)  # how many were run, by room
 
-    @property
-    def tests(self) -> int:
-        return self.passed + sum(self.skipped.values()) + len(self.failures)
+    def add(self, room: str, part: Outcome) -> None:
+        """Add the outcome of a room."""
+        self.passed += part.passed
+        self.skipped = dict(Counter(self.skipped) + Counter(part.skipped))
+        self.failures += part.failures
+        self.seconds += part.seconds
+        self.tests[room] = part.passed + sum(part.skipped.values()) + len(part.failures)
+        for name, value in part.figures.items():
+            add_figure(name, value, self.figures)
 
     def lines(self) -> list[str]:
         """The summary, then the reasons of what was skipped, then what failed."""
@@ -79,11 +92,9 @@ def folded(skipped: dict[str, int]) -> dict[str, int]:
     return counts
 
 
-def add_figures(case: ElementTree.Element, figures: dict[str, str]) -> None:
+def add_figure(name: str, value: str, figures: dict[str, str]) -> None:
     """Add what a test counted; what several tests count under one name is summed up."""
-    for one in case.iter("property"):
-        name, value = one.get("name", ""), one.get("value", "")
-        figures[name] = str(int(figures[name]) + int(value)) if name in figures else value
+    figures[name] = str(int(figures[name]) + int(value)) if name in figures else value
 
 
 def read_report(report: Path, outcome: Outcome) -> None:
@@ -92,7 +103,8 @@ def read_report(report: Path, outcome: Outcome) -> None:
     root = ElementTree.parse(report).getroot()
     outcome.seconds = sum(float(suite.get("time", 0)) for suite in root.iter("testsuite"))
     for case in root.iter("testcase"):
-        add_figures(case, outcome.figures)
+        for one in case.iter("property"):
+            add_figure(one.get("name", ""), one.get("value", ""), outcome.figures)
         bad = case.find("failure") is not None or case.find("error") is not None
         skip = case.find("skipped")
         if bad:
@@ -113,12 +125,12 @@ def described(environment: Environment) -> Outcome:
     return Outcome(interpreter, environment.mode, found["libnbd"])
 
 
-def run_suite(
-    environment: Environment, options: Sequence[str], variables: dict[str, str]
+def run_room(
+    environment: Environment, room: str, options: Sequence[str], variables: dict[str, str]
 ) -> Outcome:
-    """Run the whole suite in an environment, from a folder that holds nothing."""
-    outcome = described(environment)
-    log = log_path(f"suite-{environment.name}")
+    """Run the tests of a room in an environment, from a folder that holds nothing."""
+    outcome = Outcome(environment.interpreter, environment.mode, "")
+    log = log_path(f"suite-{environment.name}-{room}")
     log.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="nbd-check-") as name:
         report = Path(name, "report.xml")
@@ -130,7 +142,7 @@ def run_suite(
                 *(environment.folder / "bin" / "pytest", "-c", ROOT / "setup.cfg"),
                 *("-p", "no:cacheprovider", "--tb=short", f"--junitxml={report}"),
                 *options,
-                ROOT / "tests",
+                ROOT / "tests" / room,
             ],
             environ=clean_environment(NBD_CHECKOUT=str(ROOT), **VARIABLES, **variables),
             cwd=empty,
@@ -138,16 +150,11 @@ def run_suite(
         )
         if report.is_file():
             read_report(report, outcome)
-        if status != 0 and not outcome.failures:
+        if status not in (0, NO_TESTS) and not outcome.failures:
             how = signal.Signals(-status).name if status < 0 else f"status {status}"
-            outcome.failures.append(f"pytest itself: {how}")
-    tell(outcome, log)
-    return outcome
-
-
-def tell(outcome: Outcome, log: Path) -> None:
-    """Print an outcome; where something failed, the end of the log as well."""
+            outcome.failures.append(f"pytest itself, in {room}: {how}")
     if outcome.failures:
         show_end(log)
         say(f"    (log: {shown(log)})")
-    say("\n".join(outcome.lines()))
+    say(f"    {environment.name} {room}: {outcome.passed} passed in {outcome.seconds:.0f} s")
+    return outcome
