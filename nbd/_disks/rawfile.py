@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 _LARGE = 1024 * 1024
 #: This many bytes are read to fill io's buffer where the reader has jumped to.
 _AFTER_JUMP = 32 * 1024
+#: How many contexts of an exception are followed; a program may have made a ring of them.
+_MAX_CONTEXTS = 100
 
 
 class DiskFile(io.RawIOBase):
@@ -104,7 +106,8 @@ class DiskFile(io.RawIOBase):
         # Each call that moves the position has a list, in which it notes where it has begun.
         self._last_move: list[int] = []
         self._is_stopped = False  # perhaps: an exception has stopped the last call
-        self._was_left = False  # what is no error of the disk has left the last call
+        # The id of the exception that has stopped the last call, if it is no error of the disk.
+        self._stopped_by = 0
         self._is_dirty = False  # it was written to, and not flushed since
         # None when it is closed.
         self._connections: Connections | None = connections
@@ -253,10 +256,19 @@ class DiskFile(io.RawIOBase):
                 self._release()
 
     def reason_to_hurry(self) -> BaseException | None:
-        """The exception that the program handles, if one has stopped the last call."""
-        connections = self._connections
-        was_left = connections is not None and (connections.is_stalled or self._was_left)
-        return sys.exc_info()[1] if was_left else None
+        """The exception that the program handles, if it follows the one that stopped the last call.
+
+        An exception that is older than the call says nothing: the program may read and close files
+        in its handler.
+        """
+        handled = error = sys.exc_info()[1]
+        for _ in range(_MAX_CONTEXTS):
+            if error is None:
+                break
+            if id(error) == self._stopped_by:
+                return handled
+            error = error.__context__
+        return None
 
     def check_room(self, at: int, data: ReadableBuffer) -> None:
         """Refuse to write past the end of the disk."""
@@ -277,7 +289,7 @@ class DiskFile(io.RawIOBase):
         if connections.is_stalled:
             connections.hurry()
             self.has_given_up |= error is not None
-        elif isinstance(error, KeyboardInterrupt) or (error is not None and self._was_left):
+        elif isinstance(error, KeyboardInterrupt) or (error is not None and self._stopped_by):
             connections.hurry()
 
     def give_up(self, failed: BaseException, error: BaseException | None) -> bool:
@@ -409,7 +421,7 @@ class DiskFile(io.RawIOBase):
             move.append(at)
             self._last_move = move
             self._at = end
-            self._was_left = False
+            self._stopped_by = 0
             return result
 
     def _begin(self) -> int:
@@ -427,7 +439,10 @@ class DiskFile(io.RawIOBase):
 
     def _undo(self, move: list[int]) -> None:
         """Go back to where a call has begun, if it was the last one to move the position."""
-        self._was_left = not isinstance(sys.exc_info()[1], (DiskError, TypeError, ValueError))
+        error = sys.exc_info()[1]
+        is_plain = isinstance(error, (DiskError, TypeError, ValueError))
+        is_stalled = self._connections is not None and self._connections.is_stalled
+        self._stopped_by = 0 if is_plain and not is_stalled else id(error)
         if move and self._last_move is move:
             self._at = move[0]
 
