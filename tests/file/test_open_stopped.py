@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -31,6 +33,8 @@ BUFFERINGS = [0, 1000, -1]
 #: The last place is where the method returns: no `try` of it can be around that.  CPython runs no
 #: signal handler there, but a trace function can raise.
 RETURNS = 1
+#: What is dropped may wait for a collection, which takes long on PyPy: there one is for many files.
+AT_A_TIME = 1 if sys.implementation.name == "cpython" else 50
 
 
 @pytest.fixture
@@ -154,7 +158,7 @@ def test_a_stopped_open_or_close_leaves_nothing(
     h = nbd.connect(uri)
     source: Any = uri if given == "URI" else h
     collect_garbage()
-    before, kept = sockets(), set(_kept)
+    before, kept, turns = sockets(), set(_kept), itertools.count(1)
 
     def use() -> None:
         disk = nbd.open(source, "r+b", buffering=buffering)
@@ -171,12 +175,13 @@ def test_a_stopped_open_or_close_leaves_nothing(
             assert came_out(error) or any(isinstance(one, KeyboardInterrupt) for one in seen)
         del error
         unraisable.clear()
-        if not set(_kept) <= kept:
+        if not set(_kept) <= kept and next(turns) % AT_A_TIME == 0:
             collect_garbage()
-        assert set(_kept) <= kept
+            assert set(_kept) <= kept
 
     found = places(once, 20_000)
     collect_garbage()
+    assert set(_kept) <= kept
     assert sockets() == before
     h.close()
     figure(f"nbd.open and close, {given}, {buffering}: places of an exception", found)
