@@ -25,7 +25,7 @@ struct nbdshim *nbdshim_create(void)
     (void)sem_init(&s->turn, 0, 1); /* fails only for larger numbers */
     atomic_init(&s->waiting, 0);
     atomic_init(&s->users, 1);
-    atomic_init(&s->waker, -1);
+    atomic_init(&s->socket_dup, -1);
     atomic_init(&s->socket, -1);
     atomic_init(&s->owner, 0);
     atomic_init(&s->timeout, 0);
@@ -43,10 +43,11 @@ struct nbdshim *nbdshim_create(void)
     return s;
 }
 
-/* Replace the waker by fd, which s owns from now on, or by none (-1).  The old one is closed. */
-static void replace_waker(struct nbdshim *s, int fd)
+/* Replace the socket_dup by fd, which s owns from now on, or by none (-1).  The old one is closed.
+ */
+static void replace_socket_dup(struct nbdshim *s, int fd)
 {
-    int old = atomic_exchange(&s->waker, fd);
+    int old = atomic_exchange(&s->socket_dup, fd);
 
     if (old >= 0)
         close(old);
@@ -56,7 +57,7 @@ void nbdshim_leave(struct nbdshim *s)
 {
     if (atomic_fetch_sub_explicit(&s->users, 1, memory_order_acq_rel) == (NBDSHIM_CLOSING | 1)) {
         /* First: nbd_close may wait for a server that waits for the connection to end. */
-        replace_waker(s, -1);
+        replace_socket_dup(s, -1);
         nbd_close(s->h);
     }
     if (nbdshim_released != NULL && !nbdshim_is_reentry(s))
@@ -71,7 +72,7 @@ static void wake(struct nbdshim *s)
     /* In the child of a fork there are no such threads, and the connection is the parent's. */
     if (getpid() != atomic_load_explicit(&s->owner, memory_order_relaxed))
         return;
-    fd = atomic_exchange(&s->waker, -1);
+    fd = atomic_exchange(&s->socket_dup, -1);
     if (fd >= 0) {
         (void)shutdown(fd, SHUT_RDWR);
         close(fd);
@@ -81,19 +82,19 @@ static void wake(struct nbdshim *s)
 void nbdshim_note_socket(struct nbdshim *s)
 {
     int fd = nbd_aio_get_fd(s->h);
-    int waker = fd >= 0 ? fcntl(fd, F_DUPFD_CLOEXEC, 0) : -1;
+    int socket_dup = fd >= 0 ? fcntl(fd, F_DUPFD_CLOEXEC, 0) : -1;
 
     /* If another thread has ended the connection meanwhile, fd may have been a stranger's file. */
-    if (waker >= 0 && nbd_aio_get_fd(s->h) != fd) {
-        close(waker);
-        waker = -1;
+    if (socket_dup >= 0 && nbd_aio_get_fd(s->h) != fd) {
+        close(socket_dup);
+        socket_dup = -1;
     }
     atomic_store_explicit(&s->socket, fd, memory_order_relaxed);
     atomic_store_explicit(&s->owner, getpid(), memory_order_relaxed);
-    replace_waker(s, waker);
+    replace_socket_dup(s, socket_dup);
     /*
-     * nbdshim_close first marks the handle and then takes the waker.  Here the waker is stored
-     * first, and then the mark is read: so one of the two threads wakes who waits.
+     * nbdshim_close first marks the handle and then takes the socket_dup.  Here the socket_dup is
+     * stored first, and then the mark is read: so one of the two threads wakes who waits.
      */
     if (atomic_load(&s->users) & NBDSHIM_CLOSING)
         wake(s);
@@ -101,10 +102,10 @@ void nbdshim_note_socket(struct nbdshim *s)
 
 void nbdshim_note_end(struct nbdshim *s)
 {
-    if (atomic_load_explicit(&s->waker, memory_order_relaxed) >= 0 &&
+    if (atomic_load_explicit(&s->socket_dup, memory_order_relaxed) >= 0 &&
         (nbd_aio_is_dead(s->h) == 1 || nbd_aio_is_closed(s->h) == 1)) {
         wake(s); /* who polls it in another thread */
-        replace_waker(s, -1);
+        replace_socket_dup(s, -1);
     }
 }
 

@@ -22,9 +22,9 @@ struct nbdshim_range {
 struct nbdshim {
     struct nbd_handle *h;
     atomic_uint users;
-    atomic_int waker;  /* a duplicate of the socket, or -1; its shutdown ends calls that wait */
-    atomic_int socket; /* the number of libnbd's socket, which a forked child has to close */
-    atomic_int owner;  /* the process that connected it */
+    atomic_int socket_dup; /* a duplicate of the socket, or -1; its shutdown ends calls that wait */
+    atomic_int socket;     /* the number of libnbd's socket, which a forked child has to close */
+    atomic_int owner;      /* the process that connected it */
     atomic_bool initializes;      /* calls that do not wait clear the buffer for a read */
     atomic_uint owners;           /* who keeps this struct in place: its maker, and queues */
     sem_t turn;                   /* who has it may wait, and move the connection; see wait.h */

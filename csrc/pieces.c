@@ -24,7 +24,7 @@ static void list_answered(struct slot *slot)
     slot->is_listed = true;
     slot->next = q->answered;
     q->answered = slot;
-    nbdqueue_rouse(q);
+    nbdqueue_wake_poll(q);
 }
 
 /*
@@ -86,8 +86,8 @@ void pieces_unrefer(struct nbdqueue *q)
     watch_end(q);
     for (size_t i = 0, added = q->added; i < added; i++)
         nbdshim_disown(q->members[i].s);
-    if (q->waker >= 0)
-        close(q->waker);
+    if (q->wakeup_fd >= 0)
+        close(q->wakeup_fd);
     pthread_mutex_destroy(&q->lock);
     sem_destroy(&q->turn);
     free(q->zeroes);

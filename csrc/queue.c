@@ -29,10 +29,10 @@ struct nbdqueue *nbdqueue_create(unsigned depth, uint32_t piece, uintptr_t token
         return NULL;
     q->slots = calloc(depth, sizeof *q->slots);
     q->keeper = calloc(1, sizeof *q->keeper);
-    q->waker = -1;
+    q->wakeup_fd = -1;
     if (q->slots != NULL && q->keeper != NULL && pthread_mutex_init(&q->lock, NULL) == 0)
-        q->waker = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (q->waker < 0) { /* errno is that of the call that failed: free keeps it */
+        q->wakeup_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (q->wakeup_fd < 0) { /* errno is that of the call that failed: free keeps it */
         free(q->slots);
         free(q->keeper);
         free(q);
@@ -150,7 +150,7 @@ static void let_loop_sleep(struct nbdqueue *q)
     pthread_mutex_lock(&q->lock);
     q->is_sleeping = q->epoll >= 0;
     if (q->answered != NULL || q->done_length > q->told)
-        nbdqueue_rouse(q);
+        nbdqueue_wake_poll(q);
     pthread_mutex_unlock(&q->lock);
 }
 
@@ -239,7 +239,7 @@ static int add_member(struct nbdqueue *q, enum nbdqueue_end which, struct nbdshi
         q->members[q->added] = (struct member){.s = s, .end = which, .socket = -1};
         atomic_fetch_add(&q->added, 1); /* from now on the thread that waits may use it */
         q->has_news = true;
-        nbdqueue_rouse(q);
+        nbdqueue_wake_poll(q);
     }
     pthread_mutex_unlock(&q->lock);
     return ret;
@@ -410,7 +410,7 @@ static void notify_all(struct nbdqueue *q, const struct pollfd *fds, int64_t now
             pieces_lose(q, m, nbd_get_errno());
     }
     if (fds[q->count].revents != 0)
-        (void)!read(q->waker, &count, sizeof count);
+        (void)!read(q->wakeup_fd, &count, sizeof count);
 }
 
 /* Enter the handles that were added while this thread waits. */
@@ -444,7 +444,7 @@ static int move(struct nbdqueue *q, int64_t longest)
     is_shared = take_turns(q);
     for (size_t i = 0; i < q->count; i++)
         fds[i] = poll_of(q, &q->members[i]);
-    fds[q->count] = (struct pollfd){.fd = q->waker, .events = POLLIN};
+    fds[q->count] = (struct pollfd){.fd = q->wakeup_fd, .events = POLLIN};
     if (is_shared && longest > SHARED_SLICE)
         longest = SHARED_SLICE;
     ready = sleep_in_poll(q, fds, q->count + 1, longest);
@@ -512,15 +512,15 @@ static struct nbdshim *releaser(const struct nbdqueue *q)
 /* Close the descriptors of a queue that was dropped: nobody sleeps on them any more. */
 static void close_descriptors(struct nbdqueue *q)
 {
-    int waker;
+    int wakeup_fd;
 
     watch_end(q);
     pthread_mutex_lock(&q->lock);
-    waker = q->waker;
-    q->waker = -1;
+    wakeup_fd = q->wakeup_fd;
+    q->wakeup_fd = -1;
     pthread_mutex_unlock(&q->lock);
-    if (waker >= 0)
-        close(waker);
+    if (wakeup_fd >= 0)
+        close(wakeup_fd);
 }
 
 /* Forget everything, give the turn back, and hand the token over if that is the end of it. */
@@ -581,7 +581,7 @@ int nbdqueue_fd(struct nbdqueue *q)
     if (ret != 0)
         return ret;
     ret = enter_all(q);
-    if (ret == 0 && q->waker < 0)
+    if (ret == 0 && q->wakeup_fd < 0)
         ret = NBDSHIM_CLOSED; /* it was dropped */
     if (ret == 0)
         ret = q->epoll >= 0 ? q->epoll : watch_begin(q);
@@ -635,7 +635,7 @@ void nbdqueue_cancel(struct nbdqueue *q, uintptr_t token)
         }
     }
     pieces_cancel(q, token);
-    nbdqueue_rouse(q);
+    nbdqueue_wake_poll(q);
     pthread_mutex_unlock(&q->lock);
 }
 
@@ -715,7 +715,7 @@ int nbdqueue_submit(struct nbdqueue *q, enum nbdqueue_operation operation, uintp
     } else {
         pthread_mutex_lock(&q->lock);
         q->has_news = true;
-        nbdqueue_rouse(q);
+        nbdqueue_wake_poll(q);
         pthread_mutex_unlock(&q->lock);
     }
     return 0;
@@ -727,7 +727,7 @@ void nbdqueue_wake(struct nbdqueue *q)
         return;
     pthread_mutex_lock(&q->lock);
     q->is_woken = true;
-    nbdqueue_rouse(q);
+    nbdqueue_wake_poll(q);
     pthread_mutex_unlock(&q->lock);
 }
 
@@ -770,7 +770,7 @@ static bool mark_dropped(struct nbdqueue *q)
     pthread_mutex_lock(&q->lock);
     was_dropped = q->is_dropped;
     q->is_dropped = true;
-    nbdqueue_rouse(q);
+    nbdqueue_wake_poll(q);
     pthread_mutex_unlock(&q->lock);
     return !was_dropped;
 }
@@ -792,7 +792,7 @@ static void close_one(int *fd)
 /* In the child of a fork: close its copies of the descriptors, and leave the rest alone. */
 static void let_parent_have(struct nbdqueue *q)
 {
-    close_one(&q->waker);
+    close_one(&q->wakeup_fd);
     close_one(&q->epoll);
     close_one(&q->timer);
 }

@@ -89,7 +89,7 @@ struct nbdqueue {
     sem_t turn;
     pthread_mutex_t lock;
     atomic_uint references; /* the caller's, and one for each command in flight */
-    int waker;              /* an eventfd, which ends the poll of the thread that waits */
+    int wakeup_fd;          /* an eventfd, which ends the poll of the thread that waits */
     int epoll, timer;       /* of watch.h, or -1 */
     bool is_timing;         /* the timer was started */
     bool is_sleeping;       /* the thread that waits is in poll, or the event loop is */
@@ -130,12 +130,12 @@ static inline bool nbdqueue_is_inherited(const struct nbdqueue *q)
 }
 
 /* Have the thread that sleeps in poll look again.  q->lock is locked. */
-static inline void nbdqueue_rouse(struct nbdqueue *q)
+static inline void nbdqueue_wake_poll(struct nbdqueue *q)
 {
     const uint64_t one = 1;
 
-    if (q->is_sleeping && q->waker >= 0)
-        (void)!write(q->waker, &one, sizeof one);
+    if (q->is_sleeping && q->wakeup_fd >= 0)
+        (void)!write(q->wakeup_fd, &one, sizeof one);
     q->is_sleeping = false;
 }
 

@@ -59,20 +59,20 @@ void nbdshim_end_upcalls(void)
 
 void nbdshim_cut(struct nbdshim *s)
 {
-    int socket = atomic_load(&s->socket), waker = atomic_load(&s->waker), nothing;
+    int socket = atomic_load(&s->socket), socket_dup = atomic_load(&s->socket_dup), nothing;
     struct stat ours, its;
 
     /*
      * The connection may have ended, and a stranger's file may have its number by now.  The number
-     * is still libnbd's if it names the same socket as the waker, which is a duplicate.
+     * is still libnbd's if it names the same socket as the socket_dup, which is a duplicate.
      */
-    if (waker < 0 || fstat(waker, &ours) == -1 || fstat(socket, &its) == -1 ||
+    if (socket_dup < 0 || fstat(socket_dup, &ours) == -1 || fstat(socket, &its) == -1 ||
         ours.st_dev != its.st_dev || ours.st_ino != its.st_ino)
         return;
     nothing = open("/dev/null", O_RDWR | O_CLOEXEC);
     if (nothing >= 0) {
         (void)dup2(nothing, socket);
-        (void)dup2(nothing, waker);
+        (void)dup2(nothing, socket_dup);
         close(nothing);
     }
 }

@@ -165,16 +165,16 @@ static int pause_for_handlers(struct nbdshim_wait *w)
 
 int nbdshim_socket_of(struct nbdshim *s)
 {
-    int waker;
+    int socket_dup;
 
     if (!atomic_load_explicit(&s->is_connected, memory_order_relaxed)) {
         if (nbd_aio_is_connecting(s->h) == 1)
             nbdshim_note_socket(s);
-        else if (atomic_load(&s->waker) >= 0)
+        else if (atomic_load(&s->socket_dup) >= 0)
             atomic_store_explicit(&s->is_connected, true, memory_order_relaxed);
     }
-    waker = atomic_load(&s->waker);
-    return waker >= 0 ? waker : nbd_aio_get_fd(s->h);
+    socket_dup = atomic_load(&s->socket_dup);
+    return socket_dup >= 0 ? socket_dup : nbd_aio_get_fd(s->h);
 }
 
 /*

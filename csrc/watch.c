@@ -38,7 +38,7 @@ int watch_begin(struct nbdqueue *q)
 {
     q->timer = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
     q->epoll = epoll_create1(EPOLL_CLOEXEC);
-    if (q->timer >= 0 && q->epoll >= 0 && change(q, q->waker, 0, EPOLLIN) == 0 &&
+    if (q->timer >= 0 && q->epoll >= 0 && change(q, q->wakeup_fd, 0, EPOLLIN) == 0 &&
         change(q, q->timer, 0, EPOLLIN) == 0) {
         size_t i = 0;
 
