@@ -175,7 +175,7 @@ static bool has_room(const struct slot *slot, const struct member *m)
  * The handle of an end that has the fewest commands in flight.  Returns NULL if none can take a
  * command; *is_alive is whether one of them will be able to.  q->lock is locked.
  */
-static struct member *least_busy(const struct slot *slot, enum nbdqueue_end end, bool *is_alive)
+static struct member *least_busy(const struct slot *slot, enum nbdqueue_side side, bool *is_alive)
 {
     struct nbdqueue *q = slot->q;
     struct member *found = NULL;
@@ -184,7 +184,7 @@ static struct member *least_busy(const struct slot *slot, enum nbdqueue_end end,
     for (size_t i = 0; i < q->count; i++) {
         struct member *m = &q->members[i];
 
-        if (m->end != end || !m->is_entered || m->is_lost)
+        if (m->side != side || !m->is_entered || m->is_lost)
             continue;
         *is_alive = true;
         if ((found == NULL || m->flying < found->flying) && has_room(slot, m))
@@ -194,10 +194,10 @@ static struct member *least_busy(const struct slot *slot, enum nbdqueue_end end,
 }
 
 /* The errno for a command for which there is no connection left. */
-static int lost_error(const struct nbdqueue *q, enum nbdqueue_end end)
+static int lost_error(const struct nbdqueue *q, enum nbdqueue_side side)
 {
     for (size_t i = 0; i < q->count; i++) {
-        if (q->members[i].end == end && q->members[i].error != 0)
+        if (q->members[i].side == side && q->members[i].error != 0)
             return q->members[i].error;
     }
     return ENOTCONN;
@@ -230,7 +230,7 @@ static int64_t call(struct slot *slot)
     }
 }
 
-static enum nbdqueue_end end_of(const struct slot *slot)
+static enum nbdqueue_side side_of(const struct slot *slot)
 {
     bool is_first_of_copy =
         slot->request->operation == NBDQUEUE_COPY && slot->command == NBDQUEUE_READ;
@@ -253,7 +253,7 @@ static bool waits_for_cancelled(const struct slot *slot)
         const struct slot *other = &q->slots[i];
 
         if (other != slot && other->request != NULL && other->request->is_cancelled &&
-            other->is_flying && is_changing(other->command) && end_of(other) == end_of(slot) &&
+            other->is_flying && is_changing(other->command) && side_of(other) == side_of(slot) &&
             overlap(other, slot))
             return true;
     }
@@ -269,7 +269,7 @@ static bool waits_for_orphan(const struct slot *slot)
     for (size_t i = 0; i < q->count; i++) {
         const struct member *m = &q->members[i];
 
-        if (m->end == end_of(slot) && m->is_entered && nbdshim_is_changing(m->s, from, to))
+        if (m->side == side_of(slot) && m->is_entered && nbdshim_is_changing(m->s, from, to))
             return true;
     }
     return false;
@@ -291,10 +291,10 @@ static bool choose_member(struct slot *slot)
     bool is_alive;
 
     pthread_mutex_lock(&q->lock);
-    slot->member = least_busy(slot, end_of(slot), &is_alive);
+    slot->member = least_busy(slot, side_of(slot), &is_alive);
     if (slot->request->is_cancelled || q->is_dropped || !is_alive) {
         slot->member = NULL;
-        slot->error = is_alive ? ECANCELED : lost_error(q, end_of(slot));
+        slot->error = is_alive ? ECANCELED : lost_error(q, side_of(slot));
         list_answered(slot);
     } else if (slot->member == NULL || has_to_be_held(slot)) {
         slot->member = NULL;
@@ -332,13 +332,13 @@ static void use_file_now(struct slot *slot, struct queuefile *file)
 static void send_command(struct slot *slot)
 {
     struct nbdqueue *q = slot->q;
-    struct end *end = &q->ends[end_of(slot)];
+    struct endpoint *endpoint = &q->endpoints[side_of(slot)];
     int64_t cookie;
 
     slot->is_flying = slot->is_issued = slot->is_answered = false;
     slot->error = 0;
-    if (end->file.fd >= 0) {
-        use_file_now(slot, &end->file);
+    if (endpoint->file.fd >= 0) {
+        use_file_now(slot, &endpoint->file);
         return;
     }
     if (!choose_member(slot))
@@ -381,44 +381,44 @@ static bool has_payload(const struct nbdqueue *q, enum nbdqueue_operation operat
 {
     return operation == NBDQUEUE_READ || operation == NBDQUEUE_WRITE ||
            operation == NBDQUEUE_COPY ||
-           (operation == NBDQUEUE_ZERO && !q->ends[NBDQUEUE_TARGET].has_zero);
+           (operation == NBDQUEUE_ZERO && !q->endpoints[NBDQUEUE_TARGET].has_zero);
 }
 
 /* Where the next piece of a request ends. */
-static uint64_t end_of_piece(const struct nbdqueue *q, const struct request *r)
+static uint64_t stop_of_piece(const struct nbdqueue *q, const struct request *r)
 {
-    const struct end *end = &q->ends[NBDQUEUE_TARGET];
-    uint64_t block = round_down(r->cut, end->minimum);
+    const struct endpoint *endpoint = &q->endpoints[NBDQUEUE_TARGET];
+    uint64_t block = round_down(r->cut, endpoint->minimum);
     uint64_t largest = has_payload(q, r->operation) ? q->piece
-                       : end->is_bounded            ? end->maximum
+                       : endpoint->is_bounded       ? endpoint->maximum
                                                     : LARGEST;
-    uint64_t last = smaller(r->end, block + largest);
+    uint64_t last = smaller(r->stop, block + largest);
 
     if (r->operation != NBDQUEUE_ZERO)
         return last;
     if (r->cut != block) /* the edges of a zero are pieces of their own */
-        return smaller(last, block + end->minimum);
-    if (last == end->size)
+        return smaller(last, block + endpoint->minimum);
+    if (last == endpoint->size)
         return last;
-    return last - block > end->minimum ? round_down(last, end->minimum) : last;
+    return last - block > endpoint->minimum ? round_down(last, endpoint->minimum) : last;
 }
 
 /* Give the next piece of a request to a slot, but do not cut it off yet. */
 static void fit(struct slot *slot, struct request *r)
 {
     const struct nbdqueue *q = slot->q;
-    const struct end *end = &q->ends[NBDQUEUE_TARGET];
+    const struct endpoint *endpoint = &q->endpoints[NBDQUEUE_TARGET];
     bool is_range = r->operation != NBDQUEUE_FLUSH && r->operation != NBDQUEUE_COPY;
-    uint64_t last = end_of_piece(q, r), wide_end = last;
+    uint64_t last = stop_of_piece(q, r), wide_stop = last;
 
     slot->request = r;
     slot->offset = slot->wide_offset = r->cut;
     slot->length = last - r->cut;
     if (is_range) {
-        slot->wide_offset = round_down(r->cut, end->minimum);
-        wide_end = smaller(round_up(last, end->minimum), end->size);
+        slot->wide_offset = round_down(r->cut, endpoint->minimum);
+        wide_stop = smaller(round_up(last, endpoint->minimum), endpoint->size);
     }
-    slot->wide_length = wide_end - slot->wide_offset;
+    slot->wide_length = wide_stop - slot->wide_offset;
     slot->merges = is_change(r->operation) && slot->wide_length != slot->length;
 }
 
@@ -427,7 +427,7 @@ static bool has_to_wait(const struct slot *slot)
 {
     const struct nbdqueue *q = slot->q;
 
-    if (q->ends[NBDQUEUE_TARGET].minimum == 1 || !is_change(slot->request->operation))
+    if (q->endpoints[NBDQUEUE_TARGET].minimum == 1 || !is_change(slot->request->operation))
         return false;
     for (unsigned i = 0; i < q->depth; i++) {
         const struct slot *other = &q->slots[i];
@@ -440,7 +440,7 @@ static bool has_to_wait(const struct slot *slot)
 }
 
 /* Put a request into the list of those that are done.  q->lock is locked. */
-static void end_request(struct nbdqueue *q, struct request *r)
+static void finish_request(struct nbdqueue *q, struct request *r)
 {
     r->next = NULL;
     *q->last_done = r;
@@ -466,11 +466,12 @@ static struct slot *next_piece(struct nbdqueue *q)
     struct request *r;
 
     pthread_mutex_lock(&q->lock);
-    while (q->queued != NULL && q->queued->cut == q->queued->end) { /* it has failed, or is empty */
+    while (q->queued != NULL &&
+           q->queued->cut == q->queued->stop) { /* it has failed, or is empty */
         r = q->queued;
         unqueue(q);
         if (r->flying == 0)
-            end_request(q, r);
+            finish_request(q, r);
     }
     r = q->queued;
     slot = q->free;
@@ -487,7 +488,7 @@ static struct slot *next_piece(struct nbdqueue *q)
         q->free = slot->next;
         r->flying++;
         r->cut += slot->length;
-        if (r->cut == r->end)
+        if (r->cut == r->stop)
             unqueue(q);
     }
     pthread_mutex_unlock(&q->lock);
@@ -536,7 +537,7 @@ static void start(struct slot *slot)
     slot->member = NULL;
     if (operation == NBDQUEUE_COPY || slot->merges)
         slot->command = NBDQUEUE_READ;
-    else if (operation == NBDQUEUE_ZERO && !q->ends[NBDQUEUE_TARGET].has_zero)
+    else if (operation == NBDQUEUE_ZERO && !q->endpoints[NBDQUEUE_TARGET].has_zero)
         slot->command = NBDQUEUE_WRITE;
     slot->error = 0;
     if (is_change(operation) || operation == NBDQUEUE_READ || operation == NBDQUEUE_COPY)
@@ -573,7 +574,7 @@ void pieces_pump(struct nbdqueue *q)
 }
 
 /* The end of a piece: its slot is free, and its request may be done.  q->lock is locked. */
-static void end_piece(struct slot *slot)
+static void finish_piece(struct slot *slot)
 {
     struct nbdqueue *q = slot->q;
     struct request *r = slot->request;
@@ -582,10 +583,10 @@ static void end_piece(struct slot *slot)
         r->error = slot->error;
         r->error_offset = slot->offset;
         r->error_length = slot->length;
-        r->error_end = end_of(slot);
+        r->error_side = side_of(slot);
     }
     if (slot->error != 0) {
-        r->cut = r->end; /* if it is still queued, next_piece finds it */
+        r->cut = r->stop; /* if it is still queued, next_piece finds it */
     } else if (r->operation == NBDQUEUE_COPY) {
         atomic_fetch_add(&q->copied, slot->length);
         r->moved += slot->length;
@@ -600,7 +601,7 @@ static void end_piece(struct slot *slot)
     q->free = slot;
     r->flying--;
     if (r->flying == 0 && r != q->queued)
-        end_request(q, r);
+        finish_request(q, r);
 }
 
 /*
@@ -610,21 +611,22 @@ static void end_piece(struct slot *slot)
  */
 static bool cut_further(struct slot *slot)
 {
-    struct end *end = &slot->q->ends[NBDQUEUE_TARGET];
-    uint64_t stop = smaller(round_up(slot->offset + slot->length, end->minimum), end->size);
+    struct endpoint *endpoint = &slot->q->endpoints[NBDQUEUE_TARGET];
+    uint64_t stop =
+        smaller(round_up(slot->offset + slot->length, endpoint->minimum), endpoint->size);
 
     if (slot->command != NBDQUEUE_ZERO && slot->command != NBDQUEUE_TRIM &&
         slot->command != NBDQUEUE_CACHE)
         return false;
-    if (slot->error == EINVAL && end->maximum != 0 && slot->wide_length > end->maximum) {
-        end->is_bounded = true;
-        slot->wide_length = end->maximum;
+    if (slot->error == EINVAL && endpoint->maximum != 0 && slot->wide_length > endpoint->maximum) {
+        endpoint->is_bounded = true;
+        slot->wide_length = endpoint->maximum;
         return true;
     }
     if (slot->error != 0 || slot->wide_offset + slot->wide_length >= stop)
         return false;
     slot->wide_offset += slot->wide_length;
-    slot->wide_length = smaller(end->maximum, stop - slot->wide_offset);
+    slot->wide_length = smaller(endpoint->maximum, stop - slot->wide_offset);
     return true;
 }
 
@@ -654,7 +656,7 @@ static void land(struct slot *slot)
     if (was_read && slot->data == slot->own)
         memcpy(r->buffer + (slot->offset - r->start), slot->own + before, slot->length);
     pthread_mutex_lock(&q->lock);
-    end_piece(slot);
+    finish_piece(slot);
     pthread_mutex_unlock(&q->lock);
 }
 
@@ -796,27 +798,28 @@ void pieces_forget(struct nbdqueue *q, struct nbdshim *s)
 
 int pieces_check(const struct nbdqueue *q, struct request *r)
 {
-    const struct end *end = &q->ends[NBDQUEUE_TARGET];
-    const struct end *source = &q->ends[NBDQUEUE_SOURCE];
+    const struct endpoint *endpoint = &q->endpoints[NBDQUEUE_TARGET];
+    const struct endpoint *source = &q->endpoints[NBDQUEUE_SOURCE];
 
     if (r->operation == NBDQUEUE_FLUSH) {
         r->start = r->cut = 0;
-        r->end = 1; /* one piece */
+        r->stop = 1; /* one piece */
         return 0;
     }
-    if (r->end < r->start || r->end > end->size)
+    if (r->stop < r->start || r->stop > endpoint->size)
         return is_change(r->operation) || r->operation == NBDQUEUE_COPY ? ENOSPC : EINVAL;
     if (r->operation == NBDQUEUE_COPY &&
-        (r->end > source->size || r->start % end->minimum != 0 || r->start % source->minimum != 0 ||
-         (r->end != end->size && r->end % end->minimum != 0) ||
-         (r->end != source->size && r->end % source->minimum != 0)))
+        (r->stop > source->size || r->start % endpoint->minimum != 0 ||
+         r->start % source->minimum != 0 ||
+         (r->stop != endpoint->size && r->stop % endpoint->minimum != 0) ||
+         (r->stop != source->size && r->stop % source->minimum != 0)))
         return EINVAL;
     if (r->operation == NBDQUEUE_TRIM) { /* only whole blocks */
-        r->cut = r->start + (end->minimum - r->start % end->minimum) % end->minimum;
-        if (r->end != end->size)
-            r->end = round_down(r->end, end->minimum);
-        if (r->cut > r->end)
-            r->cut = r->end;
+        r->cut = r->start + (endpoint->minimum - r->start % endpoint->minimum) % endpoint->minimum;
+        if (r->stop != endpoint->size)
+            r->stop = round_down(r->stop, endpoint->minimum);
+        if (r->cut > r->stop)
+            r->cut = r->stop;
     }
     return 0;
 }
@@ -826,12 +829,12 @@ void pieces_settle_size(struct nbdqueue *q)
     uint32_t minimum = 1;
 
     for (size_t i = 0; i < 2; i++) {
-        const struct end *end = &q->ends[i];
+        const struct endpoint *endpoint = &q->endpoints[i];
 
-        if (end->minimum > minimum)
-            minimum = end->minimum;
-        if (end->maximum != 0 && end->maximum < q->piece)
-            q->piece = end->maximum;
+        if (endpoint->minimum > minimum)
+            minimum = endpoint->minimum;
+        if (endpoint->maximum != 0 && endpoint->maximum < q->piece)
+            q->piece = endpoint->maximum;
     }
     q->piece = q->piece < minimum ? minimum : (uint32_t)round_down(q->piece, minimum);
 }

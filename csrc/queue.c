@@ -48,7 +48,7 @@ struct nbdqueue *nbdqueue_create(unsigned depth, uint32_t piece, uintptr_t token
     q->last_queued = &q->queued;
     q->last_done = &q->done;
     for (size_t i = 0; i < 2; i++)
-        q->ends[i] = (struct end){.file.fd = -1, .minimum = 1};
+        q->endpoints[i] = (struct endpoint){.file.fd = -1, .minimum = 1};
     for (unsigned i = 0; i < depth; i++) {
         q->slots[i].q = q;
         q->slots[i].next = q->free;
@@ -76,21 +76,21 @@ static uint32_t constraint(struct nbdshim *s, int which)
 #endif
 }
 
-void nbdqueue_add_file(struct nbdqueue *q, enum nbdqueue_end which, int fd, uint64_t base,
+void nbdqueue_add_file(struct nbdqueue *q, enum nbdqueue_side side, int fd, uint64_t base,
                        uint64_t size)
 {
-    q->ends[which] = (struct end){
+    q->endpoints[side] = (struct endpoint){
         .file = {.fd = fd, .base = base}, .size = size, .minimum = 1, .has_zero = true};
 }
 
-uint64_t nbdqueue_size(const struct nbdqueue *q, enum nbdqueue_end end)
+uint64_t nbdqueue_size(const struct nbdqueue *q, enum nbdqueue_side side)
 {
-    return q->ends[end].size;
+    return q->endpoints[side].size;
 }
 
-uint32_t nbdqueue_minimum(const struct nbdqueue *q, enum nbdqueue_end end)
+uint32_t nbdqueue_minimum(const struct nbdqueue *q, enum nbdqueue_side side)
 {
-    return q->ends[end].minimum;
+    return q->endpoints[side].minimum;
 }
 
 double nbdqueue_last_moved(const struct nbdqueue *q)
@@ -179,49 +179,49 @@ static void end_turn(struct nbdqueue *q)
  * Ask a handle that was entered what the queue has to know of its export.  Returns 0; -1 if libnbd
  * fails, or NBDSHIM_TOO_LARGE.
  */
-static int ask_export(struct end *export, struct nbdshim *s)
+static int ask_export(struct endpoint *export, struct nbdshim *s)
 {
     int64_t size = nbdshim_number(nbd_get_size(s->h), "nbd_get_size");
     uint32_t minimum = constraint(s, LIBNBD_SIZE_MINIMUM);
 
     if (size < 0)
         return size == -1 ? -1 : NBDSHIM_TOO_LARGE;
-    *export = (struct end){.size = (uint64_t)size,
-                           .minimum = (minimum & (minimum - 1)) == 0 ? minimum : 1,
-                           .maximum = constraint(s, LIBNBD_SIZE_MAXIMUM),
-                           .has_zero = nbd_can_zero(s->h) == 1};
+    *export = (struct endpoint){.size = (uint64_t)size,
+                                .minimum = (minimum & (minimum - 1)) == 0 ? minimum : 1,
+                                .maximum = constraint(s, LIBNBD_SIZE_MAXIMUM),
+                                .has_zero = nbd_can_zero(s->h) == 1};
     if (export->minimum == 0)
         export->minimum = 1;
     return 0;
 }
 
 /* Before the first request: make an end as small as its next handle needs.  q->lock is locked. */
-static void narrow(struct end *end, const struct end *export)
+static void narrow(struct endpoint *endpoint, const struct endpoint *export)
 {
-    if (end->count == 0 || export->size < end->size)
-        end->size = export->size;
-    if (export->minimum > end->minimum)
-        end->minimum = export->minimum;
-    if (export->maximum != 0 && (end->maximum == 0 || export->maximum < end->maximum))
-        end->maximum = export->maximum;
-    end->has_zero = export->has_zero && (end->count == 0 || end->has_zero);
+    if (endpoint->count == 0 || export->size < endpoint->size)
+        endpoint->size = export->size;
+    if (export->minimum > endpoint->minimum)
+        endpoint->minimum = export->minimum;
+    if (export->maximum != 0 && (endpoint->maximum == 0 || export->maximum < endpoint->maximum))
+        endpoint->maximum = export->maximum;
+    endpoint->has_zero = export->has_zero && (endpoint->count == 0 || endpoint->has_zero);
 }
 
 /* Later: whether the next handle of an end can do all that is asked of the others. */
-static bool fits(const struct end *end, const struct end *export)
+static bool fits(const struct endpoint *endpoint, const struct endpoint *export)
 {
     bool has_maximum =
-        export->maximum == 0 || (end->maximum != 0 && export->maximum >= end->maximum);
+        export->maximum == 0 || (endpoint->maximum != 0 && export->maximum >= endpoint->maximum);
 
-    return export->size == end->size && export->minimum == end->minimum && has_maximum &&
-           (export->has_zero || !end->has_zero);
+    return export->size == endpoint->size && export->minimum == endpoint->minimum && has_maximum &&
+           (export->has_zero || !endpoint->has_zero);
 }
 
 /* Give an end one handle more.  Returns 0 or a refusal. */
-static int add_member(struct nbdqueue *q, enum nbdqueue_end which, struct nbdshim *s,
-                      const struct end *export)
+static int add_member(struct nbdqueue *q, enum nbdqueue_side side, struct nbdshim *s,
+                      const struct endpoint *export)
 {
-    struct end *end = &q->ends[which];
+    struct endpoint *endpoint = &q->endpoints[side];
     int ret = 0;
 
     pthread_mutex_lock(&q->lock);
@@ -229,14 +229,14 @@ static int add_member(struct nbdqueue *q, enum nbdqueue_end which, struct nbdshi
         ret = NBDSHIM_CLOSED;
     else if (q->added == NBDQUEUE_MAX_HANDLES)
         ret = NBDSHIM_TOO_MANY;
-    else if (q->is_started && !fits(end, export))
+    else if (q->is_started && !fits(endpoint, export))
         ret = NBDSHIM_OTHER_EXPORT;
     if (ret == 0) {
         if (!q->is_started)
-            narrow(end, export);
+            narrow(endpoint, export);
         atomic_fetch_add(&s->owners, 1);
-        end->count++;
-        q->members[q->added] = (struct member){.s = s, .end = which, .socket = -1};
+        endpoint->count++;
+        q->members[q->added] = (struct member){.s = s, .side = side, .socket = -1};
         atomic_fetch_add(&q->added, 1); /* from now on the thread that waits may use it */
         q->has_news = true;
         nbdqueue_wake_poll(q);
@@ -245,9 +245,9 @@ static int add_member(struct nbdqueue *q, enum nbdqueue_end which, struct nbdshi
     return ret;
 }
 
-int nbdqueue_add(struct nbdqueue *q, enum nbdqueue_end which, struct nbdshim *s)
+int nbdqueue_add(struct nbdqueue *q, enum nbdqueue_side side, struct nbdshim *s)
 {
-    struct end export;
+    struct endpoint export;
     int ret;
 
     if (is_unusable(q))
@@ -257,7 +257,7 @@ int nbdqueue_add(struct nbdqueue *q, enum nbdqueue_end which, struct nbdshim *s)
         return ret;
     ret = ask_export(&export, s);
     if (ret == 0)
-        ret = add_member(q, which, s, &export);
+        ret = add_member(q, side, s, &export);
     nbdshim_leave(s);
     if (ret == 0 && sem_trywait(&q->turn) == 0) {
         (void)enter_all(q);
@@ -489,7 +489,7 @@ static int tell(struct nbdqueue *q, struct nbdqueue_done *done, int room)
                                                .length = r->error_length,
                                                .moved = r->moved,
                                                .error = r->error,
-                                               .end = (int)r->error_end};
+                                               .side = (int)r->error_side};
     }
     q->told = (unsigned)count;
     q->is_woken = false;
@@ -625,13 +625,13 @@ void nbdqueue_cancel(struct nbdqueue *q, uintptr_t token)
         return;
     pthread_mutex_lock(&q->lock);
     for (struct request *r = q->queued; r != NULL; r = r->next) {
-        if (r->token != token || r->cut == r->end)
+        if (r->token != token || r->cut == r->stop)
             continue;
-        r->cut = r->end;
+        r->cut = r->stop;
         if (r->error == 0) {
             r->error = ECANCELED;
             r->error_offset = r->start;
-            r->error_length = r->end - r->start;
+            r->error_length = r->stop - r->start;
         }
     }
     pieces_cancel(q, token);
@@ -686,13 +686,13 @@ int nbdqueue_submit(struct nbdqueue *q, enum nbdqueue_operation operation, uintp
                           .buffer = buffer,
                           .start = offset,
                           .cut = offset,
-                          .end = offset + length,
+                          .stop = offset + length,
                           .flags = flags};
     r->error = pieces_check(q, r);
     if (r->error != 0) {
         r->error_offset = offset;
         r->error_length = length;
-        r->cut = r->end;
+        r->cut = r->stop;
     }
     pthread_mutex_lock(&q->lock);
     if (q->is_dropped) {

@@ -42,7 +42,7 @@
 /* The largest number of handles that a queue takes. */
 enum { NBDQUEUE_MAX_HANDLES = 64 };
 
-enum nbdqueue_end { NBDQUEUE_TARGET, NBDQUEUE_SOURCE };
+enum nbdqueue_side { NBDQUEUE_TARGET, NBDQUEUE_SOURCE };
 
 enum nbdqueue_operation {
     NBDQUEUE_READ,
@@ -62,7 +62,7 @@ struct nbdqueue_done {
     uint64_t length; /* and its size in bytes, without what was added for the alignment */
     uint64_t moved;  /* bytes of the request that were copied or set to zero */
     int error;       /* the errno of the piece that failed first, or 0 */
-    int end;         /* enum nbdqueue_end: where it failed */
+    int side;        /* enum nbdqueue_side: where it failed */
 };
 
 struct nbdqueue;
@@ -87,18 +87,18 @@ int nbdqueue_make(struct nbdqueue **made, unsigned depth, uint32_t piece, uintpt
  * that the handle is not connected), or a refusal: NBDSHIM_TOO_MANY, NBDSHIM_OTHER_EXPORT, or
  * NBDSHIM_TOO_LARGE for an export of 2^63 bytes or more.
  */
-int nbdqueue_add(struct nbdqueue *q, enum nbdqueue_end end, struct nbdshim *s);
+int nbdqueue_add(struct nbdqueue *q, enum nbdqueue_side side, struct nbdshim *s);
 
 /*
  * The same for a file of size bytes, which begins at base in the file.  The caller owns the
  * descriptor, and keeps it open.
  */
-void nbdqueue_add_file(struct nbdqueue *q, enum nbdqueue_end end, int fd, uint64_t base,
+void nbdqueue_add_file(struct nbdqueue *q, enum nbdqueue_side side, int fd, uint64_t base,
                        uint64_t size);
 
 /* The size of an end in bytes, and its minimum block size. */
-uint64_t nbdqueue_size(const struct nbdqueue *q, enum nbdqueue_end end);
-uint32_t nbdqueue_minimum(const struct nbdqueue *q, enum nbdqueue_end end);
+uint64_t nbdqueue_size(const struct nbdqueue *q, enum nbdqueue_side side);
+uint32_t nbdqueue_minimum(const struct nbdqueue *q, enum nbdqueue_side side);
 
 /*
  * Add a request.  Never waits.  token comes back in struct nbdqueue_done.  Returns 0 or a refusal:

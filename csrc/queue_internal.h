@@ -26,7 +26,7 @@
 /* A handle of the queue. */
 struct member {
     struct nbdshim *s;
-    enum nbdqueue_end end;
+    enum nbdqueue_side side;
     unsigned flying; /* commands that libnbd has */
     int error;       /* of the connection, if it is lost */
     bool is_lost;    /* it is closed, or its connection has ended */
@@ -37,7 +37,7 @@ struct member {
     uint32_t events; /* what the epoll watches it for */
 };
 
-struct end {
+struct endpoint {
     size_t count;          /* of its handles */
     struct queuefile file; /* its fd is -1 if the end has handles */
     uint64_t size;
@@ -52,13 +52,13 @@ struct request {
     uintptr_t token;
     uint64_t serial;
     char *buffer;
-    uint64_t start, cut, end; /* the range; what is before cut was given to slots */
+    uint64_t start, cut, stop; /* the range; what is before cut was given to slots */
     uint32_t flags;
     unsigned flying; /* its slots */
     uint64_t moved;  /* bytes that were copied or set to zero */
     int error;       /* of the piece that failed first: */
     uint64_t error_offset, error_length;
-    enum nbdqueue_end error_end;
+    enum nbdqueue_side error_side;
     bool is_cancelled; /* nobody waits for it */
 };
 
@@ -100,7 +100,7 @@ struct nbdqueue {
     unsigned depth, flying;
     unsigned forks; /* nbdshim_forks of the process that made the queue */
     uint32_t piece;
-    struct end ends[2];
+    struct endpoint endpoints[2];
     struct member members[NBDQUEUE_MAX_HANDLES];
     atomic_size_t added; /* members that were given to the queue; q->lock is locked to change it */
     atomic_size_t count; /* those that are in use: who has the turn takes over the others */

@@ -580,7 +580,7 @@ class _Copy:
         if not done.error:
             return 0
         place = done.offset, done.length or stop - start, done.error
-        if done.end != SOURCE:
+        if done.side != SOURCE:
             raise failure(ZERO if operation == ZERO else WRITE, self._target, *place)
         if isinstance(self._source, Disk) and self._source.is_lost(engine):
             raise failure(READ, self._source, *place)

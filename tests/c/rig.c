@@ -9,9 +9,9 @@
 
 char room[DISK_SIZE];
 
-void add(struct nbdqueue *q, enum nbdqueue_end end, struct nbdshim *s)
+void add(struct nbdqueue *q, enum nbdqueue_side side, struct nbdshim *s)
 {
-    CHECK(nbdqueue_add(q, end, s) == 0);
+    CHECK(nbdqueue_add(q, side, s) == 0);
 }
 
 void set_up(struct rig *rig, unsigned depth, uint32_t piece)

@@ -25,7 +25,7 @@ struct rig {
 };
 
 /* Give the queue one more handle. */
-void add(struct nbdqueue *q, enum nbdqueue_end end, struct nbdshim *s);
+void add(struct nbdqueue *q, enum nbdqueue_side side, struct nbdshim *s);
 
 /* Begin a rig. */
 void set_up(struct rig *rig, unsigned depth, uint32_t piece);

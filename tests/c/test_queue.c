@@ -141,7 +141,7 @@ static void an_error_comes_with_its_offset(void)
     finish(&rig, 1);
     CHECK(rig.done[0].error == EIO);
     CHECK(rig.done[0].offset == 3 * SIZE);
-    CHECK(rig.done[0].end == NBDQUEUE_TARGET);
+    CHECK(rig.done[0].side == NBDQUEUE_TARGET);
     tear_down(&rig);
 }
 
@@ -933,7 +933,7 @@ static void a_source_file_that_is_too_short_fails_with_eio(void)
     CHECK(nbdqueue_submit(rig.q, NBDQUEUE_COPY, 1, NULL, DISK_SIZE, 0, 0) == 0);
     finish(&rig, 1);
     CHECK(rig.done[0].error == EIO);
-    CHECK(rig.done[0].end == NBDQUEUE_SOURCE);
+    CHECK(rig.done[0].side == NBDQUEUE_SOURCE);
     CHECK(rig.done[0].offset == 3 * SIZE);
     tear_down(&rig);
     close(target);
@@ -1002,14 +1002,14 @@ static void writes_need_not_be_aligned_and_may_share_a_block(void)
 static void zeroes_need_not_be_aligned(void)
 {
     const struct {
-        uint64_t start, end;
+        uint64_t start, stop;
     } ranges[] = {{100, 200}, {BLOCK + 1, 3 * BLOCK - 1}, {8 * BLOCK, 9 * BLOCK + 1}};
     struct rig rig;
 
     set_up_blocks(&rig);
     for (uintptr_t i = 0; i < 3; i++) {
-        submit(&rig, NBDQUEUE_ZERO, i + 1, ranges[i].end - ranges[i].start, ranges[i].start);
-        memset(other_room + ranges[i].start, 0, ranges[i].end - ranges[i].start);
+        submit(&rig, NBDQUEUE_ZERO, i + 1, ranges[i].stop - ranges[i].start, ranges[i].start);
+        memset(other_room + ranges[i].start, 0, ranges[i].stop - ranges[i].start);
     }
     finish(&rig, 3);
     CHECK(each_ended_once(&rig, 3));
