@@ -10,7 +10,7 @@
 #include <unistd.h>
 
 /* Commands without data are not larger than this. */
-#define LARGEST (UINT64_C(128) << 20)
+#define MAX_RANGE (UINT64_C(128) << 20)
 /* Of memory that a file opened with O_DIRECT is read into: no block device has larger blocks. */
 #define ALIGNMENT 4096
 
@@ -391,7 +391,7 @@ static uint64_t stop_of_piece(const struct nbdqueue *q, const struct request *r)
     uint64_t block = round_down(r->cut, endpoint->minimum);
     uint64_t largest = has_payload(q, r->operation) ? q->piece
                        : endpoint->is_bounded       ? endpoint->maximum
-                                                    : LARGEST;
+                                                    : MAX_RANGE;
     uint64_t last = smaller(r->stop, block + largest);
 
     if (r->operation != NBDQUEUE_ZERO)

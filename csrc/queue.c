@@ -11,12 +11,10 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-/* Where another thread moves one of the handles, it is asked for again after so long. */
-#define SHARED_SLICE (10 * NBDSHIM_MILLISECOND)
 /* A queue that never sleeps runs the handlers of signals so often. */
-#define BUSY_SLICE (20 * NBDSHIM_MILLISECOND)
+#define HANDLER_INTERVAL (20 * NBDSHIM_MILLISECOND)
 /* A step of an event loop ends after so long, even if there is more to do. */
-#define STEP 0.001
+#define MAX_STEP_SECONDS 0.001
 
 /* What `move` returns besides refusals. */
 enum { IDLE, HAS_MOVED, INTERRUPTED };
@@ -304,7 +302,7 @@ static int take_turn(struct nbdqueue *q, int64_t until)
         if (ret != 0)
             return ret;
     }
-    q->next_pause = nbdshim_deadline((double)BUSY_SLICE / (double)NBDSHIM_SECOND);
+    q->handlers_due = nbdshim_deadline((double)HANDLER_INTERVAL / (double)NBDSHIM_SECOND);
     return 0;
 }
 
@@ -445,8 +443,8 @@ static int move(struct nbdqueue *q, int64_t longest)
     for (size_t i = 0; i < q->count; i++)
         fds[i] = poll_of(q, &q->members[i]);
     fds[q->count] = (struct pollfd){.fd = q->wakeup_fd, .events = POLLIN};
-    if (is_shared && longest > SHARED_SLICE)
-        longest = SHARED_SLICE;
+    if (is_shared && longest > SHARED_RETRY_INTERVAL)
+        longest = SHARED_RETRY_INTERVAL;
     ready = sleep_in_poll(q, fds, q->count + 1, longest);
     now = nbdshim_now();
     atomic_store_explicit(&q->is_moving, true, memory_order_relaxed);
@@ -455,7 +453,7 @@ static int move(struct nbdqueue *q, int64_t longest)
     atomic_store_explicit(&q->is_moving, false, memory_order_relaxed);
     give_turns(q);
     ret = pieces_reap(q) || ready > 0 ? HAS_MOVED : ready < 0 ? INTERRUPTED : IDLE;
-    if (ready < 0 || now >= q->next_pause) {
+    if (ready < 0 || now >= q->handlers_due) {
         int stopped = pause_for_handlers(q);
 
         return stopped != 0 ? stopped : ret;
@@ -591,7 +589,7 @@ int nbdqueue_fd(struct nbdqueue *q)
 
 int nbdqueue_step(struct nbdqueue *q, struct nbdqueue_done *done, int room)
 {
-    int64_t until = nbdshim_deadline(STEP);
+    int64_t until = nbdshim_deadline(MAX_STEP_SECONDS);
     int ret;
 
     if (is_unusable(q))
@@ -600,7 +598,7 @@ int nbdqueue_step(struct nbdqueue *q, struct nbdqueue_done *done, int room)
         return NBDSHIM_REENTERED;
     if (sem_trywait(&q->turn) != 0)
         return 0; /* who has it rouses the event loop at the end */
-    q->next_pause = NBDSHIM_NEVER;
+    q->handlers_due = NBDSHIM_NEVER;
     ret = enter_all(q);
     if (ret == 0) {
         watch_stop_timer(q);

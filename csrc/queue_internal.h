@@ -23,6 +23,9 @@
 
 #include <unistd.h>
 
+/* The retry interval for the turn of a handle that another thread moves. */
+#define SHARED_RETRY_INTERVAL (10 * NBDSHIM_MILLISECOND)
+
 /* A handle of the queue. */
 struct member {
     struct nbdshim *s;
@@ -117,7 +120,7 @@ struct nbdqueue {
     atomic_uint_fast64_t copied, zeroed;
     _Atomic int64_t last_moved; /* when a byte last moved, in nanoseconds; 0 is never */
     atomic_bool is_moving;      /* who has the turn notes it */
-    int64_t next_pause;         /* when the handlers of signals are to run, at the latest */
+    int64_t handlers_due;       /* when the handlers of signals are to run, at the latest */
 };
 
 /*

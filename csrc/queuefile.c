@@ -12,7 +12,7 @@
 #include <unistd.h>
 
 /* Smaller writes are left to the system, which can put several together. */
-#define LEAST_WRITTEN_BACK (64 * 1024)
+#define MIN_WRITTEN_BACK (64 * 1024)
 
 /* What has become of `done` bytes (of pread or pwrite).  Returns 0 to go on, or an errno. */
 static int check(ssize_t done)
@@ -81,7 +81,7 @@ static int write_back(struct queuefile *file, uint64_t at, uint64_t length)
         error = finish(file->fd, file->recent[oldest].at, file->recent[oldest].length);
     file->recent[oldest].at = at;
     file->recent[oldest].length = length;
-    file->oldest = (oldest + 1) % QUEUEFILE_RECENT;
+    file->oldest = (oldest + 1) % QUEUEFILE_MAX_RECENT;
     return error;
 }
 
@@ -90,7 +90,7 @@ int queuefile_write(struct queuefile *file, const char *data, uint64_t length, u
     uint64_t at = file->base + offset;
     int error = write_all(file->fd, data, length, at);
 
-    if (error == 0 && length >= LEAST_WRITTEN_BACK)
+    if (error == 0 && length >= MIN_WRITTEN_BACK)
         error = write_back(file, at, length);
     return error;
 }

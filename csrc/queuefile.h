@@ -12,14 +12,14 @@
 #include <stdint.h>
 
 /* So many writes are on their way to the disk before the oldest is waited for. */
-#define QUEUEFILE_RECENT 32
+#define QUEUEFILE_MAX_RECENT 32
 
 struct queuefile {
     int fd;        /* the caller's; -1 if there is no file */
     uint64_t base; /* where the end begins in the file, in bytes */
     struct {
         uint64_t at, length;
-    } recent[QUEUEFILE_RECENT]; /* what was written last; a length of 0 is none */
+    } recent[QUEUEFILE_MAX_RECENT]; /* what was written last; a length of 0 is none */
     unsigned oldest;
 };
 

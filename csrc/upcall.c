@@ -13,9 +13,9 @@
 #include <unistd.h>
 
 /* So many tokens at most are handed over by one upcall. */
-#define BATCH 64
+#define MAX_BATCH 64
 /* How often nbdshim_holds tries to get the lock, and lets other threads run in between. */
-#define HOLDS_TRIES 100000
+#define MAX_LOCK_TRIES 100000
 
 struct nbdshim_upcalls nbdshim_up;
 static _Atomic(void *) owner_of_upcalls;
@@ -171,7 +171,7 @@ static struct nbdshim_closure *take_released(const struct nbdshim *s)
  */
 static bool are_taken(const uintptr_t *tokens, size_t count)
 {
-    for (int i = 0; i < NBDSHIM_TRIES; i++) {
+    for (int i = 0; i < NBDSHIM_MAX_TRIES; i++) {
         if (nbdshim_up.release(tokens, count) == 0)
             return true;
     }
@@ -183,12 +183,12 @@ void nbdshim_hand_over(struct nbdshim *s)
     struct nbdshim_closure *list = take_released(s), *next;
 
     while (list != NULL) {
-        uintptr_t tokens[BATCH];
+        uintptr_t tokens[MAX_BATCH];
         size_t count = 0;
         struct nbdshim_closure *c;
         bool taken;
 
-        for (c = list; c != NULL && count < BATCH; c = c->next)
+        for (c = list; c != NULL && count < MAX_BATCH; c = c->next)
             tokens[count++] = c->token;
         taken = are_taken(tokens, count);
         for (size_t i = 0; i < count; i++, list = next) {
@@ -217,7 +217,7 @@ bool nbdshim_holds(struct nbdshim *s, uintptr_t token)
         return false;
     /* In the child of a fork, a thread of the parent may have the lock: it is never unlocked. */
     for (int tries = 0; pthread_mutex_trylock(&s->lock) != 0; tries++) {
-        if (tries == HOLDS_TRIES)
+        if (tries == MAX_LOCK_TRIES)
             return true;
         sched_yield();
     }

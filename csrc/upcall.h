@@ -8,7 +8,7 @@
 #include <stdatomic.h>
 
 /* So often an upcall is tried, if the exception of a signal handler kept it from its work. */
-#define NBDSHIM_TRIES 3
+#define NBDSHIM_MAX_TRIES 3
 
 /*
  * For variables of a thread: they are in memory that the thread has from its start.  Other models

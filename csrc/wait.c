@@ -20,7 +20,7 @@
 #define MAX_ORPHAN_BYTES (UINT64_C(64) << 20)
 
 /* So often an upcall is tried if handlers of signals raise in it. */
-#define KEEP_TRIES 100
+#define MAX_KEEP_TRIES 100
 
 _Thread_local struct nbdshim_wait *nbdshim_waiting;
 
@@ -309,7 +309,7 @@ static bool keep_buffer(struct nbdshim_command *c)
 
     if (!c->has_buffer_alone || c->buffer.token != 0 || nbdshim_is_silent())
         return true;
-    for (int i = 0; i < KEEP_TRIES; i++) {
+    for (int i = 0; i < MAX_KEEP_TRIES; i++) {
         if (nbdshim_up.orphaned(token) == 0) {
             c->buffer.token = token;
             nbdshim_closure_hold(&c->buffer);

@@ -7,9 +7,6 @@
 #include <sys/timerfd.h>
 #include <unistd.h>
 
-/* A handle that another thread moves is looked at again after so long. */
-#define SHARED_PAUSE (10 * NBDSHIM_MILLISECOND)
-
 /* Whether this process has made the epoll.  If not, it belongs to the parent. */
 static bool is_ours(const struct nbdqueue *q)
 {
@@ -66,7 +63,7 @@ static uint32_t wanted(const struct member *m)
 
 static void start_timer(struct nbdqueue *q)
 {
-    struct itimerspec once = {.it_value.tv_nsec = SHARED_PAUSE};
+    struct itimerspec once = {.it_value.tv_nsec = SHARED_RETRY_INTERVAL};
 
     if (!q->is_timing)
         q->is_timing = timerfd_settime(q->timer, 0, &once, NULL) == 0;

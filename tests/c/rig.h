@@ -9,7 +9,7 @@
 #include "server.h"
 
 #define SIZE 4096
-#define MOST 16
+#define MAX_DONE 16
 #define FOR_EVER (-1.0)
 
 /* What is written, and read into: a request has the bytes at its offset. */
@@ -21,7 +21,7 @@ struct rig {
     int server;
     struct nbdqueue *q;
     struct token token; /* the queue's */
-    struct nbdqueue_done done[MOST];
+    struct nbdqueue_done done[MAX_DONE];
 };
 
 /* Give the queue one more handle. */

@@ -42,7 +42,7 @@ static struct command receive_write(int server)
 /* Let a queue send and receive what it can. */
 static void move(struct rig *rig)
 {
-    CHECK(nbdqueue_wait(rig->q, rig->done, MOST, 1, SHORTLY) == 0);
+    CHECK(nbdqueue_wait(rig->q, rig->done, MAX_DONE, 1, SHORTLY) == 0);
 }
 
 /* A rig, and the write at offset 0 that a call on its handle has given up. */
@@ -149,7 +149,7 @@ static void what_is_held_back_can_be_cancelled_too(void)
     nbdqueue_cancel(rig.q, 1);
     submit(&rig, NBDQUEUE_WRITE, 2, SIZE, 0);
     nbdqueue_cancel(rig.q, 2);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MOST, 1, ONE_SECOND) == 1);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, ONE_SECOND) == 1);
     CHECK(rig.done[0].token == 2 && rig.done[0].error == ECANCELED);
     nbdqueue_take(rig.q, rig.done, 1);
     answer(rig.server, first, 0, NULL, 0);
@@ -189,7 +189,7 @@ static void what_is_held_back_ends_when_its_connection_is_lost(void)
     (void)set_up_after_a_write_that_timed_out(&rig);
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     CHECK(shutdown(rig.server, SHUT_RDWR) == 0);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MOST, 1, FOR_EVER) == 1);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == 1);
     CHECK(rig.done[0].error != 0);
     tear_down(&rig);
 }
@@ -202,10 +202,10 @@ static void queues_that_are_dropped_leave_a_bounded_number_of_orphans(void)
 
     set_up(&rig, 1, SIZE);
     for (int i = 0; i < QUEUES; i++) {
-        struct nbdqueue *q = nbdqueue_create(MOST, SIZE, give(&tokens[i]));
+        struct nbdqueue *q = nbdqueue_create(MAX_DONE, SIZE, give(&tokens[i]));
 
         add(q, NBDQUEUE_TARGET, rig.s);
-        for (uintptr_t t = 1; t <= MOST; t++)
+        for (uintptr_t t = 1; t <= MAX_DONE; t++)
             CHECK(nbdqueue_submit(q, NBDQUEUE_READ, t, room, SIZE, 0, 0) == 0);
         nbdqueue_destroy(q);
         CHECK(nbdshim_orphans(rig.s) <= MAX_ORPHANS);
@@ -241,16 +241,16 @@ static void what_has_no_room_is_sent_when_an_orphan_has_ended(void)
 static void each_request_is_taken_by_its_number(void)
 {
     struct rig rig;
-    struct nbdqueue_done outer[MOST];
+    struct nbdqueue_done outer[MAX_DONE];
 
     set_up(&rig, 4, SIZE);
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     answer(rig.server, receive_command(rig.server), 0, room, SIZE);
-    CHECK(nbdqueue_wait(rig.q, outer, MOST, 1, FOR_EVER) == 1);
+    CHECK(nbdqueue_wait(rig.q, outer, MAX_DONE, 1, FOR_EVER) == 1);
     finish(&rig, 1); /* as the handler of a signal would */
     submit(&rig, NBDQUEUE_READ, 2, SIZE, 0);
     answer(rig.server, receive_command(rig.server), 0, room, SIZE);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MOST, 1, FOR_EVER) == 1);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == 1);
     nbdqueue_take(rig.q, outer, 1);
     CHECK(nbdqueue_length(rig.q) == 1);
     finish(&rig, 1);
@@ -346,7 +346,7 @@ static void *wait_for_one(void *argument)
 {
     struct rig *rig = argument;
 
-    CHECK(nbdqueue_wait(rig->q, rig->done, MOST, 1, FOR_EVER) == 1);
+    CHECK(nbdqueue_wait(rig->q, rig->done, MAX_DONE, 1, FOR_EVER) == 1);
     return NULL;
 }
 
@@ -363,7 +363,7 @@ static void a_handle_joins_while_another_thread_waits(void)
     CHECK(pthread_create(&thread, NULL, wait_for_one, &rig) == 0);
     add(rig.q, NBDQUEUE_TARGET, joined.s);
     /* The thread sees both at once, or the request a moment before the handle. */
-    for (int i = 0; i < MOST / 2 && poll(&sent, 1, 100) == 0; i++)
+    for (int i = 0; i < MAX_DONE / 2 && poll(&sent, 1, 100) == 0; i++)
         submit(&rig, NBDQUEUE_CACHE, 2, SIZE, SIZE);
     CHECK(was_sent(joined.server));
     command = receive_command(rig.server);

@@ -51,7 +51,7 @@ static void reads_end_once_with_the_right_data(void)
     CHECK(each_ended_once(&rig, 8));
     CHECK(memcmp(room, other_room, DISK_SIZE) == 0);
     CHECK(nbdqueue_length(rig.q) == 0);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MOST, 1, FOR_EVER) == 0);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == 0);
     tear_down(&rig);
 }
 
@@ -80,7 +80,7 @@ static void a_queue_of_depth_one_does_all_one_after_the_other(void)
     first = receive_command(rig.server);
     CHECK(recv(rig.server, room, 1, MSG_DONTWAIT) == -1);
     answer(rig.server, first, 0, other_room, SIZE);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MOST, 1, 0) == 0);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, 0) == 0);
     second = receive_command(rig.server);
     CHECK(first.offset == 0 && second.offset == SIZE);
     answer(rig.server, second, 0, other_room, SIZE);
@@ -247,7 +247,7 @@ static void a_queue_that_was_dropped_refuses_everything(void)
     nbdqueue_drop(rig.q);
     nbdqueue_drop(rig.q);
     CHECK(nbdqueue_submit(rig.q, NBDQUEUE_READ, 2, room, SIZE, 0, 0) == NBDSHIM_CLOSED);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MOST, 1, FOR_EVER) == NBDSHIM_CLOSED);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == NBDSHIM_CLOSED);
     CHECK(nbdqueue_length(rig.q) == 0);
     tear_down(&rig);
 }
@@ -261,7 +261,7 @@ static void a_wait_after_the_drop_ignores_what_is_answered_then(void)
     nbdqueue_drop(rig.q);
     answer(rig.server, receive_command(rig.server), 0, other_room, SIZE);
     CHECK(nbdcall_poll(rig.s, -1) == 1);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MOST, 1, FOR_EVER) == NBDSHIM_CLOSED);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == NBDSHIM_CLOSED);
     tear_down(&rig);
 }
 
@@ -295,8 +295,8 @@ static void a_handle_may_be_destroyed_before_its_queue(void)
 static void *wait_for_all(void *argument)
 {
     struct rig *rig = argument;
-    static struct nbdqueue_done done[MOST];
-    int count = nbdqueue_wait(rig->q, done, MOST, MOST, FOR_EVER);
+    static struct nbdqueue_done done[MAX_DONE];
+    int count = nbdqueue_wait(rig->q, done, MAX_DONE, MAX_DONE, FOR_EVER);
 
     if (count > 0)
         memcpy(rig->done, done, sizeof done);
@@ -432,7 +432,7 @@ static void a_signal_handler_that_raises_ends_the_wait_and_nothing_else(void)
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     CHECK(sigaction(SIGALRM, &action, &before) == 0);
     CHECK(setitimer(ITIMER_REAL, &soon, NULL) == 0);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MOST, 1, FOR_EVER) == NBDSHIM_STOPPED);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == NBDSHIM_STOPPED);
     answer_interrupts(0);
     CHECK(sigaction(SIGALRM, &before, NULL) == 0);
     CHECK(nbdshim_orphans(rig.s) == 0);
@@ -448,8 +448,8 @@ static void a_wait_ends_at_its_deadline_and_nothing_is_lost(void)
 
     set_up(&rig, 2, SIZE);
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MOST, 1, 0) == 0);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MOST, 1, 0.01) == 0);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, 0) == 0);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, 0.01) == 0);
     answer(rig.server, receive_command(rig.server), 0, other_room, SIZE);
     finish(&rig, 1);
     CHECK(each_ended_once(&rig, 1));
@@ -465,7 +465,7 @@ static void a_wait_ends_at_its_deadline_also_where_answers_keep_coming(void)
     CHECK(nbdcall_connect_command(s, argv) == 0);
     set_up_with(&rig, s, 64, SIZE);
     CHECK(nbdqueue_submit(rig.q, NBDQUEUE_ZERO, 1, NULL, UINT64_C(1) << 62, 0, 0) == 0);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MOST, 1, 0.02) == 0);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, 0.02) == 0);
     CHECK(nbdqueue_zeroed(rig.q) > 0);
     nbdqueue_drop(rig.q);
     while (nbdshim_orphans(s) != 0)
@@ -481,11 +481,11 @@ static void what_was_told_of_comes_again_until_it_is_taken(void)
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     answer(rig.server, receive_command(rig.server), 0, other_room, SIZE);
     for (int i = 0; i < 2; i++) {
-        CHECK(nbdqueue_wait(rig.q, rig.done, MOST, 1, FOR_EVER) == 1);
+        CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == 1);
         CHECK(each_ended_once(&rig, 1));
     }
     nbdqueue_take(rig.q, rig.done, 1);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MOST, 1, FOR_EVER) == 0);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == 0);
     tear_down(&rig);
 }
 
@@ -497,7 +497,7 @@ static void a_wake_beforehand_ends_one_wait(void)
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     nbdqueue_wake(rig.q);
     nbdqueue_wake(rig.q);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MOST, 1, FOR_EVER) == 0);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == 0);
     answer(rig.server, receive_command(rig.server), 0, other_room, SIZE);
     finish(&rig, 1);
     CHECK(each_ended_once(&rig, 1));
@@ -516,7 +516,7 @@ static void a_wake_ends_the_wait_of_another_thread(void)
     nbdqueue_wake(rig.q);
     CHECK(join(thread) == 0);
     answer(rig.server, receive_command(rig.server), 0, other_room, SIZE);
-    while (nbdqueue_wait(rig.q, rig.done, MOST, 1, FOR_EVER) == 0)
+    while (nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == 0)
         ; /* the second wake may have been for this wait */
     CHECK(each_ended_once(&rig, 1));
     tear_down(&rig);
@@ -597,13 +597,13 @@ static void *submit_second(void *argument)
 static void *wait_and_take(void *argument)
 {
     struct shared *shared = argument;
-    struct nbdqueue_done done[MOST];
+    struct nbdqueue_done done[MAX_DONE];
 
     while (shared->told < 2 * ROUNDS) {
         int count;
 
         pthread_mutex_lock(&shared->lock);
-        count = nbdqueue_wait(shared->rig.q, done, MOST, 1, FOR_EVER);
+        count = nbdqueue_wait(shared->rig.q, done, MAX_DONE, 1, FOR_EVER);
         CHECK(count >= 0);
         for (int i = 0; i < count; i++)
             CHECK(done[i].error == 0);
@@ -626,7 +626,7 @@ static void *read_synchronously(void *argument)
 
 static void run_together(struct shared *shared, void *(*const *functions)(void *), size_t count)
 {
-    pthread_t threads[MOST];
+    pthread_t threads[MAX_DONE];
 
     for (size_t i = 0; i < count; i++)
         CHECK(pthread_create(&threads[i], NULL, functions[i], shared) == 0);
@@ -672,10 +672,10 @@ static void *close_the_handle(void *argument)
 static void *wait_for_errors_too(void *argument)
 {
     struct shared *shared = argument;
-    struct nbdqueue_done done[MOST];
+    struct nbdqueue_done done[MAX_DONE];
 
     while (shared->told < 2 * ROUNDS) {
-        int count = nbdqueue_wait(shared->rig.q, done, MOST, 1, FOR_EVER);
+        int count = nbdqueue_wait(shared->rig.q, done, MAX_DONE, 1, FOR_EVER);
 
         CHECK(count >= 0);
         for (int i = 0; i < count; i++)
@@ -747,7 +747,7 @@ static void a_drop_in_the_middle_of_it_all_releases_no_buffer_in_use(void)
         for (size_t i = 0; i < 2; i++)
             CHECK(pthread_create(&threads[i], NULL, functions[i], &shared) == 0);
         while (shared.told < round % 16)
-            (void)nbdqueue_wait(shared.rig.q, shared.rig.done, MOST, 1, 0);
+            (void)nbdqueue_wait(shared.rig.q, shared.rig.done, MAX_DONE, 1, 0);
         nbdqueue_drop(shared.rig.q);
         CHECK(pthread_join(threads[0], NULL) == 0);
         shared.is_over = true;
@@ -809,7 +809,7 @@ static void a_callback_may_drop_the_queue_on_which_its_thread_waits(void)
     CHECK(start_read(rig.s, room, SIZE, 0, give(&token), true) > 0);
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     answer(rig.server, receive_command(rig.server), 0, other_room, SIZE);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MOST, 1, FOR_EVER) == NBDSHIM_CLOSED);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == NBDSHIM_CLOSED);
     CHECK(nbdshim_orphans(rig.s) == 1);
     CHECK(rig.token.releases == 0);
     tear_down(&rig);
@@ -830,7 +830,7 @@ static void a_queue_dropped_in_a_callback_keeps_its_memory_until_it_has_forgotte
     drain(rig.s);
     CHECK(token.calls == 1);
     CHECK(rig.token.releases == 0);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MOST, 1, FOR_EVER) == NBDSHIM_CLOSED);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == NBDSHIM_CLOSED);
     CHECK(rig.token.releases == 1);
     tear_down(&rig);
 }
@@ -875,7 +875,7 @@ static void a_release_may_drop_the_queue_on_which_its_thread_waits(void)
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     for (int i = 0; i < 2; i++)
         answer(rig.server, receive_command(rig.server), 0, other_room, SIZE);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MOST, 1, FOR_EVER) == 1);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == 1);
     CHECK(chunk.releases == 1);
     CHECK(rig.token.releases == 1);
     tear_down(&rig);

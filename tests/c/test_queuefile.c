@@ -101,9 +101,9 @@ static void writes_go_on_to_the_disk_and_the_oldest_leaves_the_cache(void)
 {
     struct queuefile file = temporary(SIZE);
 
-    for (unsigned i = 0; i < QUEUEFILE_RECENT; i++)
+    for (unsigned i = 0; i < QUEUEFILE_MAX_RECENT; i++)
         REQUIRE(queuefile_write(&file, data, SIZE, (uint64_t)SIZE * i) == 0);
-    CHECK(begun == QUEUEFILE_RECENT && waited == 0 && forgot == 0);
+    CHECK(begun == QUEUEFILE_MAX_RECENT && waited == 0 && forgot == 0);
     CHECK(queuefile_write(&file, data, SIZE, 0) == 0);
     CHECK(waited == 1 && forgot == 1 && finished == SIZE);
     close(file.fd);
@@ -113,7 +113,7 @@ static void small_writes_are_left_to_the_system(void)
 {
     struct queuefile file = temporary(0);
 
-    for (unsigned i = 0; i < 2 * QUEUEFILE_RECENT; i++)
+    for (unsigned i = 0; i < 2 * QUEUEFILE_MAX_RECENT; i++)
         REQUIRE(queuefile_write(&file, data, 4096, 4096 * (uint64_t)i) == 0);
     CHECK(begun == 0 && waited == 0);
     close(file.fd);
@@ -124,7 +124,7 @@ static void a_failure_of_the_disk_is_told(void)
 {
     struct queuefile file = temporary(0);
 
-    for (unsigned i = 0; i < QUEUEFILE_RECENT; i++)
+    for (unsigned i = 0; i < QUEUEFILE_MAX_RECENT; i++)
         REQUIRE(queuefile_write(&file, data, SIZE, (uint64_t)SIZE * i) == 0);
     disk_error = EIO;
     CHECK(queuefile_write(&file, data, SIZE, 0) == EIO);
@@ -138,7 +138,7 @@ static void a_file_that_cannot_be_written_back_in_parts_is_no_failure(void)
     struct queuefile file = temporary(0);
 
     disk_error = EINVAL;
-    for (unsigned i = 0; i <= QUEUEFILE_RECENT; i++)
+    for (unsigned i = 0; i <= QUEUEFILE_MAX_RECENT; i++)
         REQUIRE(queuefile_write(&file, data, SIZE, 0) == 0);
     CHECK(waited == 1);
     close(file.fd);

@@ -28,11 +28,11 @@ static bool is_ready(int fd, int milliseconds)
 /* What an event loop does: step whenever the descriptor is ready, until `count` are done. */
 static void loop_until(struct rig *rig, int fd, int count)
 {
-    struct nbdqueue_done done[MOST];
+    struct nbdqueue_done done[MAX_DONE];
     int found = 0;
 
     while (found < count && CHECK(is_ready(fd, PATIENCE))) {
-        int now = nbdqueue_step(rig->q, done, MOST - found);
+        int now = nbdqueue_step(rig->q, done, MAX_DONE - found);
 
         if (!CHECK(now >= 0))
             return;
@@ -47,7 +47,7 @@ static void loop_until(struct rig *rig, int fd, int count)
 static void settle(struct rig *rig, int fd)
 {
     while (is_ready(fd, 0))
-        CHECK(nbdqueue_step(rig->q, rig->done, MOST) == 0);
+        CHECK(nbdqueue_step(rig->q, rig->done, MAX_DONE) == 0);
 }
 
 static void a_loop_ends_each_request_once(void)
@@ -89,7 +89,7 @@ static void a_step_does_not_wait_for_a_silent_server(void)
     fd = nbdqueue_fd(rig.q);
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     settle(&rig, fd);
-    CHECK(nbdqueue_step(rig.q, rig.done, MOST) == 0);
+    CHECK(nbdqueue_step(rig.q, rig.done, MAX_DONE) == 0);
     answer(rig.server, receive_command(rig.server), 0, zeroes, SIZE);
     loop_until(&rig, fd, 1);
     tear_down(&rig);
@@ -149,7 +149,7 @@ static void a_large_write_is_sent_while_the_server_reads_slowly(void)
         if (now > 0)
             got += (size_t)now;
         else if (CHECK(is_ready(fd, PATIENCE)))
-            CHECK(nbdqueue_step(rig.q, rig.done, MOST) == 0);
+            CHECK(nbdqueue_step(rig.q, rig.done, MAX_DONE) == 0);
         else
             break;
     }
@@ -274,7 +274,7 @@ static void a_handle_that_another_thread_moves_is_left_to_it_for_a_while(void)
     commands[1] = receive_command(rig.server);
     for (int i = 0; i < 5; i++) {
         steps += is_ready(fd, 2);
-        CHECK(nbdqueue_step(rig.q, rig.done, MOST) == 0);
+        CHECK(nbdqueue_step(rig.q, rig.done, MAX_DONE) == 0);
     }
     CHECK(steps < 5); /* it does not turn for nothing */
     answer(rig.server, commands[0], 0, zeroes, SIZE);
@@ -296,7 +296,7 @@ static void a_queue_that_was_dropped_refuses_steps(void)
     fd = nbdqueue_fd(rig.q);
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     nbdqueue_drop(rig.q);
-    CHECK(nbdqueue_step(rig.q, rig.done, MOST) == NBDSHIM_CLOSED);
+    CHECK(nbdqueue_step(rig.q, rig.done, MAX_DONE) == NBDSHIM_CLOSED);
     CHECK(fd >= 0);
     CHECK(nbdshim_orphans(rig.s) == 1);
     tear_down(&rig);
