@@ -8,32 +8,32 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 
-uint32_t nbdshim_address_unix(void *addr, uint32_t room, const char *path, size_t length)
+uint32_t nbdshim_address_unix(void *addr, uint32_t capacity, const char *path, size_t length)
 {
     struct sockaddr_un sun = {.sun_family = AF_UNIX};
     /* A path ends with a NUL, which counts.  An abstract name begins with one. */
     size_t nul = length == 0 || path[0] != '\0';
     size_t size = offsetof(struct sockaddr_un, sun_path) + length + nul;
 
-    if (length > sizeof sun.sun_path - nul || sizeof sun > room)
+    if (length > sizeof sun.sun_path - nul || sizeof sun > capacity)
         return 0;
     memcpy(sun.sun_path, path, length);
     memcpy(addr, &sun, size);
     return (uint32_t)size;
 }
 
-uint32_t nbdshim_address_inet(void *addr, uint32_t room, const char *ip, uint16_t port)
+uint32_t nbdshim_address_inet(void *addr, uint32_t capacity, const char *ip, uint16_t port)
 {
     struct sockaddr_in sin = {.sin_family = AF_INET, .sin_port = htons(port)};
 
-    if (sizeof sin > room)
+    if (sizeof sin > capacity)
         return 0;
     memcpy(&sin.sin_addr, ip, sizeof sin.sin_addr);
     memcpy(addr, &sin, sizeof sin);
     return sizeof sin;
 }
 
-uint32_t nbdshim_address_inet6(void *addr, uint32_t room, const char *ip, uint16_t port,
+uint32_t nbdshim_address_inet6(void *addr, uint32_t capacity, const char *ip, uint16_t port,
                                uint32_t flow, uint32_t scope)
 {
     struct sockaddr_in6 sin6 = {.sin6_family = AF_INET6,
@@ -41,7 +41,7 @@ uint32_t nbdshim_address_inet6(void *addr, uint32_t room, const char *ip, uint16
                                 .sin6_flowinfo = htonl(flow),
                                 .sin6_scope_id = scope};
 
-    if (sizeof sin6 > room)
+    if (sizeof sin6 > capacity)
         return 0;
     memcpy(&sin6.sin6_addr, ip, sizeof sin6.sin6_addr);
     memcpy(addr, &sin6, sizeof sin6);

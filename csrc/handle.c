@@ -21,17 +21,17 @@ struct nbdshim *nbdshim_create(void)
         free(s);
         return NULL;
     }
-    atomic_init(&s->owners, 1);
+    atomic_init(&s->references, 1);
     (void)sem_init(&s->turn, 0, 1); /* fails only for larger numbers */
-    atomic_init(&s->waiting, 0);
+    atomic_init(&s->waiters, 0);
     atomic_init(&s->users, 1);
     atomic_init(&s->socket_dup, -1);
     atomic_init(&s->socket, -1);
-    atomic_init(&s->owner, 0);
+    atomic_init(&s->pid, 0);
     atomic_init(&s->timeout, 0);
     atomic_init(&s->is_connected, false);
     atomic_init(&s->is_stalled, false);
-    atomic_init(&s->is_leaving, false);
+    atomic_init(&s->is_disconnecting, false);
     atomic_init(&s->orphans, 0);
     atomic_init(&s->orphan_bytes, 0);
     s->held = NULL;
@@ -70,7 +70,7 @@ static void wake(struct nbdshim *s)
     int fd;
 
     /* In the child of a fork there are no such threads, and the connection is the parent's. */
-    if (getpid() != atomic_load_explicit(&s->owner, memory_order_relaxed))
+    if (getpid() != atomic_load_explicit(&s->pid, memory_order_relaxed))
         return;
     fd = atomic_exchange(&s->socket_dup, -1);
     if (fd >= 0) {
@@ -90,7 +90,7 @@ void nbdshim_note_socket(struct nbdshim *s)
         socket_dup = -1;
     }
     atomic_store_explicit(&s->socket, fd, memory_order_relaxed);
-    atomic_store_explicit(&s->owner, getpid(), memory_order_relaxed);
+    atomic_store_explicit(&s->pid, getpid(), memory_order_relaxed);
     replace_socket_dup(s, socket_dup);
     /*
      * nbdshim_close first marks the handle and then takes the socket_dup.  Here the socket_dup is
@@ -137,12 +137,12 @@ void nbdshim_destroy(struct nbdshim *s)
     if (s == NULL)
         return;
     (void)nbdshim_close(s);
-    nbdshim_disown(s);
+    nbdshim_unref(s);
 }
 
-void nbdshim_disown(struct nbdshim *s)
+void nbdshim_unref(struct nbdshim *s)
 {
-    if (atomic_fetch_sub(&s->owners, 1) != 1)
+    if (atomic_fetch_sub(&s->references, 1) != 1)
         return;
     if (atomic_load(&s->users) != NBDSHIM_CLOSING)
         return;

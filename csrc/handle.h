@@ -24,15 +24,15 @@ struct nbdshim {
     atomic_uint users;
     atomic_int socket_dup; /* a duplicate of the socket, or -1; its shutdown ends calls that wait */
     atomic_int socket;     /* the number of libnbd's socket, which a forked child has to close */
-    atomic_int owner;      /* the process that connected it */
+    atomic_int pid;        /* the process that connected it */
     atomic_bool initializes;      /* calls that do not wait clear the buffer for a read */
-    atomic_uint owners;           /* who keeps this struct in place: its maker, and queues */
+    atomic_uint references;       /* who keeps this struct in place: its maker, and queues */
     sem_t turn;                   /* who has it may wait, and move the connection; see wait.h */
-    atomic_uint waiting;          /* threads that wait for the turn */
+    atomic_uint waiters;          /* threads that wait for the turn */
     _Atomic double timeout;       /* seconds that a call may wait; 0 for ever */
     atomic_bool is_connected;     /* it has been; libnbd's socket is the same from then on */
     atomic_bool is_stalled;       /* a connect or an option was stopped and may be unfinished */
-    atomic_bool is_leaving;       /* the server was told that the connection ends */
+    atomic_bool is_disconnecting; /* the server was told that the connection ends */
     atomic_uint orphans;          /* commands whose caller was stopped */
     atomic_size_t orphan_bytes;   /* the sizes of their buffers */
     pthread_mutex_t lock;         /* protects what follows; nothing is called while it is locked */
@@ -56,9 +56,9 @@ static inline int nbdshim_get_pread_initialize(struct nbdshim *s)
 }
 
 /* The server was told that the connection ends: nbd_shutdown must not tell it a second time. */
-static inline void nbdshim_note_leaving(struct nbdshim *s)
+static inline void nbdshim_note_disconnect(struct nbdshim *s)
 {
-    atomic_store_explicit(&s->is_leaving, true, memory_order_relaxed);
+    atomic_store_explicit(&s->is_disconnecting, true, memory_order_relaxed);
 }
 
 /*
@@ -86,7 +86,7 @@ void nbdshim_note_end(struct nbdshim *s);
 void nbdshim_leave(struct nbdshim *s);
 
 /* Let go of the memory of s; the last owner frees it. */
-void nbdshim_disown(struct nbdshim *s);
+void nbdshim_unref(struct nbdshim *s);
 
 /* Count a call on s, unless s is closing or NULL.  Returns 0 or NBDSHIM_CLOSED. */
 static inline int nbdshim_join(struct nbdshim *s)

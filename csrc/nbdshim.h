@@ -162,13 +162,13 @@ int nbdshim_errno(void);
 void nbdshim_free(void *p);
 
 /*
- * Write a socket address for nbdcall_aio_connect into addr, which has room for room bytes, and
+ * Write a socket address for nbdcall_aio_connect into addr, which has room for capacity bytes, and
  * return its length; 0 if it does not fit.  Paths and IP addresses are bytes (network order), port
  * and scope numbers in host order.  A path may begin with NUL (Linux's abstract sockets).
  */
-uint32_t nbdshim_address_unix(void *addr, uint32_t room, const char *path, size_t length);
-uint32_t nbdshim_address_inet(void *addr, uint32_t room, const char *ip, uint16_t port);
-uint32_t nbdshim_address_inet6(void *addr, uint32_t room, const char *ip, uint16_t port,
+uint32_t nbdshim_address_unix(void *addr, uint32_t capacity, const char *path, size_t length);
+uint32_t nbdshim_address_inet(void *addr, uint32_t capacity, const char *ip, uint16_t port);
+uint32_t nbdshim_address_inet6(void *addr, uint32_t capacity, const char *ip, uint16_t port,
                                uint32_t flow, uint32_t scope);
 
 /* Whether size bytes at p are all zero. */

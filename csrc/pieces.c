@@ -58,15 +58,15 @@ static int complete(void *user_data, int *error)
  */
 static void release_buffers(struct nbdqueue *q, struct nbdshim *s)
 {
-    struct nbdshim_closure *keeper = q->keeper;
+    struct nbdshim_closure *closure = q->closure;
 
-    q->keeper = NULL;
-    if (keeper == NULL || nbdshim_is_silent()) {
-        free(keeper);
+    q->closure = NULL;
+    if (closure == NULL || nbdshim_is_silent()) {
+        free(closure);
         return;
     }
-    keeper->s = s;
-    nbdshim_push_released(keeper);
+    closure->s = s;
+    nbdshim_push_released(closure);
 }
 
 /* How many bytes of memory a command in flight needs. */
@@ -77,21 +77,21 @@ static size_t bytes_of(const struct slot *slot)
     return has_data ? slot->wide_length : 0;
 }
 
-void pieces_unrefer(struct nbdqueue *q)
+void pieces_unref(struct nbdqueue *q)
 {
     if (atomic_fetch_sub(&q->references, 1) != 1)
         return;
     for (unsigned i = 0; i < q->depth; i++)
-        free(q->slots[i].own);
+        free(q->slots[i].bounce);
     watch_end(q);
     for (size_t i = 0, added = q->added; i < added; i++)
-        nbdshim_disown(q->members[i].s);
+        nbdshim_unref(q->members[i].s);
     if (q->wakeup_fd >= 0)
         close(q->wakeup_fd);
     pthread_mutex_destroy(&q->lock);
     sem_destroy(&q->turn);
     free(q->zeroes);
-    free(q->keeper);
+    free(q->closure);
     free(q->slots);
     free(q);
 }
@@ -106,19 +106,19 @@ static void retire(void *user_data)
     if (nbdqueue_is_inherited(q))
         return;
     pthread_mutex_lock(&q->lock);
-    slot->is_flying = false;
-    slot->member->flying--;
-    q->flying--;
+    slot->is_in_flight = false;
+    slot->member->in_flight--;
+    q->in_flight--;
     if (slot->is_orphan)
         nbdshim_remove_orphan(s, &slot->range, bytes_of(slot));
     if (!slot->is_answered && slot->is_issued)
         slot->error = ENOTCONN; /* the handle was closed */
     if (slot->is_issued || slot->is_answered)
         list_answered(slot);
-    if (q->is_forgotten && q->flying == 0)
+    if (q->is_forgotten && q->in_flight == 0)
         release_buffers(q, s);
     pthread_mutex_unlock(&q->lock);
-    pieces_unrefer(q);
+    pieces_unref(q);
 }
 
 /* What a command does to a file.  Returns 0 or an errno. */
@@ -154,28 +154,29 @@ static size_t bytes_in_flight(const struct nbdqueue *q, const struct member *m)
     for (unsigned i = 0; i < q->depth; i++) {
         const struct slot *slot = &q->slots[i];
 
-        if (slot->is_flying && !slot->is_orphan && slot->member == m)
+        if (slot->is_in_flight && !slot->is_orphan && slot->member == m)
             sum += bytes_of(slot);
     }
     return sum;
 }
 
 /* Whether a handle can take one command more: all that is in flight may become orphans. */
-static bool has_room(const struct slot *slot, const struct member *m)
+static bool has_capacity(const struct slot *slot, const struct member *m)
 {
     size_t bytes;
 
     if (atomic_load_explicit(&m->s->orphans, memory_order_relaxed) == 0)
         return true;
     bytes = bytes_in_flight(slot->q, m) + bytes_of(slot);
-    return !nbdshim_is_full(m->s, m->flying, bytes);
+    return !nbdshim_is_full(m->s, m->in_flight, bytes);
 }
 
 /*
  * The handle of an end that has the fewest commands in flight.  Returns NULL if none can take a
  * command; *is_alive is whether one of them will be able to.  q->lock is locked.
  */
-static struct member *least_busy(const struct slot *slot, enum nbdqueue_side side, bool *is_alive)
+static struct member *choose_member(const struct slot *slot, enum nbdqueue_side side,
+                                    bool *is_alive)
 {
     struct nbdqueue *q = slot->q;
     struct member *found = NULL;
@@ -187,7 +188,7 @@ static struct member *least_busy(const struct slot *slot, enum nbdqueue_side sid
         if (m->side != side || !m->is_entered || m->is_lost)
             continue;
         *is_alive = true;
-        if ((found == NULL || m->flying < found->flying) && has_room(slot, m))
+        if ((found == NULL || m->in_flight < found->in_flight) && has_capacity(slot, m))
             found = m;
     }
     return found;
@@ -253,7 +254,7 @@ static bool waits_for_cancelled(const struct slot *slot)
         const struct slot *other = &q->slots[i];
 
         if (other != slot && other->request != NULL && other->request->is_cancelled &&
-            other->is_flying && is_changing(other->command) && side_of(other) == side_of(slot) &&
+            other->is_in_flight && is_changing(other->command) && side_of(other) == side_of(slot) &&
             overlap(other, slot))
             return true;
     }
@@ -276,35 +277,35 @@ static bool waits_for_orphan(const struct slot *slot)
 }
 
 /* Whether a command has to wait for one that nobody waits for.  q->lock is locked. */
-static bool has_to_be_held(const struct slot *slot)
+static bool is_blocked(const struct slot *slot)
 {
     return slot->command != NBDQUEUE_FLUSH && (waits_for_cancelled(slot) || waits_for_orphan(slot));
 }
 
 /*
- * Give a slot to a handle if its command can be sent now.  Else it gets into q->held or, with an
+ * Give a slot to a handle if its command can be sent now.  Else it gets into q->blocked or, with an
  * error, into q->answered.  Returns whether it can be sent.
  */
-static bool choose_member(struct slot *slot)
+static bool assign_member(struct slot *slot)
 {
     struct nbdqueue *q = slot->q;
     bool is_alive;
 
     pthread_mutex_lock(&q->lock);
-    slot->member = least_busy(slot, side_of(slot), &is_alive);
+    slot->member = choose_member(slot, side_of(slot), &is_alive);
     if (slot->request->is_cancelled || q->is_dropped || !is_alive) {
         slot->member = NULL;
         slot->error = is_alive ? ECANCELED : lost_error(q, side_of(slot));
         list_answered(slot);
-    } else if (slot->member == NULL || has_to_be_held(slot)) {
+    } else if (slot->member == NULL || is_blocked(slot)) {
         slot->member = NULL;
-        slot->next = q->held;
-        q->held = slot;
+        slot->next = q->blocked;
+        q->blocked = slot;
     } else {
-        slot->is_flying = true;
+        slot->is_in_flight = true;
         slot->token = slot->request->token;
-        slot->member->flying++;
-        q->flying++;
+        slot->member->in_flight++;
+        q->in_flight++;
         atomic_fetch_add(&q->references, 1);
     }
     pthread_mutex_unlock(&q->lock);
@@ -326,8 +327,8 @@ static void use_file_now(struct slot *slot, struct queuefile *file)
 
 /*
  * Send a slot's command, unless its request was cancelled or the queue was dropped.  Whatever
- * becomes of it, the slot gets into q->answered in the end; q->held has it until then if it has to
- * wait.
+ * becomes of it, the slot gets into q->answered in the end; q->blocked has it until then if it has
+ * to wait.
  */
 static void send_command(struct slot *slot)
 {
@@ -335,13 +336,13 @@ static void send_command(struct slot *slot)
     struct endpoint *endpoint = &q->endpoints[side_of(slot)];
     int64_t cookie;
 
-    slot->is_flying = slot->is_issued = slot->is_answered = false;
+    slot->is_in_flight = slot->is_issued = slot->is_answered = false;
     slot->error = 0;
     if (endpoint->file.fd >= 0) {
         use_file_now(slot, &endpoint->file);
         return;
     }
-    if (!choose_member(slot))
+    if (!assign_member(slot))
         return;
 
     cookie = call(slot);
@@ -470,7 +471,7 @@ static struct slot *next_piece(struct nbdqueue *q)
            q->queued->cut == q->queued->stop) { /* it has failed, or is empty */
         r = q->queued;
         unqueue(q);
-        if (r->flying == 0)
+        if (r->in_flight == 0)
             finish_request(q, r);
     }
     r = q->queued;
@@ -486,7 +487,7 @@ static struct slot *next_piece(struct nbdqueue *q)
     }
     if (slot != NULL) {
         q->free = slot->next;
-        r->flying++;
+        r->in_flight++;
         r->cut += slot->length;
         if (r->cut == r->stop)
             unqueue(q);
@@ -522,10 +523,10 @@ static int choose_memory(struct slot *slot)
         slot->data = q->zeroes;
         return q->zeroes == NULL ? ENOMEM : 0;
     }
-    if (slot->own == NULL)
-        slot->own = aligned_memory(q->piece);
-    slot->data = slot->own;
-    return slot->own == NULL ? ENOMEM : 0;
+    if (slot->bounce == NULL)
+        slot->bounce = aligned_memory(q->piece);
+    slot->data = slot->bounce;
+    return slot->bounce == NULL ? ENOMEM : 0;
 }
 
 static void start(struct slot *slot)
@@ -552,11 +553,11 @@ static void start(struct slot *slot)
 }
 
 /* Try once more to send what was held back. */
-static void send_held(struct nbdqueue *q)
+static void send_blocked(struct nbdqueue *q)
 {
-    struct slot *list = q->held, *next;
+    struct slot *list = q->blocked, *next;
 
-    q->held = NULL;
+    q->blocked = NULL;
     for (; list != NULL; list = next) {
         next = list->next;
         send_command(list);
@@ -567,8 +568,8 @@ void pieces_pump(struct nbdqueue *q)
 {
     struct slot *slot;
 
-    if (q->held != NULL)
-        send_held(q);
+    if (q->blocked != NULL)
+        send_blocked(q);
     while ((slot = next_piece(q)) != NULL)
         start(slot);
 }
@@ -599,8 +600,8 @@ static void finish_piece(struct slot *slot)
     slot->request = NULL;
     slot->next = q->free;
     q->free = slot;
-    r->flying--;
-    if (r->flying == 0 && r != q->queued)
+    r->in_flight--;
+    if (r->in_flight == 0 && r != q->queued)
         finish_request(q, r);
 }
 
@@ -631,7 +632,7 @@ static bool cut_further(struct slot *slot)
 }
 
 /* What follows when a command of a slot has ended: the next one, or the end of the piece. */
-static void land(struct slot *slot)
+static void advance(struct slot *slot)
 {
     struct nbdqueue *q = slot->q;
     const struct request *r = slot->request;
@@ -644,23 +645,23 @@ static void land(struct slot *slot)
     }
     if (was_read && slot->merges) {
         if (r->operation == NBDQUEUE_ZERO)
-            memset(slot->own + before, 0, slot->length);
+            memset(slot->bounce + before, 0, slot->length);
         else
-            memcpy(slot->own + before, r->buffer + (slot->offset - r->start), slot->length);
+            memcpy(slot->bounce + before, r->buffer + (slot->offset - r->start), slot->length);
     }
     if (was_read && (slot->merges || r->operation == NBDQUEUE_COPY)) {
         slot->command = NBDQUEUE_WRITE;
         send_command(slot);
         return;
     }
-    if (was_read && slot->data == slot->own)
-        memcpy(r->buffer + (slot->offset - r->start), slot->own + before, slot->length);
+    if (was_read && slot->data == slot->bounce)
+        memcpy(r->buffer + (slot->offset - r->start), slot->bounce + before, slot->length);
     pthread_mutex_lock(&q->lock);
     finish_piece(slot);
     pthread_mutex_unlock(&q->lock);
 }
 
-void pieces_lose(const struct nbdqueue *q, struct member *m, int error)
+void pieces_mark_lost(const struct nbdqueue *q, struct member *m, int error)
 {
     m->is_lost = true;
     watch_remove(q, m);
@@ -690,7 +691,7 @@ static void explain(struct slot *slot)
 
     if (!m->is_lost && m->is_entered &&
         (nbd_aio_is_dead(m->s->h) == 1 || nbd_aio_is_closed(m->s->h) == 1))
-        pieces_lose(slot->q, m, ENOTCONN);
+        pieces_mark_lost(slot->q, m, ENOTCONN);
     if (m->is_lost && !is_answer)
         slot->error = m->error;
 }
@@ -706,22 +707,22 @@ bool pieces_reap(struct nbdqueue *q)
     pthread_mutex_unlock(&q->lock);
     is_some = list != NULL;
     for (; list != NULL; list = next) {
-        bool is_flying;
+        bool is_in_flight;
 
         pthread_mutex_lock(&q->lock);
         next = list->next;
-        is_flying = list->is_flying;
-        if (is_flying && !list->member->is_entered)
+        is_in_flight = list->is_in_flight;
+        if (is_in_flight && !list->member->is_entered)
             list->is_listed = false; /* nbd_close, in another thread, will retire and list it */
         pthread_mutex_unlock(&q->lock);
-        if (is_flying && !list->member->is_entered)
+        if (is_in_flight && !list->member->is_entered)
             continue;
-        if (is_flying)
+        if (is_in_flight)
             retire_read(list);
         if (list->error != 0 && list->member != NULL)
             explain(list);
         list->is_listed = false;
-        land(list);
+        advance(list);
     }
     return is_some;
 }
@@ -734,7 +735,7 @@ static void retire_answered(struct nbdqueue *q)
         bool is_left;
 
         pthread_mutex_lock(&q->lock);
-        is_left = slot->is_flying && slot->is_answered && slot->member->is_entered;
+        is_left = slot->is_in_flight && slot->is_answered && slot->member->is_entered;
         pthread_mutex_unlock(&q->lock);
         if (is_left)
             (void)nbd_aio_command_completed(slot->member->s->h, slot->cookie);
@@ -747,14 +748,14 @@ static void orphan(struct slot *slot)
     struct request *r = slot->request;
 
     slot->request = NULL;
-    if (slot->is_flying && !slot->is_answered && !slot->is_orphan) {
+    if (slot->is_in_flight && !slot->is_answered && !slot->is_orphan) {
         slot->is_orphan = true;
         slot->range = (struct nbdshim_range){
             .start = slot->wide_offset,
             .stop = slot->wide_offset + (is_changing(slot->command) ? slot->wide_length : 0)};
         nbdshim_add_orphan(slot->member->s, &slot->range, bytes_of(slot));
     }
-    if (r != NULL && --r->flying == 0)
+    if (r != NULL && --r->in_flight == 0)
         free(r);
 }
 
@@ -762,7 +763,7 @@ static void free_requests(struct request *list)
 {
     for (struct request *next; list != NULL; list = next) {
         next = list->next;
-        if (list->flying == 0)
+        if (list->in_flight == 0)
             free(list);
     }
 }
@@ -773,7 +774,7 @@ void pieces_cancel(struct nbdqueue *q, uintptr_t token)
         struct slot *slot = &q->slots[i];
 
         if (slot->request != NULL && slot->request->token == token) {
-            q->cancelled += !slot->request->is_cancelled ? slot->request->flying : 0;
+            q->cancelled += !slot->request->is_cancelled ? slot->request->in_flight : 0;
             slot->request->is_cancelled = true;
         }
     }
@@ -787,11 +788,11 @@ void pieces_forget(struct nbdqueue *q, struct nbdshim *s)
     free_requests(q->done);
     q->queued = q->done = NULL;
     q->length = q->done_length = 0;
-    q->answered = q->held = NULL;
+    q->answered = q->blocked = NULL;
     q->is_forgotten = true;
     for (unsigned i = 0; i < q->depth; i++)
         orphan(&q->slots[i]);
-    if (q->flying == 0)
+    if (q->in_flight == 0)
         release_buffers(q, s);
     pthread_mutex_unlock(&q->lock);
 }
@@ -824,7 +825,7 @@ int pieces_check(const struct nbdqueue *q, struct request *r)
     return 0;
 }
 
-void pieces_settle_size(struct nbdqueue *q)
+void pieces_choose_size(struct nbdqueue *q)
 {
     uint32_t minimum = 1;
 

@@ -12,7 +12,7 @@
 int pieces_check(const struct nbdqueue *q, struct request *r);
 
 /* Find the largest piece that both ends allow.  q->lock is locked, and no command is in flight. */
-void pieces_settle_size(struct nbdqueue *q);
+void pieces_choose_size(struct nbdqueue *q);
 
 /* Send as much as the depth allows.  The caller has the turn. */
 void pieces_pump(struct nbdqueue *q);
@@ -24,7 +24,7 @@ void pieces_pump(struct nbdqueue *q);
 bool pieces_reap(struct nbdqueue *q);
 
 /* The connection of a handle has ended, with an errno or 0: no more commands go there. */
-void pieces_lose(const struct nbdqueue *q, struct member *m, int error);
+void pieces_mark_lost(const struct nbdqueue *q, struct member *m, int error);
 
 /* Mark the slots of a request that was cancelled.  q->lock is locked. */
 void pieces_cancel(struct nbdqueue *q, uintptr_t token);
@@ -37,6 +37,6 @@ void pieces_cancel(struct nbdqueue *q, uintptr_t token);
 void pieces_forget(struct nbdqueue *q, struct nbdshim *s);
 
 /* Let go of a queue, for the caller or for a command in flight; the last one frees it. */
-void pieces_unrefer(struct nbdqueue *q);
+void pieces_unref(struct nbdqueue *q);
 
 #endif

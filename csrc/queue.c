@@ -26,13 +26,13 @@ struct nbdqueue *nbdqueue_create(unsigned depth, uint32_t piece, uintptr_t token
     if (q == NULL)
         return NULL;
     q->slots = calloc(depth, sizeof *q->slots);
-    q->keeper = calloc(1, sizeof *q->keeper);
+    q->closure = calloc(1, sizeof *q->closure);
     q->wakeup_fd = -1;
-    if (q->slots != NULL && q->keeper != NULL && pthread_mutex_init(&q->lock, NULL) == 0)
+    if (q->slots != NULL && q->closure != NULL && pthread_mutex_init(&q->lock, NULL) == 0)
         q->wakeup_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (q->wakeup_fd < 0) { /* errno is that of the call that failed: free keeps it */
         free(q->slots);
-        free(q->keeper);
+        free(q->closure);
         free(q);
         return NULL;
     }
@@ -42,7 +42,7 @@ struct nbdqueue *nbdqueue_create(unsigned depth, uint32_t piece, uintptr_t token
     q->piece = piece;
     q->epoll = q->timer = -1;
     q->forks = atomic_load(&nbdshim_forks);
-    q->keeper->token = token;
+    q->closure->token = token;
     q->last_queued = &q->queued;
     q->last_done = &q->done;
     for (size_t i = 0; i < 2; i++)
@@ -128,7 +128,7 @@ static int enter_all(struct nbdqueue *q)
 
         m->is_entered = ret == 0;
         if (ret == NBDSHIM_CLOSED || (i >= before && watch_add(q, m) != 0))
-            pieces_lose(q, m, ENOTCONN);
+            pieces_mark_lost(q, m, ENOTCONN);
         if (ret != NBDSHIM_REENTERED)
             continue;
         while (i-- > 0) {
@@ -147,7 +147,7 @@ static void let_loop_sleep(struct nbdqueue *q)
     watch_update(q);
     pthread_mutex_lock(&q->lock);
     q->is_sleeping = q->epoll >= 0;
-    if (q->answered != NULL || q->done_length > q->told)
+    if (q->answered != NULL || q->done_length > q->reported)
         nbdqueue_wake_poll(q);
     pthread_mutex_unlock(&q->lock);
 }
@@ -156,7 +156,7 @@ static void let_loop_sleep(struct nbdqueue *q)
  * Give the turn back and leave the handles.  In this order: leaving hands tokens over, and that may
  * run functions which use the queue, and which would wait for the turn.
  */
-static void end_turn(struct nbdqueue *q)
+static void give_back_turn(struct nbdqueue *q)
 {
     struct nbdshim *entered[NBDQUEUE_MAX_HANDLES];
     size_t count = 0;
@@ -232,7 +232,7 @@ static int add_member(struct nbdqueue *q, enum nbdqueue_side side, struct nbdshi
     if (ret == 0) {
         if (!q->is_started)
             narrow(endpoint, export);
-        atomic_fetch_add(&s->owners, 1);
+        atomic_fetch_add(&s->references, 1);
         endpoint->count++;
         q->members[q->added] = (struct member){.s = s, .side = side, .socket = -1};
         atomic_fetch_add(&q->added, 1); /* from now on the thread that waits may use it */
@@ -259,7 +259,7 @@ int nbdqueue_add(struct nbdqueue *q, enum nbdqueue_side side, struct nbdshim *s)
     nbdshim_leave(s);
     if (ret == 0 && sem_trywait(&q->turn) == 0) {
         (void)enter_all(q);
-        end_turn(q);
+        give_back_turn(q);
     }
     return ret;
 }
@@ -284,7 +284,7 @@ static int run_handlers(struct nbdqueue *q)
     int ret = nbdshim_run_handlers(&has_forked);
 
     for (size_t i = 0; has_forked && i < q->count; i++)
-        nbdshim_cut(q->members[i].s);
+        nbdshim_disconnect_child(q->members[i].s);
     return has_forked && ret == 0 ? NBDSHIM_CLOSED : ret;
 }
 
@@ -294,7 +294,7 @@ static int take_turn(struct nbdqueue *q, int64_t until)
     while (sem_trywait(&q->turn) != 0) {
         int ret;
 
-        if (nbdshim_wait_for(&q->turn, until))
+        if (nbdshim_wait_for_turn(&q->turn, until))
             break;
         if (nbdshim_slice(until) == 0)
             return NBDSHIM_TIMED_OUT;
@@ -314,7 +314,7 @@ static int pause_for_handlers(struct nbdqueue *q)
 {
     int ret;
 
-    end_turn(q);
+    give_back_turn(q);
     ret = run_handlers(q);
     if (ret != 0)
         return ret;
@@ -328,7 +328,7 @@ static int pause_for_handlers(struct nbdqueue *q)
  * Take the turns of the handles that have commands in flight; of all, if an event loop watches
  * them.  Returns whether one is missing.
  */
-static bool take_turns(struct nbdqueue *q)
+static bool take_member_turns(struct nbdqueue *q)
 {
     bool is_missing = false;
 
@@ -338,9 +338,9 @@ static bool take_turns(struct nbdqueue *q)
 
         if (!m->is_entered || m->is_lost)
             continue;
-        if (m->flying == 0 && q->epoll < 0 && q->held == NULL)
+        if (m->in_flight == 0 && q->epoll < 0 && q->blocked == NULL)
             continue;
-        m->has_turn = atomic_load(&m->s->waiting) == 0 && sem_trywait(&m->s->turn) == 0;
+        m->has_turn = atomic_load(&m->s->waiters) == 0 && sem_trywait(&m->s->turn) == 0;
         m->is_shared = !m->has_turn;
         is_missing |= m->is_shared;
     }
@@ -348,7 +348,7 @@ static bool take_turns(struct nbdqueue *q)
     return is_missing;
 }
 
-static void give_turns(struct nbdqueue *q)
+static void give_back_member_turns(struct nbdqueue *q)
 {
     for (size_t i = 0; i < q->count; i++) {
         if (q->members[i].has_turn)
@@ -364,7 +364,7 @@ static struct pollfd poll_of(const struct nbdqueue *q, struct member *m)
     unsigned direction = m->has_turn ? nbd_aio_get_direction(m->s->h) : 0;
 
     if (m->has_turn && direction == 0)
-        pieces_lose(q, m, ENOTCONN);
+        pieces_mark_lost(q, m, ENOTCONN);
     if (direction != 0)
         fd.fd = nbdshim_socket_of(m->s);
     if (direction & LIBNBD_AIO_DIRECTION_READ)
@@ -405,7 +405,7 @@ static void notify_all(struct nbdqueue *q, const struct pollfd *fds, int64_t now
         atomic_store_explicit(&q->last_moved, now, memory_order_relaxed);
         if (nbdshim_notify(m->s, fds[i].revents) == -1 &&
             (nbd_aio_is_dead(m->s->h) == 1 || nbd_aio_is_closed(m->s->h) == 1))
-            pieces_lose(q, m, nbd_get_errno());
+            pieces_mark_lost(q, m, nbd_get_errno());
     }
     if (fds[q->count].revents != 0)
         (void)!read(q->wakeup_fd, &count, sizeof count);
@@ -422,7 +422,7 @@ static void enter_new(struct nbdqueue *q)
 
         m->is_entered = nbdshim_enter(m->s) == 0;
         if (!m->is_entered || watch_add(q, m) != 0)
-            pieces_lose(q, m, ENOTCONN);
+            pieces_mark_lost(q, m, ENOTCONN);
     }
 }
 
@@ -439,7 +439,7 @@ static int move(struct nbdqueue *q, int64_t longest)
     int ready, ret;
 
     enter_new(q);
-    is_shared = take_turns(q);
+    is_shared = take_member_turns(q);
     for (size_t i = 0; i < q->count; i++)
         fds[i] = poll_of(q, &q->members[i]);
     fds[q->count] = (struct pollfd){.fd = q->wakeup_fd, .events = POLLIN};
@@ -451,7 +451,7 @@ static int move(struct nbdqueue *q, int64_t longest)
     if (ready > 0)
         notify_all(q, fds, now);
     atomic_store_explicit(&q->is_moving, false, memory_order_relaxed);
-    give_turns(q);
+    give_back_member_turns(q);
     ret = pieces_reap(q) || ready > 0 ? HAS_MOVED : ready < 0 ? INTERRUPTED : IDLE;
     if (ready < 0 || now >= q->handlers_due) {
         int stopped = pause_for_handlers(q);
@@ -462,25 +462,25 @@ static int move(struct nbdqueue *q, int64_t longest)
 }
 
 /* Whether a wait is over, for another reason than its time. */
-static bool is_over(struct nbdqueue *q, unsigned least)
+static bool is_over(struct nbdqueue *q, unsigned enough)
 {
     bool is_over;
 
     pthread_mutex_lock(&q->lock);
     is_over =
-        q->done_length >= least || q->done_length == q->length || q->is_woken || q->is_dropped;
+        q->done_length >= enough || q->done_length == q->length || q->is_woken || q->is_dropped;
     pthread_mutex_unlock(&q->lock);
     return is_over;
 }
 
-/* Write those that are done to `done`, at most `room` of them, and return how many. */
-static int tell(struct nbdqueue *q, struct nbdqueue_done *done, int room)
+/* Write those that are done to `done`, at most `capacity` of them, and return how many. */
+static int report(struct nbdqueue *q, struct nbdqueue_done *done, int capacity)
 {
     const struct request *r;
     int count = 0;
 
     pthread_mutex_lock(&q->lock);
-    for (r = q->done; r != NULL && count < room; r = r->next) {
+    for (r = q->done; r != NULL && count < capacity; r = r->next) {
         done[count++] = (struct nbdqueue_done){.token = r->token,
                                                .serial = r->serial,
                                                .offset = r->error_offset,
@@ -489,7 +489,7 @@ static int tell(struct nbdqueue *q, struct nbdqueue_done *done, int room)
                                                .error = r->error,
                                                .side = (int)r->error_side};
     }
-    q->told = (unsigned)count;
+    q->reported = (unsigned)count;
     q->is_woken = false;
     if (q->is_dropped)
         count = NBDSHIM_CLOSED;
@@ -526,16 +526,16 @@ static void forget_and_leave(struct nbdqueue *q)
 {
     pieces_forget(q, releaser(q));
     close_descriptors(q);
-    end_turn(q);
+    give_back_turn(q);
     if (!is_reentry(q))
         nbdshim_hand_over(releaser(q));
 }
 
-int nbdqueue_wait(struct nbdqueue *q, struct nbdqueue_done *done, int room, int least,
+int nbdqueue_wait(struct nbdqueue *q, struct nbdqueue_done *done, int capacity, int min_done,
                   double timeout)
 {
     int64_t until = nbdshim_deadline(timeout);
-    unsigned enough = least > 0 ? (unsigned)least : 0;
+    unsigned enough = min_done > 0 ? (unsigned)min_done : 0;
     int ret;
 
     if (is_unusable(q))
@@ -558,12 +558,12 @@ int nbdqueue_wait(struct nbdqueue *q, struct nbdqueue_done *done, int room, int 
             if ((ret == IDLE || (ret == HAS_MOVED && timeout > 0)) && nbdshim_slice(until) == 0)
                 break;
         }
-        ret = tell(q, done, room);
+        ret = report(q, done, capacity);
     }
     if (ret == NBDSHIM_CLOSED)
         forget_and_leave(q);
     else
-        end_turn(q);
+        give_back_turn(q);
     return ret;
 }
 
@@ -583,11 +583,11 @@ int nbdqueue_fd(struct nbdqueue *q)
         ret = NBDSHIM_CLOSED; /* it was dropped */
     if (ret == 0)
         ret = q->epoll >= 0 ? q->epoll : watch_begin(q);
-    end_turn(q);
+    give_back_turn(q);
     return ret;
 }
 
-int nbdqueue_step(struct nbdqueue *q, struct nbdqueue_done *done, int room)
+int nbdqueue_step(struct nbdqueue *q, struct nbdqueue_done *done, int capacity)
 {
     int64_t until = nbdshim_deadline(MAX_STEP_SECONDS);
     int ret;
@@ -608,12 +608,12 @@ int nbdqueue_step(struct nbdqueue *q, struct nbdqueue_done *done, int room)
             ret = move(q, 0);
         } while (ret > IDLE && nbdshim_slice(until) != 0);
         pieces_pump(q);
-        ret = tell(q, done, room);
+        ret = report(q, done, capacity);
     }
     if (ret == NBDSHIM_CLOSED)
         forget_and_leave(q);
     else
-        end_turn(q);
+        give_back_turn(q);
     return ret;
 }
 
@@ -652,8 +652,8 @@ static void take(struct nbdqueue *q, uint64_t serial)
         q->last_done = link;
     q->done_length--;
     q->length--;
-    if (q->told > 0)
-        q->told--;
+    if (q->reported > 0)
+        q->reported--;
     free(r);
 }
 
@@ -698,8 +698,8 @@ int nbdqueue_submit(struct nbdqueue *q, enum nbdqueue_operation operation, uintp
         free(r);
         return NBDSHIM_CLOSED;
     }
-    if (q->length == 0 && q->flying == 0)
-        pieces_settle_size(q);
+    if (q->length == 0 && q->in_flight == 0)
+        pieces_choose_size(q);
     q->is_started = true;
     r->serial = ++q->serial;
     *q->last_queued = r;
@@ -709,7 +709,7 @@ int nbdqueue_submit(struct nbdqueue *q, enum nbdqueue_operation operation, uintp
     if (sem_trywait(&q->turn) == 0) {
         if (enter_all(q) == 0)
             pieces_pump(q);
-        end_turn(q);
+        give_back_turn(q);
     } else {
         pthread_mutex_lock(&q->lock);
         q->has_news = true;
@@ -788,7 +788,7 @@ static void close_one(int *fd)
 }
 
 /* In the child of a fork: close its copies of the descriptors, and leave the rest alone. */
-static void let_parent_have(struct nbdqueue *q)
+static void close_inherited(struct nbdqueue *q)
 {
     close_one(&q->wakeup_fd);
     close_one(&q->epoll);
@@ -798,7 +798,7 @@ static void let_parent_have(struct nbdqueue *q)
 void nbdqueue_drop(struct nbdqueue *q)
 {
     if (q != NULL && nbdqueue_is_inherited(q))
-        let_parent_have(q);
+        close_inherited(q);
     /* In a callback of a handle this thread may have the turn: then nbdqueue_wait forgets. */
     if (is_unusable(q) || !mark_dropped(q) || is_reentry(q))
         return;
@@ -816,7 +816,7 @@ bool nbdqueue_uses(struct nbdqueue *q, uintptr_t token)
     pthread_mutex_lock(&q->lock);
     is_used = !q->is_forgotten;
     for (unsigned i = 0; i < q->depth; i++)
-        is_used |= q->slots[i].is_flying && q->slots[i].token == token;
+        is_used |= q->slots[i].is_in_flight && q->slots[i].token == token;
     pthread_mutex_unlock(&q->lock);
     return is_used;
 }
@@ -831,5 +831,5 @@ void nbdqueue_destroy(struct nbdqueue *q)
     take_last_turn(q);
     (void)enter_all(q);
     forget_and_leave(q);
-    pieces_unrefer(q);
+    pieces_unref(q);
 }

@@ -108,13 +108,13 @@ int nbdqueue_submit(struct nbdqueue *q, enum nbdqueue_operation operation, uintp
                     char *buffer, uint64_t length, uint64_t offset, uint32_t flags);
 
 /*
- * Wait until `least` requests are done, until none is left to wait for, or for so many seconds;
- * less than 0 is for ever, 0 does not sleep.  Writes at most `room` of those that are done to
+ * Wait until `min_done` requests are done, until none is left to wait for, or for so many seconds;
+ * less than 0 is for ever, 0 does not sleep.  Writes at most `capacity` of those that are done to
  * `done`, and returns how many; they are told of again until nbdqueue_take.  Returns
  * NBDSHIM_STOPPED if the handler of a signal has raised an exception, NBDSHIM_CLOSED if the queue
  * was dropped, or NBDSHIM_REENTERED.  Then everything stays as it is.
  */
-int nbdqueue_wait(struct nbdqueue *q, struct nbdqueue_done *done, int room, int least,
+int nbdqueue_wait(struct nbdqueue *q, struct nbdqueue_done *done, int capacity, int min_done,
                   double timeout);
 
 /*
@@ -138,7 +138,7 @@ double nbdqueue_last_moved(const struct nbdqueue *q);
 int nbdqueue_fd(struct nbdqueue *q);
 
 /* The same as nbdqueue_wait, but it never sleeps, and works for a millisecond at the most. */
-int nbdqueue_step(struct nbdqueue *q, struct nbdqueue_done *done, int room);
+int nbdqueue_step(struct nbdqueue *q, struct nbdqueue_done *done, int capacity);
 
 /*
  * Send no more commands for the requests with this token.  When those in flight have ended, the

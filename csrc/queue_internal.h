@@ -6,9 +6,9 @@
  * `send_command` makes one command of it.  libnbd calls `complete` when the server has answered,
  * and `retire` when it has no more use for the slot; this happens in the thread that moves the
  * connection, which may be one that makes another call.  `pieces_reap` takes the answered slots in
- * the thread that waits on the queue, and `land` decides: the next command of the same piece, or
- * its end.  A slot whose command has to wait for another one is in q->held, and `pieces_pump` tries
- * it again.
+ * the thread that waits on the queue, and `advance` decides: the next command of the same piece, or
+ * its end.  A slot whose command has to wait for another one is in q->blocked, and `pieces_pump`
+ * tries it again.
  *
  * Locks.  Who has q->turn moves the queue: it sends, polls and reaps.  q->lock protects the lists
  * and counters, also from callbacks, which run while libnbd's lock is held.  So libnbd is never
@@ -30,10 +30,10 @@
 struct member {
     struct nbdshim *s;
     enum nbdqueue_side side;
-    unsigned flying; /* commands that libnbd has */
-    int error;       /* of the connection, if it is lost */
-    bool is_lost;    /* it is closed, or its connection has ended */
-    bool is_entered; /* by the thread that has the queue's turn, as has_turn */
+    unsigned in_flight; /* commands that libnbd has */
+    int error;          /* of the connection, if it is lost */
+    bool is_lost;       /* it is closed, or its connection has ended */
+    bool is_entered;    /* by the thread that has the queue's turn, as has_turn */
     bool has_turn;
     bool is_shared;  /* the last time, another thread had its turn */
     int socket;      /* what the epoll watches, or -1; see watch.h */
@@ -57,9 +57,9 @@ struct request {
     char *buffer;
     uint64_t start, cut, stop; /* the range; what is before cut was given to slots */
     uint32_t flags;
-    unsigned flying; /* its slots */
-    uint64_t moved;  /* bytes that were copied or set to zero */
-    int error;       /* of the piece that failed first: */
+    unsigned in_flight; /* its slots */
+    uint64_t moved;     /* bytes that were copied or set to zero */
+    int error;          /* of the piece that failed first: */
     uint64_t error_offset, error_length;
     enum nbdqueue_side error_side;
     bool is_cancelled; /* nobody waits for it */
@@ -72,7 +72,7 @@ struct slot {
     struct request *request;
     uint64_t offset, length;           /* the piece */
     uint64_t wide_offset, wide_length; /* what a command reads or writes for it */
-    char *own;                         /* memory for wide ranges and copies; may be NULL */
+    char *bounce;                      /* memory for wide ranges and copies; may be NULL */
     char *data;                        /* what the command reads into, or writes from */
     enum nbdqueue_operation command;   /* what is in flight */
     bool merges;                       /* it is read first, then merged and written */
@@ -81,7 +81,7 @@ struct slot {
     uintptr_t token; /* of the request whose buffer the command uses */
     int error;
     struct nbdshim_range range; /* of an orphan, for those who have to wait for it */
-    bool is_flying;             /* libnbd has it */
+    bool is_in_flight;          /* libnbd has it */
     bool is_issued;             /* the call that gives it to libnbd has returned */
     bool is_answered;           /* the completion was called */
     bool is_listed;             /* in q->answered */
@@ -100,7 +100,7 @@ struct nbdqueue {
     bool is_started;        /* a request was added: the ends are settled */
     bool is_woken, is_dropped;
     bool is_forgotten; /* dropped, and no request is left */
-    unsigned depth, flying;
+    unsigned depth, in_flight;
     unsigned forks; /* nbdshim_forks of the process that made the queue */
     uint32_t piece;
     struct endpoint endpoints[2];
@@ -108,15 +108,15 @@ struct nbdqueue {
     atomic_size_t added; /* members that were given to the queue; q->lock is locked to change it */
     atomic_size_t count; /* those that are in use: who has the turn takes over the others */
     struct slot *slots, *free, *answered;
-    struct slot *held;  /* not sent yet, because of what must end before; of who has the turn */
-    unsigned cancelled; /* slots of requests that were cancelled */
+    struct slot *blocked; /* not sent yet, because of what must end before; of who has the turn */
+    unsigned cancelled;   /* slots of requests that were cancelled */
     struct request *queued, **last_queued;
     struct request *done, **last_done;
     unsigned length, done_length;
-    unsigned told;                  /* how many of those that are done the last call has reported */
-    uint64_t serial;                /* of the last request */
-    struct nbdshim_closure *keeper; /* its token stands for the buffers */
-    char *zeroes;                   /* a piece of them */
+    unsigned reported; /* how many of those that are done the last call has reported */
+    uint64_t serial;   /* of the last request */
+    struct nbdshim_closure *closure; /* its token stands for the buffers */
+    char *zeroes;                    /* a piece of them */
     atomic_uint_fast64_t copied, zeroed;
     _Atomic int64_t last_moved; /* when a byte last moved, in nanoseconds; 0 is never */
     atomic_bool is_moving;      /* who has the turn notes it */

@@ -19,7 +19,7 @@
 
 struct nbdshim_upcalls nbdshim_up;
 static _Atomic(void *) owner_of_upcalls;
-_Thread_local struct nbdshim_upcall *nbdshim_innermost;
+_Thread_local struct nbdshim_upcall *nbdshim_current_upcall;
 _Thread_local struct nbdshim_closure *nbdshim_released;
 atomic_bool nbdshim_is_ending;
 atomic_uint nbdshim_forks;
@@ -57,7 +57,7 @@ void nbdshim_end_upcalls(void)
     nbdshim_ends_here = false;
 }
 
-void nbdshim_cut(struct nbdshim *s)
+void nbdshim_disconnect_child(struct nbdshim *s)
 {
     int socket = atomic_load(&s->socket), socket_dup = atomic_load(&s->socket_dup), nothing;
     struct stat ours, its;

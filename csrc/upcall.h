@@ -67,7 +67,7 @@ void nbdshim_discard_released(const struct nbdshim *s);
  * In a child that was forked in a callback: put /dev/null in the place of the connection's socket.
  * libnbd is in the middle of a call, and would go on with the connection, as the parent does.
  */
-void nbdshim_cut(struct nbdshim *s);
+void nbdshim_disconnect_child(struct nbdshim *s);
 
 /*
  * A callback that runs in this thread.  libnbd may hold the lock of the handle, so calls from
@@ -81,7 +81,7 @@ struct nbdshim_upcall {
     struct nbdshim_upcall *outer;
 };
 
-extern _Thread_local struct nbdshim_upcall *nbdshim_innermost NBDSHIM_TLS;
+extern _Thread_local struct nbdshim_upcall *nbdshim_current_upcall NBDSHIM_TLS;
 
 /* What libnbd has freed in this thread.  It is handed over when a call on its handle ends. */
 extern _Thread_local struct nbdshim_closure *nbdshim_released NBDSHIM_TLS;
@@ -99,25 +99,26 @@ static inline bool nbdshim_is_silent(void)
     return atomic_load_explicit(&nbdshim_is_ending, memory_order_relaxed) && !nbdshim_ends_here;
 }
 
-static inline void nbdshim_call_up(struct nbdshim_upcall *upcall, struct nbdshim *s, bool is_debug)
+static inline void nbdshim_enter_upcall(struct nbdshim_upcall *upcall, struct nbdshim *s,
+                                        bool is_debug)
 {
     unsigned forks = atomic_load_explicit(&nbdshim_forks, memory_order_relaxed);
 
-    *upcall = (struct nbdshim_upcall){s, is_debug, forks, nbdshim_innermost};
-    nbdshim_innermost = upcall;
+    *upcall = (struct nbdshim_upcall){s, is_debug, forks, nbdshim_current_upcall};
+    nbdshim_current_upcall = upcall;
 }
 
-static inline void nbdshim_came_back(struct nbdshim_upcall *upcall)
+static inline void nbdshim_leave_upcall(struct nbdshim_upcall *upcall)
 {
-    nbdshim_innermost = upcall->outer;
+    nbdshim_current_upcall = upcall->outer;
     if (atomic_load_explicit(&nbdshim_forks, memory_order_relaxed) != upcall->forks)
-        nbdshim_cut(upcall->s);
+        nbdshim_disconnect_child(upcall->s);
 }
 
 /* Whether this thread is inside an upcall of s, where libnbd's lock is held. */
 static inline bool nbdshim_is_reentry(const struct nbdshim *s)
 {
-    const struct nbdshim_upcall *upcall = nbdshim_innermost;
+    const struct nbdshim_upcall *upcall = nbdshim_current_upcall;
 
     while (upcall != NULL && upcall->s != s)
         upcall = upcall->outer;
@@ -127,7 +128,7 @@ static inline bool nbdshim_is_reentry(const struct nbdshim *s)
 /* Whether it is inside a debug callback of s, where a call would make the next debug callback. */
 static inline bool nbdshim_is_debugging(const struct nbdshim *s)
 {
-    const struct nbdshim_upcall *upcall = nbdshim_innermost;
+    const struct nbdshim_upcall *upcall = nbdshim_current_upcall;
 
     while (upcall != NULL && !(upcall->s == s && upcall->is_debug))
         upcall = upcall->outer;

@@ -22,7 +22,7 @@
 /* So often an upcall is tried if handlers of signals raise in it. */
 #define MAX_KEEP_TRIES 100
 
-_Thread_local struct nbdshim_wait *nbdshim_waiting;
+_Thread_local struct nbdshim_wait *nbdshim_current_wait;
 
 static int64_t nanoseconds(clockid_t clock)
 {
@@ -67,9 +67,9 @@ static bool is_over(struct nbdshim_wait *w)
 {
     if (!is_past(w->deadline))
         return false;
-    if (w->last_look == 0)
-        w->last_look = nanoseconds(CLOCK_MONOTONIC) + SLICE;
-    return is_past(w->last_look);
+    if (w->grace_end == 0)
+        w->grace_end = nanoseconds(CLOCK_MONOTONIC) + SLICE;
+    return is_past(w->grace_end);
 }
 
 static bool is_done(const struct nbdshim_wait *w)
@@ -80,15 +80,15 @@ static bool is_done(const struct nbdshim_wait *w)
 int nbdshim_run_handlers(bool *has_forked)
 {
     unsigned forks = atomic_load(&nbdshim_forks);
-    struct nbdshim_wait *w = nbdshim_waiting;
+    struct nbdshim_wait *w = nbdshim_current_wait;
     int ret;
 
     *has_forked = false;
     if (nbdshim_is_silent())
         return NBDSHIM_STOPPED;
-    nbdshim_waiting = NULL;
+    nbdshim_current_wait = NULL;
     ret = nbdshim_up.interrupted();
-    nbdshim_waiting = w;
+    nbdshim_current_wait = w;
     *has_forked = atomic_load(&nbdshim_forks) != forks;
     return ret == 0 ? 0 : NBDSHIM_STOPPED;
 }
@@ -99,11 +99,11 @@ static int run_handlers(struct nbdshim_wait *w)
     int ret = nbdshim_run_handlers(&has_forked);
 
     if (has_forked)
-        nbdshim_cut(w->s);
+        nbdshim_disconnect_child(w->s);
     return ret;
 }
 
-bool nbdshim_wait_for(sem_t *turn, int64_t deadline)
+bool nbdshim_wait_for_turn(sem_t *turn, int64_t deadline)
 {
     int64_t until = nanoseconds(CLOCK_REALTIME) + nbdshim_slice(deadline);
     struct timespec end = {.tv_sec = until / SECOND, .tv_nsec = until % SECOND};
@@ -112,13 +112,13 @@ bool nbdshim_wait_for(sem_t *turn, int64_t deadline)
 }
 
 /* The same, seen by a queue that moves the handle too: it lets those go first who wait for it. */
-static bool wait_in_line(struct nbdshim *s, int64_t deadline)
+static bool wait_for_turn(struct nbdshim *s, int64_t deadline)
 {
     bool has_turn;
 
-    atomic_fetch_add(&s->waiting, 1);
-    has_turn = nbdshim_wait_for(&s->turn, deadline);
-    atomic_fetch_sub(&s->waiting, 1);
+    atomic_fetch_add(&s->waiters, 1);
+    has_turn = nbdshim_wait_for_turn(&s->turn, deadline);
+    atomic_fetch_sub(&s->waiters, 1);
     return has_turn;
 }
 
@@ -132,7 +132,7 @@ static int take_turn(struct nbdshim_wait *w)
         int ret;
 
         w->has_waited = true;
-        if (wait_in_line(w->s, w->deadline))
+        if (wait_for_turn(w->s, w->deadline))
             break;
         if (is_done(w))
             return 0;
@@ -146,7 +146,7 @@ static int take_turn(struct nbdshim_wait *w)
     return 0;
 }
 
-static void give_turn(struct nbdshim_wait *w)
+static void give_back_turn(struct nbdshim_wait *w)
 {
     if (w->has_turn)
         sem_post(&w->s->turn);
@@ -158,7 +158,7 @@ static int pause_for_handlers(struct nbdshim_wait *w)
 {
     int ret;
 
-    give_turn(w);
+    give_back_turn(w);
     ret = run_handlers(w);
     return ret != 0 ? ret : take_turn(w);
 }
@@ -263,7 +263,7 @@ static int finish_stalled(struct nbdshim_wait *w)
 }
 
 /* Let go of a command, for libnbd or for the caller.  The last one frees it. */
-static void drop(struct nbdshim_command *c)
+static void unref_command(struct nbdshim_command *c)
 {
     struct nbdshim *s = c->buffer.s;
 
@@ -289,7 +289,7 @@ static int complete(void *user_data, int *error)
 
 static void free_completion(void *user_data)
 {
-    drop(user_data);
+    unref_command(user_data);
 }
 
 nbd_completion_callback nbdshim_completion(struct nbdshim_wait *w)
@@ -335,10 +335,10 @@ static int finish(struct nbdshim_wait *w, int ret)
         nbdshim_note_end(s);
     if (ret < -1 && w->has_moved && nbd_aio_is_connecting(s->h) == 1)
         atomic_store(&s->is_stalled, true);
-    give_turn(w);
-    nbdshim_waiting = w->outer;
+    give_back_turn(w);
+    nbdshim_current_wait = w->outer;
     if (w->command != NULL)
-        drop(w->command);
+        unref_command(w->command);
     nbdshim_leave(s);
     return ret;
 }
@@ -353,8 +353,9 @@ static int begin_until(struct nbdshim_wait *w, struct nbdshim *s, const char *na
     if (ret != 0)
         return ret;
     timeout = atomic_load_explicit(&s->timeout, memory_order_relaxed);
-    *w = (struct nbdshim_wait){.s = s, .name = name, .outer = nbdshim_waiting, .deadline = NEVER};
-    nbdshim_waiting = w;
+    *w = (struct nbdshim_wait){
+        .s = s, .name = name, .outer = nbdshim_current_wait, .deadline = NEVER};
+    nbdshim_current_wait = w;
     if (timeout > 0)
         w->deadline = nbdshim_deadline(timeout);
     deadline = w->deadline;
@@ -415,11 +416,11 @@ bool nbdshim_is_changing(struct nbdshim *s, uint64_t start, uint64_t stop)
     return range != NULL;
 }
 
-bool nbdshim_is_full(struct nbdshim *s, unsigned flying, size_t size)
+bool nbdshim_is_full(struct nbdshim *s, unsigned in_flight, size_t size)
 {
     unsigned orphans = atomic_load_explicit(&s->orphans, memory_order_relaxed);
 
-    return orphans != 0 && (orphans + flying >= MAX_ORPHANS ||
+    return orphans != 0 && (orphans + in_flight >= MAX_ORPHANS ||
                             atomic_load(&s->orphan_bytes) + size > MAX_ORPHAN_BYTES);
 }
 
@@ -454,7 +455,7 @@ int nbdshim_begin_command(struct nbdshim_wait *w, struct nbdshim *s, const char 
 int nbdshim_end(struct nbdshim_wait *w, int ret)
 {
     if (w->command != NULL)
-        drop(w->command); /* for libnbd, which was not given it */
+        unref_command(w->command); /* for libnbd, which was not given it */
     return finish(w, ret);
 }
 
@@ -626,20 +627,20 @@ int nbdshim_opt_abort(struct nbdshim *s)
 }
 
 /* Say good-bye to the server, unless that was done before.  Returns libnbd's result. */
-static int say_good_bye(struct nbdshim *s)
+static int start_disconnect(struct nbdshim *s)
 {
     if (nbd_aio_is_negotiating(s->h) == 1)
         return nbd_aio_opt_abort(s->h);
-    if (!atomic_load(&s->is_leaving)) {
+    if (!atomic_load(&s->is_disconnecting)) {
         if (nbd_aio_disconnect(s->h, 0) == -1)
             return -1;
-        nbdshim_note_leaving(s);
+        nbdshim_note_disconnect(s);
     }
     return 0;
 }
 
 /* Whether a shutdown can be made of calls that do not wait: else libnbd waits by itself. */
-static bool can_say_good_bye(struct nbd_handle *h, uint32_t flags)
+static bool can_disconnect_here(struct nbd_handle *h, uint32_t flags)
 {
     bool is_busy = nbd_aio_is_processing(h) == 1;
 
@@ -659,7 +660,7 @@ int nbdshim_shutdown(struct nbdshim *s, uint32_t flags)
         return ret;
     ret = finish_stalled(&w);
     if (ret == 0)
-        ret = can_say_good_bye(s->h, flags) ? say_good_bye(s) : nbd_shutdown(s->h, flags);
+        ret = can_disconnect_here(s->h, flags) ? start_disconnect(s) : nbd_shutdown(s->h, flags);
     while (ret == 0 && nbd_aio_is_closed(s->h) != 1 && nbd_aio_is_dead(s->h) != 1)
         ret = move(&w);
     nbdshim_note_end(s);

@@ -74,14 +74,14 @@ struct nbdshim_wait {
     struct nbdshim_wait *outer;      /* the call of this thread in which a handler made this one */
     struct nbdshim_command *command; /* NULL if the call is neither a command nor an option */
     int64_t deadline;                /* of the monotonic clock, in nanoseconds */
-    int64_t last_look;               /* when it ends at the latest; 0 before the deadline */
+    int64_t grace_end;               /* when it ends at the latest; 0 before the deadline */
     bool has_turn;
     bool has_waited; /* another thread had the turn */
     bool has_moved;  /* it has let libnbd go on at least once */
 };
 
 /* The innermost call that waits in this thread; NULL while handlers run. */
-extern _Thread_local struct nbdshim_wait *nbdshim_waiting NBDSHIM_TLS;
+extern _Thread_local struct nbdshim_wait *nbdshim_current_wait NBDSHIM_TLS;
 
 /*
  * The function that a debug callback of s is told of.  Inside of a call that waits, these are the
@@ -89,7 +89,7 @@ extern _Thread_local struct nbdshim_wait *nbdshim_waiting NBDSHIM_TLS;
  */
 static inline const char *nbdshim_name_of_call(const struct nbdshim *s, const char *function)
 {
-    const struct nbdshim_wait *w = nbdshim_waiting;
+    const struct nbdshim_wait *w = nbdshim_current_wait;
 
     return w != NULL && w->s == s ? w->name : function;
 }
@@ -147,7 +147,7 @@ int64_t nbdshim_now(void);
 int64_t nbdshim_slice(int64_t until);
 
 /* Wait a slice for a turn, at the most until the deadline.  Returns whether it was taken. */
-bool nbdshim_wait_for(sem_t *turn, int64_t deadline);
+bool nbdshim_wait_for_turn(sem_t *turn, int64_t deadline);
 
 /*
  * Let Python run the handlers of signals that have arrived.  Returns 0 or, if one of them has
@@ -167,10 +167,10 @@ void nbdshim_remove_orphan(struct nbdshim *s, struct nbdshim_range *range, size_
 bool nbdshim_is_changing(struct nbdshim *s, uint64_t start, uint64_t stop);
 
 /*
- * Whether s has too many orphans for one command more.  flying is how many others are in flight
+ * Whether s has too many orphans for one command more.  in_flight is how many others are in flight
  * that may become orphans, size the bytes of their buffers and of that of the command.
  */
-bool nbdshim_is_full(struct nbdshim *s, unsigned flying, size_t size);
+bool nbdshim_is_full(struct nbdshim *s, unsigned in_flight, size_t size);
 
 /*
  * The descriptor to poll: our own duplicate, since libnbd's number may be a stranger's by now.

@@ -95,7 +95,7 @@ void watch_update(struct nbdqueue *q)
         events = m->is_shared ? 0 : wanted(m);
         if (change(q, m->socket, m->events, events) == 0)
             m->events = events;
-        if (events == 0 || q->held != NULL) /* another thread may move what it waits for */
+        if (events == 0 || q->blocked != NULL) /* another thread may move what it waits for */
             start_timer(q);
     }
 }

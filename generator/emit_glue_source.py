@@ -115,9 +115,9 @@ def upcall_function(closure: Closure) -> str:
         "    struct nbdshim_closure *closure = user_data;\n"
         f"    struct nbdshim_upcall upcall;\n\n{once}"
         "    if (nbdshim_is_silent())\n        return -1;\n"
-        f"    nbdshim_call_up(&upcall, closure->s, {str(name == 'debug').lower()});\n"
+        f"    nbdshim_enter_upcall(&upcall, closure->s, {str(name == 'debug').lower()});\n"
         f"{call}\n"
-        "    nbdshim_came_back(&upcall);\n"
+        "    nbdshim_leave_upcall(&upcall);\n"
         f"{spent}    return ret;\n}}\n"
     )
 
@@ -234,7 +234,7 @@ def afterwards(function: Function) -> list[str]:
     if function.name.startswith("aio_connect"):
         lines += ["", "    if (ret != -1)", "        nbdshim_note_socket(s);"]
     elif function.name == "aio_disconnect":
-        lines += ["", "    if (ret == 0)", "        nbdshim_note_leaving(s);"]
+        lines += ["", "    if (ret == 0)", "        nbdshim_note_disconnect(s);"]
     elif moves_connection(function) and refused_value(function) == "refused":
         lines += ["", "    if (ret == -1)", "        nbdshim_note_end(s);"]
     return lines

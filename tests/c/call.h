@@ -10,9 +10,9 @@
 struct arguments {
     char *text;
     char *argv[2];
-    char data[512], room[512], address[128];
+    char data[512], buffer[512], address[128];
     uint32_t address_size;
-    int state; /* of room */
+    int state; /* of buffer */
     struct token tokens[2];
 };
 

@@ -7,7 +7,7 @@
 
 #include <unistd.h>
 
-char room[DISK_SIZE];
+char image[DISK_SIZE];
 
 void add(struct nbdqueue *q, enum nbdqueue_side side, struct nbdshim *s)
 {
@@ -42,7 +42,7 @@ void tear_down(struct rig *rig)
 void submit(struct rig *rig, enum nbdqueue_operation operation, uintptr_t token, uint64_t length,
             uint64_t offset)
 {
-    CHECK(nbdqueue_submit(rig->q, operation, token, room + offset % sizeof room, length, offset,
+    CHECK(nbdqueue_submit(rig->q, operation, token, image + offset % sizeof image, length, offset,
                           0) == 0);
 }
 

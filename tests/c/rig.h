@@ -13,7 +13,7 @@
 #define FOR_EVER (-1.0)
 
 /* What is written, and read into: a request has the bytes at its offset. */
-extern char room[DISK_SIZE];
+extern char image[DISK_SIZE];
 
 /* A queue over a handle to a server that answers only what the test lets it answer. */
 struct rig {

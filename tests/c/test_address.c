@@ -14,16 +14,16 @@
 
 #define LONGEST (sizeof(((struct sockaddr_un *)0)->sun_path))
 
-static char room[128];
+static char addr[128];
 
-/* Whether the first `size` bytes of room are this address, and those behind it are untouched. */
+/* Whether the first `size` bytes of addr are this address, and those behind it are untouched. */
 static bool holds(uint32_t size, const void *address, uint32_t expected)
 {
-    bool is_equal = size == expected && memcmp(room, address, size) == 0;
+    bool is_equal = size == expected && memcmp(addr, address, size) == 0;
 
-    for (size_t i = size; i < sizeof room; i++)
-        is_equal = is_equal && room[i] == 'x';
-    memset(room, 'x', sizeof room);
+    for (size_t i = size; i < sizeof addr; i++)
+        is_equal = is_equal && addr[i] == 'x';
+    memset(addr, 'x', sizeof addr);
     return is_equal;
 }
 
@@ -46,8 +46,8 @@ static uint32_t resolve(const char *host, const char *port, int family, void *ad
 
 static uint32_t make_unix(const char *path, size_t length)
 {
-    memset(room, 'x', sizeof room);
-    return nbdshim_address_unix(room, sizeof room, path, length);
+    memset(addr, 'x', sizeof addr);
+    return nbdshim_address_unix(addr, sizeof addr, path, length);
 }
 
 static void a_path_ends_with_a_nul_that_counts(void)
@@ -75,7 +75,7 @@ static void the_kernel_gives_an_abstract_name_back(void)
     uint32_t size = make_unix(name, (size_t)length);
     int sock = socket(AF_UNIX, SOCK_STREAM, 0);
 
-    CHECK(bind(sock, (struct sockaddr *)room, size) == 0);
+    CHECK(bind(sock, (struct sockaddr *)addr, size) == 0);
     CHECK(getsockname(sock, (struct sockaddr *)bound, &bound_size) == 0);
     CHECK(holds(size, bound, bound_size));
     close(sock);
@@ -112,8 +112,8 @@ static void an_inet_address_is_getaddrinfos(void)
 
     REQUIRE(size != 0);
     CHECK(inet_pton(AF_INET, "192.0.2.17", &ip) == 1);
-    memset(room, 'x', sizeof room);
-    CHECK(holds(nbdshim_address_inet(room, sizeof room, (char *)&ip, 10809), &sin, size));
+    memset(addr, 'x', sizeof addr);
+    CHECK(holds(nbdshim_address_inet(addr, sizeof addr, (char *)&ip, 10809), &sin, size));
 }
 
 static void an_inet6_address_is_getaddrinfos(void)
@@ -124,8 +124,8 @@ static void an_inet6_address_is_getaddrinfos(void)
 
     REQUIRE(size != 0);
     CHECK(inet_pton(AF_INET6, "2001:db8::17", &ip) == 1);
-    memset(room, 'x', sizeof room);
-    CHECK(holds(nbdshim_address_inet6(room, sizeof room, (char *)&ip, 65535, 0, 0), &sin6, size));
+    memset(addr, 'x', sizeof addr);
+    CHECK(holds(nbdshim_address_inet6(addr, sizeof addr, (char *)&ip, 65535, 0, 0), &sin6, size));
 }
 
 static void a_scope_is_getaddrinfos(void)
@@ -136,9 +136,9 @@ static void a_scope_is_getaddrinfos(void)
 
     REQUIRE(size != 0);
     CHECK(inet_pton(AF_INET6, "fe80::1", &ip) == 1);
-    memset(room, 'x', sizeof room);
+    memset(addr, 'x', sizeof addr);
     CHECK(
-        holds(nbdshim_address_inet6(room, sizeof room, (char *)&ip, 10809, 0, if_nametoindex("lo")),
+        holds(nbdshim_address_inet6(addr, sizeof addr, (char *)&ip, 10809, 0, if_nametoindex("lo")),
               &sin6, size));
 }
 
@@ -147,9 +147,9 @@ static void a_flow_is_in_network_order(void)
     struct sockaddr_in6 sin6;
     uint32_t size;
 
-    size = nbdshim_address_inet6(room, sizeof room, (char *)&in6addr_loopback, 1, 0x12345, 0);
+    size = nbdshim_address_inet6(addr, sizeof addr, (char *)&in6addr_loopback, 1, 0x12345, 0);
     CHECK(size == sizeof sin6);
-    memcpy(&sin6, room, sizeof sin6);
+    memcpy(&sin6, addr, sizeof sin6);
     CHECK(sin6.sin6_flowinfo == htonl(0x12345));
     CHECK(memcmp(&sin6.sin6_addr, &in6addr_loopback, sizeof in6addr_loopback) == 0);
 }
@@ -158,10 +158,10 @@ static void an_address_that_does_not_fit_is_not_written(void)
 {
     const char ip[16] = {0};
 
-    memset(room, 'x', sizeof room);
-    CHECK(holds(nbdshim_address_unix(room, 4, "/run/nbd", 8), "", 0));
-    CHECK(holds(nbdshim_address_inet(room, sizeof(struct sockaddr_in) - 1, ip, 1), "", 0));
-    CHECK(holds(nbdshim_address_inet6(room, sizeof(struct sockaddr_in6) - 1, ip, 1, 0, 0), "", 0));
+    memset(addr, 'x', sizeof addr);
+    CHECK(holds(nbdshim_address_unix(addr, 4, "/run/nbd", 8), "", 0));
+    CHECK(holds(nbdshim_address_inet(addr, sizeof(struct sockaddr_in) - 1, ip, 1), "", 0));
+    CHECK(holds(nbdshim_address_inet6(addr, sizeof(struct sockaddr_in6) - 1, ip, 1, 0, 0), "", 0));
 }
 
 RUN_TESTS(TEST(a_path_ends_with_a_nul_that_counts), TEST(an_abstract_name_has_no_nul_behind_it),

@@ -13,7 +13,7 @@
 #define THREADS 8
 #define ROUNDS 50
 
-static char room[512];
+static char buffer[512];
 
 static void a_handle_is_closed_once(void)
 {
@@ -50,7 +50,7 @@ static void *read_in_vain(void *argument)
 {
     struct caller *caller = argument;
 
-    end_call(caller, nbdcall_pread(caller->s, room, sizeof room, 0, 0));
+    end_call(caller, nbdcall_pread(caller->s, buffer, sizeof buffer, 0, 0));
     return NULL;
 }
 
@@ -86,7 +86,7 @@ static void closing_wakes_a_call_that_waits(void)
     struct token in_flight = {0};
     pthread_t thread;
 
-    CHECK(start_read(caller.s, room, sizeof room, 0, give(&in_flight), false) > 0);
+    CHECK(start_read(caller.s, buffer, sizeof buffer, 0, give(&in_flight), false) > 0);
     thread = call_in_thread(&caller, read_in_vain);
     CHECK(nbdshim_close(caller.s) == 0);
     CHECK(nbdcall_aio_is_dead(caller.s) == NBDSHIM_CLOSED);

@@ -16,9 +16,10 @@ struct read {
 static void *read_in_a_thread(void *argument)
 {
     struct read *read = argument;
-    char room[512];
+    char buffer[512];
 
-    read->result = nbdcall_pread_structured(read->s, room, sizeof room, 0, give(&read->chunk), 0);
+    read->result =
+        nbdcall_pread_structured(read->s, buffer, sizeof buffer, 0, give(&read->chunk), 0);
     return NULL;
 }
 

@@ -14,7 +14,7 @@ static struct arguments arguments(void)
 {
     struct arguments a = {.text = "127.0.0.1", .argv = {"true", NULL}};
 
-    memset(a.room, 'x', sizeof a.room);
+    memset(a.buffer, 'x', sizeof a.buffer);
     a.address_size = nbdshim_address_unix(a.address, sizeof a.address, "/nowhere", 8);
     return a;
 }

@@ -12,11 +12,11 @@ static int64_t size_of_export(uint64_t size)
 {
     struct nbdshim *s = nbdshim_create();
     int server = connect_to_silence(s, size);
-    int64_t told = nbdcall_get_size(s);
+    int64_t result = nbdcall_get_size(s);
 
     nbdshim_destroy(s);
     close(server);
-    return told;
+    return result;
 }
 
 static void a_size_is_returned_as_it_is(void)
@@ -32,9 +32,9 @@ static void a_size_beyond_63_bits_is_no_refusal(void)
     const uint64_t sizes[] = {(uint64_t)1 << 63, UINT64_MAX - 1, UINT64_MAX - 2, UINT64_MAX - 3};
 
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
-        int64_t told = size_of_export(sizes[i]);
+        int64_t result = size_of_export(sizes[i]);
 
-        CHECK(told == NBDSHIM_TOO_LARGE || told == -1);
+        CHECK(result == NBDSHIM_TOO_LARGE || result == -1);
     }
 }
 

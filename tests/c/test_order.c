@@ -50,7 +50,7 @@ static struct command set_up_after_a_write_that_timed_out(struct rig *rig)
 {
     set_up(rig, 4, SIZE);
     CHECK(nbdshim_set_timeout(rig->s, SHORTLY) == 0);
-    CHECK(nbdcall_pwrite(rig->s, room, SIZE, 0, 0) == NBDSHIM_TIMED_OUT);
+    CHECK(nbdcall_pwrite(rig->s, image, SIZE, 0, 0) == NBDSHIM_TIMED_OUT);
     return receive_write(rig->server);
 }
 
@@ -59,12 +59,12 @@ static void a_call_that_overlaps_a_write_that_was_stopped_is_sent_after_its_answ
     struct rig rig;
     struct command write = set_up_after_a_write_that_timed_out(&rig);
 
-    CHECK(nbdcall_pwrite(rig.s, room, SIZE, SIZE - 1, 0) == NBDSHIM_TIMED_OUT);
-    CHECK(nbdcall_pread(rig.s, room, 1, 0, 0) == NBDSHIM_TIMED_OUT);
+    CHECK(nbdcall_pwrite(rig.s, image, SIZE, SIZE - 1, 0) == NBDSHIM_TIMED_OUT);
+    CHECK(nbdcall_pread(rig.s, image, 1, 0, 0) == NBDSHIM_TIMED_OUT);
     CHECK(nbdcall_zero(rig.s, 1, 1, 0) == NBDSHIM_TIMED_OUT);
     CHECK(!was_sent(rig.server));
     answer(rig.server, write, 0, NULL, 0);
-    CHECK(nbdcall_pread(rig.s, room, 1, 0, 0) == NBDSHIM_TIMED_OUT);
+    CHECK(nbdcall_pread(rig.s, image, 1, 0, 0) == NBDSHIM_TIMED_OUT);
     CHECK(receive_command(rig.server).type == READ_TYPE);
     tear_down(&rig);
 }
@@ -74,7 +74,7 @@ static void a_call_that_does_not_overlap_it_does_not_wait(void)
     struct rig rig;
 
     (void)set_up_after_a_write_that_timed_out(&rig);
-    CHECK(nbdcall_pread(rig.s, room, SIZE, SIZE, 0) == NBDSHIM_TIMED_OUT);
+    CHECK(nbdcall_pread(rig.s, image, SIZE, SIZE, 0) == NBDSHIM_TIMED_OUT);
     CHECK(receive_command(rig.server).offset == SIZE);
     CHECK(nbdcall_flush(rig.s, 0) != 0); /* it has no range; this server has none */
     tear_down(&rig);
@@ -87,7 +87,7 @@ static void a_read_that_was_stopped_holds_nothing_up(void)
     set_up(&rig, 4, SIZE);
     CHECK(nbdshim_set_timeout(rig.s, SHORTLY) == 0);
     for (int i = 0; i < 2; i++) {
-        CHECK(nbdcall_pread(rig.s, room, SIZE, 0, 0) == NBDSHIM_TIMED_OUT);
+        CHECK(nbdcall_pread(rig.s, image, SIZE, 0, 0) == NBDSHIM_TIMED_OUT);
         CHECK(receive_command(rig.server).offset == 0);
     }
     tear_down(&rig);
@@ -102,7 +102,7 @@ static void a_queue_sends_nothing_over_a_write_that_a_call_has_given_up(void)
     submit(&rig, NBDQUEUE_READ, 2, SIZE, SIZE);
     read = receive_command(rig.server);
     CHECK(read.offset == SIZE);
-    answer(rig.server, read, 0, room, SIZE);
+    answer(rig.server, read, 0, image, SIZE);
     finish(&rig, 1);
     CHECK(rig.done[0].token == 2);
     move(&rig);
@@ -111,7 +111,7 @@ static void a_queue_sends_nothing_over_a_write_that_a_call_has_given_up(void)
     move(&rig);
     read = receive_command(rig.server);
     CHECK(read.type == READ_TYPE && read.offset == 0);
-    answer(rig.server, read, 0, room, SIZE);
+    answer(rig.server, read, 0, image, SIZE);
     finish(&rig, 1);
     tear_down(&rig);
 }
@@ -168,7 +168,7 @@ static void a_queue_sends_nothing_over_a_write_of_one_that_was_dropped(void)
     set_up(&rig, 4, SIZE);
     dropped = nbdqueue_create(1, SIZE, give(&token));
     add(dropped, NBDQUEUE_TARGET, rig.s);
-    CHECK(nbdqueue_submit(dropped, NBDQUEUE_WRITE, 1, room, SIZE, 0, 0) == 0);
+    CHECK(nbdqueue_submit(dropped, NBDQUEUE_WRITE, 1, image, SIZE, 0, 0) == 0);
     write = receive_write(rig.server);
     nbdqueue_destroy(dropped);
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
@@ -206,7 +206,7 @@ static void queues_that_are_dropped_leave_a_bounded_number_of_orphans(void)
 
         add(q, NBDQUEUE_TARGET, rig.s);
         for (uintptr_t t = 1; t <= MAX_DONE; t++)
-            CHECK(nbdqueue_submit(q, NBDQUEUE_READ, t, room, SIZE, 0, 0) == 0);
+            CHECK(nbdqueue_submit(q, NBDQUEUE_READ, t, image, SIZE, 0, 0) == 0);
         nbdqueue_destroy(q);
         CHECK(nbdshim_orphans(rig.s) <= MAX_ORPHANS);
     }
@@ -216,7 +216,7 @@ static void queues_that_are_dropped_leave_a_bounded_number_of_orphans(void)
         CHECK(tokens[i].releases == 1);
 }
 
-static void what_has_no_room_is_sent_when_an_orphan_has_ended(void)
+static void what_exceeds_the_orphan_limit_is_sent_when_an_orphan_has_ended(void)
 {
     struct rig rig;
     struct command command;
@@ -224,14 +224,14 @@ static void what_has_no_room_is_sent_when_an_orphan_has_ended(void)
     set_up(&rig, 1, SIZE);
     CHECK(nbdshim_set_timeout(rig.s, SHORTLY / 10) == 0);
     for (int i = 0; i < MAX_ORPHANS; i++)
-        CHECK(nbdcall_pread(rig.s, room, 1, 0, 0) == NBDSHIM_TIMED_OUT);
+        CHECK(nbdcall_pread(rig.s, image, 1, 0, 0) == NBDSHIM_TIMED_OUT);
     submit(&rig, NBDQUEUE_READ, 1, SIZE, SIZE);
     move(&rig);
     command = receive_command(rig.server);
     for (int i = 1; i < MAX_ORPHANS; i++)
         (void)receive_command(rig.server);
     CHECK(!was_sent(rig.server));
-    answer(rig.server, command, 0, room, 1);
+    answer(rig.server, command, 0, image, 1);
     move(&rig);
     command = receive_command(rig.server);
     CHECK(command.offset == SIZE);
@@ -245,11 +245,11 @@ static void each_request_is_taken_by_its_number(void)
 
     set_up(&rig, 4, SIZE);
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
-    answer(rig.server, receive_command(rig.server), 0, room, SIZE);
+    answer(rig.server, receive_command(rig.server), 0, image, SIZE);
     CHECK(nbdqueue_wait(rig.q, outer, MAX_DONE, 1, FOR_EVER) == 1);
     finish(&rig, 1); /* as the handler of a signal would */
     submit(&rig, NBDQUEUE_READ, 2, SIZE, 0);
-    answer(rig.server, receive_command(rig.server), 0, room, SIZE);
+    answer(rig.server, receive_command(rig.server), 0, image, SIZE);
     CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == 1);
     nbdqueue_take(rig.q, outer, 1);
     CHECK(nbdqueue_length(rig.q) == 1);
@@ -272,7 +272,7 @@ static void the_queue_knows_when_a_byte_has_moved(void)
     move(&rig);
     before = nbdqueue_last_moved(rig.q);
     CHECK(before == 0);
-    answer(rig.server, command, 0, room, SIZE / 2); /* half of it */
+    answer(rig.server, command, 0, image, SIZE / 2); /* half of it */
     move(&rig);
     CHECK(nbdqueue_last_moved(rig.q) > before);
     tear_down(&rig);
@@ -413,7 +413,7 @@ RUN_TESTS(TEST(a_call_that_overlaps_a_write_that_was_stopped_is_sent_after_its_a
           TEST(a_queue_sends_nothing_over_a_write_of_one_that_was_dropped),
           TEST(what_is_held_back_ends_when_its_connection_is_lost),
           TEST(queues_that_are_dropped_leave_a_bounded_number_of_orphans),
-          TEST(what_has_no_room_is_sent_when_an_orphan_has_ended),
+          TEST(what_exceeds_the_orphan_limit_is_sent_when_an_orphan_has_ended),
           TEST(each_request_is_taken_by_its_number), TEST(the_queue_knows_when_a_byte_has_moved),
           TEST(a_handle_that_joins_later_takes_commands),
           TEST(a_handle_to_another_export_does_not_join),

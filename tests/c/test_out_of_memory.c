@@ -67,7 +67,7 @@ struct nbd_handle *__wrap_nbd_create(void)
 
 struct scenario {
     struct nbdshim *s;
-    char room[512];
+    char buffer[512];
     struct token tokens[4];
     int used; /* how many tokens it gives away */
 };
@@ -93,19 +93,20 @@ static int64_t flush(struct scenario *sc)
 static int64_t read_structured(struct scenario *sc)
 {
     sc->used = 1;
-    return nbdcall_pread_structured(sc->s, sc->room, sizeof sc->room, 0, give(&sc->tokens[0]), 0);
+    return nbdcall_pread_structured(sc->s, sc->buffer, sizeof sc->buffer, 0, give(&sc->tokens[0]),
+                                    0);
 }
 
 static int64_t read_later(struct scenario *sc)
 {
     sc->used = 1;
-    return start_read(sc->s, sc->room, sizeof sc->room, 0, give(&sc->tokens[0]), true);
+    return start_read(sc->s, sc->buffer, sizeof sc->buffer, 0, give(&sc->tokens[0]), true);
 }
 
 static int64_t read_later_without_callback(struct scenario *sc)
 {
     sc->used = 1;
-    return start_read(sc->s, sc->room, sizeof sc->room, 0, give(&sc->tokens[0]), false);
+    return start_read(sc->s, sc->buffer, sizeof sc->buffer, 0, give(&sc->tokens[0]), false);
 }
 
 static int64_t read_structured_later(struct scenario *sc)
@@ -113,7 +114,7 @@ static int64_t read_structured_later(struct scenario *sc)
     int state = NBDSHIM_STALE;
 
     sc->used = 2;
-    return nbdcall_aio_pread_structured(sc->s, sc->room, sizeof sc->room, &state, 0,
+    return nbdcall_aio_pread_structured(sc->s, sc->buffer, sizeof sc->buffer, &state, 0,
                                         give(&sc->tokens[0]), give(&sc->tokens[1]), true, 0);
 }
 
@@ -210,7 +211,7 @@ static int fail_each(struct nbdshim *(*make)(void), step *run)
         int64_t result;
         bool is_untouched;
 
-        memset(sc.room, 'x', sizeof sc.room);
+        memset(sc.buffer, 'x', sizeof sc.buffer);
         allocations = 0;
         failing = i;
         result = run(&sc);

@@ -18,7 +18,7 @@
 
 #define BLOCK 4096
 
-static char other_room[DISK_SIZE];
+static char other_image[DISK_SIZE];
 
 /* The bytes of a disk: no two neighbouring sectors are alike. */
 static void fill(char *bytes, size_t size)
@@ -42,14 +42,14 @@ static void reads_end_once_with_the_right_data(void)
     struct rig rig;
 
     set_up_with(&rig, connected(), 4, 16384);
-    fill(other_room, DISK_SIZE);
-    store(rig.s, other_room);
-    memset(room, 0, sizeof room);
+    fill(other_image, DISK_SIZE);
+    store(rig.s, other_image);
+    memset(image, 0, sizeof image);
     for (uintptr_t i = 0; i < 8; i++)
         submit(&rig, NBDQUEUE_READ, i + 1, DISK_SIZE / 8, i * DISK_SIZE / 8);
     finish(&rig, 8);
     CHECK(each_ended_once(&rig, 8));
-    CHECK(memcmp(room, other_room, DISK_SIZE) == 0);
+    CHECK(memcmp(image, other_image, DISK_SIZE) == 0);
     CHECK(nbdqueue_length(rig.q) == 0);
     CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == 0);
     tear_down(&rig);
@@ -60,13 +60,13 @@ static void writes_end_once_with_the_right_data(void)
     struct rig rig;
 
     set_up_with(&rig, connected(), 4, 16384);
-    fill(room, DISK_SIZE);
+    fill(image, DISK_SIZE);
     for (uintptr_t i = 0; i < 8; i++)
         submit(&rig, NBDQUEUE_WRITE, i + 1, DISK_SIZE / 8, i * DISK_SIZE / 8);
     finish(&rig, 8);
     CHECK(each_ended_once(&rig, 8));
-    load(rig.s, other_room);
-    CHECK(memcmp(room, other_room, DISK_SIZE) == 0);
+    load(rig.s, other_image);
+    CHECK(memcmp(image, other_image, DISK_SIZE) == 0);
     tear_down(&rig);
 }
 
@@ -78,12 +78,12 @@ static void a_queue_of_depth_one_does_all_one_after_the_other(void)
     set_up(&rig, 1, SIZE);
     submit(&rig, NBDQUEUE_READ, 1, 2 * SIZE, 0);
     first = receive_command(rig.server);
-    CHECK(recv(rig.server, room, 1, MSG_DONTWAIT) == -1);
-    answer(rig.server, first, 0, other_room, SIZE);
+    CHECK(recv(rig.server, image, 1, MSG_DONTWAIT) == -1);
+    answer(rig.server, first, 0, other_image, SIZE);
     CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, 0) == 0);
     second = receive_command(rig.server);
     CHECK(first.offset == 0 && second.offset == SIZE);
-    answer(rig.server, second, 0, other_room, SIZE);
+    answer(rig.server, second, 0, other_image, SIZE);
     finish(&rig, 1);
     CHECK(each_ended_once(&rig, 1));
     tear_down(&rig);
@@ -96,13 +96,13 @@ static void a_copy_has_the_same_data(void)
 
     set_up_with(&rig, connected(), 4, 16384);
     add(rig.q, NBDQUEUE_SOURCE, source);
-    fill(other_room, DISK_SIZE);
-    store(source, other_room);
+    fill(other_image, DISK_SIZE);
+    store(source, other_image);
     CHECK(nbdqueue_submit(rig.q, NBDQUEUE_COPY, 1, NULL, DISK_SIZE, 0, 0) == 0);
     finish(&rig, 1);
     CHECK(each_ended_once(&rig, 1));
-    load(rig.s, room);
-    CHECK(memcmp(room, other_room, DISK_SIZE) == 0);
+    load(rig.s, image);
+    CHECK(memcmp(image, other_image, DISK_SIZE) == 0);
     CHECK(nbdqueue_copied(rig.q) == DISK_SIZE);
     tear_down(&rig);
     nbdshim_destroy(source);
@@ -137,7 +137,7 @@ static void an_error_comes_with_its_offset(void)
     for (int i = 0; i < 4; i++)
         commands[i] = receive_command(rig.server);
     for (int i = 0; i < 4; i++)
-        answer(rig.server, commands[i], i == 2 ? EIO : 0, other_room, i == 2 ? 0 : SIZE);
+        answer(rig.server, commands[i], i == 2 ? EIO : 0, other_image, i == 2 ? 0 : SIZE);
     finish(&rig, 1);
     CHECK(rig.done[0].error == EIO);
     CHECK(rig.done[0].offset == 3 * SIZE);
@@ -154,7 +154,7 @@ static void after_an_error_the_rest_of_a_request_is_not_sent(void)
     answer(rig.server, receive_command(rig.server), EIO, NULL, 0);
     finish(&rig, 1);
     CHECK(rig.done[0].error == EIO);
-    CHECK(recv(rig.server, room, 1, MSG_DONTWAIT) == -1);
+    CHECK(recv(rig.server, image, 1, MSG_DONTWAIT) == -1);
     tear_down(&rig);
 }
 
@@ -163,12 +163,12 @@ static void what_goes_past_the_end_fails_and_is_not_sent(void)
     struct rig rig;
 
     set_up(&rig, 4, SIZE);
-    CHECK(nbdqueue_submit(rig.q, NBDQUEUE_READ, 1, room, SIZE, DISK_SIZE - 1, 0) == 0);
-    CHECK(nbdqueue_submit(rig.q, NBDQUEUE_WRITE, 2, room, SIZE, UINT64_MAX - 1, 0) == 0);
+    CHECK(nbdqueue_submit(rig.q, NBDQUEUE_READ, 1, image, SIZE, DISK_SIZE - 1, 0) == 0);
+    CHECK(nbdqueue_submit(rig.q, NBDQUEUE_WRITE, 2, image, SIZE, UINT64_MAX - 1, 0) == 0);
     finish(&rig, 2);
     CHECK(rig.done[0].token == 1 && rig.done[0].error == EINVAL);
     CHECK(rig.done[1].token == 2 && rig.done[1].error == ENOSPC);
-    CHECK(recv(rig.server, room, 1, MSG_DONTWAIT) == -1);
+    CHECK(recv(rig.server, image, 1, MSG_DONTWAIT) == -1);
     tear_down(&rig);
 }
 
@@ -199,11 +199,11 @@ static void what_is_dropped_keeps_its_memory_until_the_last_answer(void)
     nbdqueue_drop(rig.q);
     first = receive_command(rig.server);
     second = receive_command(rig.server);
-    answer(rig.server, second, 0, other_room, SIZE);
+    answer(rig.server, second, 0, other_image, SIZE);
     CHECK(nbdcall_poll(rig.s, -1) == 1);
     CHECK(nbdshim_orphans(rig.s) == 1);
     CHECK(rig.token.releases == 0);
-    answer(rig.server, first, 0, other_room, SIZE);
+    answer(rig.server, first, 0, other_image, SIZE);
     CHECK(nbdcall_poll(rig.s, -1) == 1);
     CHECK(nbdshim_orphans(rig.s) == 0);
     CHECK(rig.token.releases == 1);
@@ -216,7 +216,7 @@ static void what_was_answered_before_the_drop_is_no_orphan(void)
 
     set_up(&rig, 2, SIZE);
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
-    answer(rig.server, receive_command(rig.server), 0, other_room, SIZE);
+    answer(rig.server, receive_command(rig.server), 0, other_image, SIZE);
     CHECK(nbdcall_poll(rig.s, -1) == 1);
     nbdqueue_drop(rig.q);
     CHECK(nbdshim_orphans(rig.s) == 0);
@@ -246,7 +246,7 @@ static void a_queue_that_was_dropped_refuses_everything(void)
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     nbdqueue_drop(rig.q);
     nbdqueue_drop(rig.q);
-    CHECK(nbdqueue_submit(rig.q, NBDQUEUE_READ, 2, room, SIZE, 0, 0) == NBDSHIM_CLOSED);
+    CHECK(nbdqueue_submit(rig.q, NBDQUEUE_READ, 2, image, SIZE, 0, 0) == NBDSHIM_CLOSED);
     CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == NBDSHIM_CLOSED);
     CHECK(nbdqueue_length(rig.q) == 0);
     tear_down(&rig);
@@ -259,7 +259,7 @@ static void a_wait_after_the_drop_ignores_what_is_answered_then(void)
     set_up(&rig, 2, SIZE);
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     nbdqueue_drop(rig.q);
-    answer(rig.server, receive_command(rig.server), 0, other_room, SIZE);
+    answer(rig.server, receive_command(rig.server), 0, other_image, SIZE);
     CHECK(nbdcall_poll(rig.s, -1) == 1);
     CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == NBDSHIM_CLOSED);
     tear_down(&rig);
@@ -436,7 +436,7 @@ static void a_signal_handler_that_raises_ends_the_wait_and_nothing_else(void)
     answer_interrupts(0);
     CHECK(sigaction(SIGALRM, &before, NULL) == 0);
     CHECK(nbdshim_orphans(rig.s) == 0);
-    answer(rig.server, receive_command(rig.server), 0, other_room, SIZE);
+    answer(rig.server, receive_command(rig.server), 0, other_image, SIZE);
     finish(&rig, 1);
     CHECK(each_ended_once(&rig, 1));
     tear_down(&rig);
@@ -450,7 +450,7 @@ static void a_wait_ends_at_its_deadline_and_nothing_is_lost(void)
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, 0) == 0);
     CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, 0.01) == 0);
-    answer(rig.server, receive_command(rig.server), 0, other_room, SIZE);
+    answer(rig.server, receive_command(rig.server), 0, other_image, SIZE);
     finish(&rig, 1);
     CHECK(each_ended_once(&rig, 1));
     tear_down(&rig);
@@ -473,13 +473,13 @@ static void a_wait_ends_at_its_deadline_also_where_answers_keep_coming(void)
     tear_down(&rig);
 }
 
-static void what_was_told_of_comes_again_until_it_is_taken(void)
+static void what_was_reported_comes_again_until_it_is_taken(void)
 {
     struct rig rig;
 
     set_up(&rig, 2, SIZE);
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
-    answer(rig.server, receive_command(rig.server), 0, other_room, SIZE);
+    answer(rig.server, receive_command(rig.server), 0, other_image, SIZE);
     for (int i = 0; i < 2; i++) {
         CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == 1);
         CHECK(each_ended_once(&rig, 1));
@@ -498,7 +498,7 @@ static void a_wake_beforehand_ends_one_wait(void)
     nbdqueue_wake(rig.q);
     nbdqueue_wake(rig.q);
     CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == 0);
-    answer(rig.server, receive_command(rig.server), 0, other_room, SIZE);
+    answer(rig.server, receive_command(rig.server), 0, other_image, SIZE);
     finish(&rig, 1);
     CHECK(each_ended_once(&rig, 1));
     tear_down(&rig);
@@ -515,7 +515,7 @@ static void a_wake_ends_the_wait_of_another_thread(void)
     nbdqueue_wake(rig.q);
     nbdqueue_wake(rig.q);
     CHECK(join(thread) == 0);
-    answer(rig.server, receive_command(rig.server), 0, other_room, SIZE);
+    answer(rig.server, receive_command(rig.server), 0, other_image, SIZE);
     while (nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == 0)
         ; /* the second wake may have been for this wait */
     CHECK(each_ended_once(&rig, 1));
@@ -532,17 +532,17 @@ static void what_is_submitted_while_another_thread_waits_is_sent(void)
     thread = start_waiting(&rig);
     submit(&rig, NBDQUEUE_READ, 2, SIZE, SIZE);
     for (int i = 0; i < 2; i++)
-        answer(rig.server, receive_command(rig.server), 0, other_room, SIZE);
+        answer(rig.server, receive_command(rig.server), 0, other_image, SIZE);
     CHECK(join(thread) == 2);
     CHECK(each_ended_once(&rig, 2));
     tear_down(&rig);
 }
 
-/* A queue that several threads use, with a disk whose bytes are in other_room. */
+/* A queue that several threads use, with a disk whose bytes are in other_image. */
 struct shared {
     struct rig rig;
     pthread_mutex_t lock; /* as nbd/_disks/queue.py has it: one thread at a time waits and takes */
-    atomic_uint told;
+    atomic_uint reported;
     atomic_bool is_over;
 };
 
@@ -560,8 +560,8 @@ static void set_up_shared(struct shared *shared)
 {
     *shared = (struct shared){.lock = PTHREAD_MUTEX_INITIALIZER};
     set_up_with(&shared->rig, connected(), 8, 65536);
-    fill(other_room, DISK_SIZE);
-    store(shared->rig.s, other_room);
+    fill(other_image, DISK_SIZE);
+    store(shared->rig.s, other_image);
     memset(memory, 0, sizeof memory);
 }
 
@@ -575,7 +575,7 @@ static void submit_rounds(struct shared *shared, char (*buffers)[SECTOR])
 static bool rounds_are_right(char (*buffers)[SECTOR])
 {
     for (uintptr_t i = 0; i < ROUNDS; i++) {
-        if (memcmp(buffers[i], other_room + place(i), SECTOR) != 0)
+        if (memcmp(buffers[i], other_image + place(i), SECTOR) != 0)
             return false;
     }
     return true;
@@ -599,7 +599,7 @@ static void *wait_and_take(void *argument)
     struct shared *shared = argument;
     struct nbdqueue_done done[MAX_DONE];
 
-    while (shared->told < 2 * ROUNDS) {
+    while (shared->reported < 2 * ROUNDS) {
         int count;
 
         pthread_mutex_lock(&shared->lock);
@@ -608,7 +608,7 @@ static void *wait_and_take(void *argument)
         for (int i = 0; i < count; i++)
             CHECK(done[i].error == 0);
         nbdqueue_take(shared->rig.q, done, count);
-        shared->told += (unsigned)count;
+        shared->reported += (unsigned)count;
         pthread_mutex_unlock(&shared->lock);
         sched_yield();
     }
@@ -632,7 +632,7 @@ static void run_together(struct shared *shared, void *(*const *functions)(void *
         CHECK(pthread_create(&threads[i], NULL, functions[i], shared) == 0);
     for (size_t i = 0; i < count; i++)
         CHECK(pthread_join(threads[i], NULL) == 0);
-    CHECK(shared->told == 2 * ROUNDS);
+    CHECK(shared->reported == 2 * ROUNDS);
     CHECK(rounds_are_right(memory[0]) && rounds_are_right(memory[1]));
 }
 
@@ -663,7 +663,7 @@ static void *close_the_handle(void *argument)
 {
     struct shared *shared = argument;
 
-    while (shared->told == 0)
+    while (shared->reported == 0)
         sched_yield();
     CHECK(nbdshim_close(shared->rig.s) == 0);
     return NULL;
@@ -674,14 +674,14 @@ static void *wait_for_errors_too(void *argument)
     struct shared *shared = argument;
     struct nbdqueue_done done[MAX_DONE];
 
-    while (shared->told < 2 * ROUNDS) {
+    while (shared->reported < 2 * ROUNDS) {
         int count = nbdqueue_wait(shared->rig.q, done, MAX_DONE, 1, FOR_EVER);
 
         CHECK(count >= 0);
         for (int i = 0; i < count; i++)
             CHECK(done[i].error != EINVAL);
         nbdqueue_take(shared->rig.q, done, count);
-        shared->told += (unsigned)count;
+        shared->reported += (unsigned)count;
     }
     return NULL;
 }
@@ -698,7 +698,7 @@ static void closing_in_the_middle_of_it_all_ends_every_request(void)
         CHECK(pthread_create(&threads[i], NULL, functions[i], &shared) == 0);
     for (size_t i = 0; i < 4; i++)
         CHECK(pthread_join(threads[i], NULL) == 0);
-    CHECK(shared.told == 2 * ROUNDS);
+    CHECK(shared.reported == 2 * ROUNDS);
     tear_down(&shared.rig);
 }
 
@@ -721,7 +721,7 @@ static void *submit_heap_buffers(void *argument)
     for (uintptr_t i = 0; i < ROUNDS; i++) {
         if (nbdqueue_submit(shared->rig.q, NBDQUEUE_READ, i, buffers[i], SECTOR, place(i), 0) != 0)
             return NULL;
-        shared->told++;
+        shared->reported++;
     }
     return NULL;
 }
@@ -746,7 +746,7 @@ static void a_drop_in_the_middle_of_it_all_releases_no_buffer_in_use(void)
         shared.rig.token.released = free_data;
         for (size_t i = 0; i < 2; i++)
             CHECK(pthread_create(&threads[i], NULL, functions[i], &shared) == 0);
-        while (shared.told < round % 16)
+        while (shared.reported < round % 16)
             (void)nbdqueue_wait(shared.rig.q, shared.rig.done, MAX_DONE, 1, 0);
         nbdqueue_drop(shared.rig.q);
         CHECK(pthread_join(threads[0], NULL) == 0);
@@ -767,7 +767,7 @@ static void use_queue(struct token *t)
     struct inside *inside = t->data;
     struct nbdqueue_done done;
 
-    inside->submitted = nbdqueue_submit(inside->q, NBDQUEUE_READ, 9, room, SIZE, 0, 0);
+    inside->submitted = nbdqueue_submit(inside->q, NBDQUEUE_READ, 9, image, SIZE, 0, 0);
     inside->waited = nbdqueue_wait(inside->q, &done, 1, 1, 0);
 }
 
@@ -786,10 +786,10 @@ static void a_callback_of_the_handle_must_not_submit_or_wait(void)
 
     set_up(&rig, 2, SIZE);
     inside.q = rig.q;
-    CHECK(start_read(rig.s, room, SIZE, 0, give(&token), true) > 0);
+    CHECK(start_read(rig.s, image, SIZE, 0, give(&token), true) > 0);
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     for (int i = 0; i < 2; i++)
-        answer(rig.server, receive_command(rig.server), 0, other_room, SIZE);
+        answer(rig.server, receive_command(rig.server), 0, other_image, SIZE);
     finish(&rig, 1);
     CHECK(token.calls == 1);
     CHECK(inside.submitted == NBDSHIM_REENTERED);
@@ -806,9 +806,9 @@ static void a_callback_may_drop_the_queue_on_which_its_thread_waits(void)
 
     set_up(&rig, 2, SIZE);
     inside.q = rig.q;
-    CHECK(start_read(rig.s, room, SIZE, 0, give(&token), true) > 0);
+    CHECK(start_read(rig.s, image, SIZE, 0, give(&token), true) > 0);
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
-    answer(rig.server, receive_command(rig.server), 0, other_room, SIZE);
+    answer(rig.server, receive_command(rig.server), 0, other_image, SIZE);
     CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == NBDSHIM_CLOSED);
     CHECK(nbdshim_orphans(rig.s) == 1);
     CHECK(rig.token.releases == 0);
@@ -823,10 +823,10 @@ static void a_queue_dropped_in_a_callback_keeps_its_memory_until_it_has_forgotte
 
     set_up(&rig, 2, SIZE);
     inside.q = rig.q;
-    CHECK(start_read(rig.s, room, SIZE, 0, give(&token), true) > 0);
+    CHECK(start_read(rig.s, image, SIZE, 0, give(&token), true) > 0);
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     for (int i = 0; i < 2; i++)
-        answer(rig.server, receive_command(rig.server), 0, other_room, SIZE);
+        answer(rig.server, receive_command(rig.server), 0, other_image, SIZE);
     drain(rig.s);
     CHECK(token.calls == 1);
     CHECK(rig.token.releases == 0);
@@ -851,10 +851,10 @@ static void a_callback_may_destroy_a_queue_on_which_nobody_waits(void)
     set_up(&rig, 2, SIZE);
     inside.q = rig.q;
     rig.q = NULL;
-    CHECK(nbdqueue_submit(inside.q, NBDQUEUE_READ, 1, room, SIZE, 0, 0) == 0);
-    CHECK(start_read(rig.s, other_room, SIZE, 0, give(&token), true) > 0);
+    CHECK(nbdqueue_submit(inside.q, NBDQUEUE_READ, 1, image, SIZE, 0, 0) == 0);
+    CHECK(start_read(rig.s, other_image, SIZE, 0, give(&token), true) > 0);
     for (int i = 0; i < 2; i++)
-        answer(rig.server, receive_command(rig.server), 0, other_room, SIZE);
+        answer(rig.server, receive_command(rig.server), 0, other_image, SIZE);
     while (token.calls == 0)
         REQUIRE(nbdcall_poll(rig.s, -1) == 1);
     CHECK(nbdshim_orphans(rig.s) == 0);
@@ -870,11 +870,11 @@ static void a_release_may_drop_the_queue_on_which_its_thread_waits(void)
 
     set_up(&rig, 2, SIZE);
     inside.q = rig.q;
-    CHECK(nbdcall_aio_pread_structured(rig.s, other_room, SIZE, &state, 0, give(&chunk),
+    CHECK(nbdcall_aio_pread_structured(rig.s, other_image, SIZE, &state, 0, give(&chunk),
                                        give(&completion), true, 0) > 0);
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     for (int i = 0; i < 2; i++)
-        answer(rig.server, receive_command(rig.server), 0, other_room, SIZE);
+        answer(rig.server, receive_command(rig.server), 0, other_image, SIZE);
     CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == 1);
     CHECK(chunk.releases == 1);
     CHECK(rig.token.releases == 1);
@@ -906,8 +906,8 @@ static void a_queue_over_files_needs_no_handle(void)
     struct rig rig;
     int target = new_file(DISK_SIZE, NULL), source;
 
-    fill(other_room, DISK_SIZE);
-    source = new_file(DISK_SIZE, other_room);
+    fill(other_image, DISK_SIZE);
+    source = new_file(DISK_SIZE, other_image);
     set_up_files(&rig, target, source);
     CHECK(nbdqueue_submit(rig.q, NBDQUEUE_COPY, 1, NULL, DISK_SIZE, 0, 0) == 0);
     finish(&rig, 1);
@@ -915,9 +915,9 @@ static void a_queue_over_files_needs_no_handle(void)
     CHECK(nbdqueue_submit(rig.q, NBDQUEUE_ZERO, 1, NULL, 3 * SIZE, SIZE + 1, 0) == 0);
     finish(&rig, 1);
     CHECK(each_ended_once(&rig, 1));
-    memset(other_room + SIZE + 1, 0, 3 * SIZE);
-    CHECK(pread(target, room, DISK_SIZE, 0) == DISK_SIZE);
-    CHECK(memcmp(room, other_room, DISK_SIZE) == 0);
+    memset(other_image + SIZE + 1, 0, 3 * SIZE);
+    CHECK(pread(target, image, DISK_SIZE, 0) == DISK_SIZE);
+    CHECK(memcmp(image, other_image, DISK_SIZE) == 0);
     CHECK(nbdqueue_copied(rig.q) == DISK_SIZE && nbdqueue_zeroed(rig.q) == 3 * SIZE);
     tear_down(&rig);
     close(target);
@@ -956,15 +956,15 @@ static void set_up_blocks(struct rig *rig)
 {
     set_up_with(rig, connected_to_blocks(), 8, 2 * BLOCK);
     CHECK(nbdqueue_minimum(rig->q, NBDQUEUE_TARGET) == BLOCK);
-    fill(other_room, DISK_SIZE);
-    store(rig->s, other_room);
+    fill(other_image, DISK_SIZE);
+    store(rig->s, other_image);
 }
 
-/* Whether the disk has the bytes of other_room. */
+/* Whether the disk has the bytes of other_image. */
 static bool has_right_bytes(struct rig *rig)
 {
-    load(rig->s, room);
-    return memcmp(room, other_room, DISK_SIZE) == 0;
+    load(rig->s, image);
+    return memcmp(image, other_image, DISK_SIZE) == 0;
 }
 
 static void reads_need_not_be_aligned(void)
@@ -976,8 +976,8 @@ static void reads_need_not_be_aligned(void)
     submit(&rig, NBDQUEUE_READ, 2, 10, DISK_SIZE - 10);
     finish(&rig, 2);
     CHECK(each_ended_once(&rig, 2));
-    CHECK(memcmp(room + 100, other_room + 100, 5 * BLOCK) == 0);
-    CHECK(memcmp(room + DISK_SIZE - 10, other_room + DISK_SIZE - 10, 10) == 0);
+    CHECK(memcmp(image + 100, other_image + 100, 5 * BLOCK) == 0);
+    CHECK(memcmp(image + DISK_SIZE - 10, other_image + DISK_SIZE - 10, 10) == 0);
     tear_down(&rig);
 }
 
@@ -986,15 +986,15 @@ static void writes_need_not_be_aligned_and_may_share_a_block(void)
     struct rig rig;
 
     set_up_blocks(&rig);
-    memset(room, 'x', sizeof room);
+    memset(image, 'x', sizeof image);
     submit(&rig, NBDQUEUE_WRITE, 1, 2 * BLOCK, 100);
     submit(&rig, NBDQUEUE_WRITE, 2, 100, 2 * BLOCK + 200);
     submit(&rig, NBDQUEUE_WRITE, 3, BLOCK, 2 * BLOCK + 300);
     finish(&rig, 3);
     CHECK(each_ended_once(&rig, 3));
-    memset(other_room + 100, 'x', 2 * BLOCK);
-    memset(other_room + 2 * BLOCK + 200, 'x', 100);
-    memset(other_room + 2 * BLOCK + 300, 'x', BLOCK);
+    memset(other_image + 100, 'x', 2 * BLOCK);
+    memset(other_image + 2 * BLOCK + 200, 'x', 100);
+    memset(other_image + 2 * BLOCK + 300, 'x', BLOCK);
     CHECK(has_right_bytes(&rig));
     tear_down(&rig);
 }
@@ -1009,7 +1009,7 @@ static void zeroes_need_not_be_aligned(void)
     set_up_blocks(&rig);
     for (uintptr_t i = 0; i < 3; i++) {
         submit(&rig, NBDQUEUE_ZERO, i + 1, ranges[i].stop - ranges[i].start, ranges[i].start);
-        memset(other_room + ranges[i].start, 0, ranges[i].stop - ranges[i].start);
+        memset(other_image + ranges[i].start, 0, ranges[i].stop - ranges[i].start);
     }
     finish(&rig, 3);
     CHECK(each_ended_once(&rig, 3));
@@ -1025,7 +1025,7 @@ static void zeroes_up_to_the_end_need_not_be_aligned(void)
     submit(&rig, NBDQUEUE_ZERO, 1, DISK_SIZE - 100, 100);
     finish(&rig, 1);
     CHECK(each_ended_once(&rig, 1));
-    memset(other_room + 100, 0, DISK_SIZE - 100);
+    memset(other_image + 100, 0, DISK_SIZE - 100);
     CHECK(has_right_bytes(&rig));
     tear_down(&rig);
 }
@@ -1039,7 +1039,7 @@ static void a_trim_leaves_the_blocks_at_its_edges(void)
     submit(&rig, NBDQUEUE_TRIM, 2, 100, 4 * BLOCK + 100);
     finish(&rig, 2);
     CHECK(each_ended_once(&rig, 2));
-    memset(other_room + BLOCK, 0, BLOCK);
+    memset(other_image + BLOCK, 0, BLOCK);
     CHECK(has_right_bytes(&rig));
     tear_down(&rig);
 }
@@ -1063,7 +1063,7 @@ static void the_child_of_a_fork_does_not_wait_for_the_parents_threads(void)
     }
     CHECK(waitpid(child, &status, 0) == child);
     CHECK(status == 0);
-    answer(rig.server, receive_command(rig.server), 0, other_room, SIZE);
+    answer(rig.server, receive_command(rig.server), 0, other_image, SIZE);
     CHECK(join(thread) == 1);
     CHECK(each_ended_once(&rig, 1));
     tear_down(&rig);
@@ -1090,7 +1090,7 @@ RUN_TESTS(TEST(reads_end_once_with_the_right_data), TEST(writes_end_once_with_th
           TEST(a_signal_handler_that_raises_ends_the_wait_and_nothing_else),
           TEST(a_wait_ends_at_its_deadline_and_nothing_is_lost),
           TEST(a_wait_ends_at_its_deadline_also_where_answers_keep_coming),
-          TEST(what_was_told_of_comes_again_until_it_is_taken),
+          TEST(what_was_reported_comes_again_until_it_is_taken),
           TEST(a_wake_beforehand_ends_one_wait), TEST(a_wake_ends_the_wait_of_another_thread),
           TEST(what_is_submitted_while_another_thread_waits_is_sent),
           TEST(threads_that_submit_and_wait_share_a_queue),

@@ -6,7 +6,7 @@
 
 #include <libnbd.h>
 
-static char room[512];
+static char buffer[512];
 
 struct handles {
     struct nbdshim *own, *other;
@@ -22,7 +22,7 @@ static void try_locking_calls(struct nbdshim *s)
     CHECK(nbdcall_get_size(s) == NBDSHIM_REENTERED);
     CHECK(nbdcall_get_handle_name(s) == NULL);
     CHECK(nbdcall_block_status(s, 512, 0, give(&extent), 0) == NBDSHIM_REENTERED);
-    CHECK(start_read(s, room, sizeof room, 0, give(&completion), true) == NBDSHIM_REENTERED);
+    CHECK(start_read(s, buffer, sizeof buffer, 0, give(&completion), true) == NBDSHIM_REENTERED);
     CHECK(extent.releases == 0 && completion.releases == 0);
     CHECK(nbdshim_close(s) == NBDSHIM_REENTERED);
 }
@@ -80,7 +80,7 @@ static void calls_from_a_chunk_callback_are_refused(void)
     struct handles handles;
     struct token chunk = trying(&handles, connected());
 
-    CHECK(nbdcall_pread_structured(handles.own, room, sizeof room, 0, give(&chunk), 0) == 0);
+    CHECK(nbdcall_pread_structured(handles.own, buffer, sizeof buffer, 0, give(&chunk), 0) == 0);
     CHECK(chunk.releases == 1);
     finish(&handles, &chunk);
 }
@@ -90,7 +90,7 @@ static void calls_from_a_completion_callback_are_refused(void)
     struct handles handles;
     struct token completion = trying(&handles, connected());
 
-    CHECK(start_read(handles.own, room, sizeof room, 0, give(&completion), true) > 0);
+    CHECK(start_read(handles.own, buffer, sizeof buffer, 0, give(&completion), true) > 0);
     drain(handles.own);
     finish(&handles, &completion);
     CHECK(completion.releases == 1);
@@ -222,7 +222,7 @@ static void calls_from_release_are_made(void)
     struct nbdshim *s = connected();
     struct token extent = {.released = call_in_release, .data = s};
     struct token completion = extent, failed = extent;
-    int64_t cookie = start_read(s, room, sizeof room, 0, give(&completion), true);
+    int64_t cookie = start_read(s, buffer, sizeof buffer, 0, give(&completion), true);
 
     drain(s);
     CHECK(nbdcall_aio_command_completed(s, (uint64_t)cookie) == 1);
@@ -247,7 +247,7 @@ static void calls_from_release_while_closing_are_refused(void)
     struct nbdshim *s = connected();
     struct token completion = {.released = call_in_closing_release, .data = s};
 
-    CHECK(start_read(s, room, sizeof room, 0, give(&completion), true) > 0);
+    CHECK(start_read(s, buffer, sizeof buffer, 0, give(&completion), true) > 0);
     CHECK(nbdshim_close(s) == 0);
     CHECK(completion.releases == 1);
     nbdshim_destroy(s);

@@ -8,26 +8,26 @@
 
 #define SIZE 4096
 
-static char room[SIZE];
+static char buffer[SIZE];
 
-/* Each kind of read into `room`, filled with something else before. */
+/* Each kind of read into `buffer`, filled with something else before. */
 static void check_reads(struct nbdshim *s, int refusal)
 {
     struct token tokens[3] = {0};
     int state = NBDSHIM_STALE, expected = refusal == -1 ? NBDSHIM_CLEAN : NBDSHIM_STALE;
 
-    memset(room, 'x', SIZE);
-    CHECK(nbdcall_pread_into(s, room, SIZE, &state, 0, 0) == refusal);
-    CHECK(state == expected && nbdshim_is_zero(room, SIZE) == (state == NBDSHIM_CLEAN));
+    memset(buffer, 'x', SIZE);
+    CHECK(nbdcall_pread_into(s, buffer, SIZE, &state, 0, 0) == refusal);
+    CHECK(state == expected && nbdshim_is_zero(buffer, SIZE) == (state == NBDSHIM_CLEAN));
     state = NBDSHIM_STALE;
-    memset(room, 'x', SIZE);
-    CHECK(nbdcall_aio_pread(s, room, SIZE, &state, 0, give(&tokens[0]), true, 0) == refusal);
-    CHECK(state == expected && nbdshim_is_zero(room, SIZE) == (state == NBDSHIM_CLEAN));
-    memset(room, 'x', SIZE);
+    memset(buffer, 'x', SIZE);
+    CHECK(nbdcall_aio_pread(s, buffer, SIZE, &state, 0, give(&tokens[0]), true, 0) == refusal);
+    CHECK(state == expected && nbdshim_is_zero(buffer, SIZE) == (state == NBDSHIM_CLEAN));
+    memset(buffer, 'x', SIZE);
     state = NBDSHIM_STALE;
-    CHECK(nbdcall_aio_pread_structured(s, room, SIZE, &state, 0, give(&tokens[1]), give(&tokens[2]),
-                                       true, 0) == refusal);
-    CHECK(state == expected && nbdshim_is_zero(room, SIZE) == (state == NBDSHIM_CLEAN));
+    CHECK(nbdcall_aio_pread_structured(s, buffer, SIZE, &state, 0, give(&tokens[1]),
+                                       give(&tokens[2]), true, 0) == refusal);
+    CHECK(state == expected && nbdshim_is_zero(buffer, SIZE) == (state == NBDSHIM_CLEAN));
     for (int i = 0; i < 3; i++)
         CHECK(tokens[i].calls == 0 && tokens[i].releases == (refusal == -1));
 }
@@ -69,12 +69,12 @@ static void a_read_that_fails_leaves_what_was_given_to_it(void)
     struct nbdshim *s = nbdshim_create();
     int state = NBDSHIM_CLEAN;
 
-    memset(room, 'x', SIZE);
-    CHECK(nbdcall_pread(s, room, SIZE, 0, 0) == -1);
-    CHECK(nbdcall_pread_into(s, room, SIZE, &state, 0, 0) == -1);
+    memset(buffer, 'x', SIZE);
+    CHECK(nbdcall_pread(s, buffer, SIZE, 0, 0) == -1);
+    CHECK(nbdcall_pread_into(s, buffer, SIZE, &state, 0, 0) == -1);
     CHECK(nbdshim_close(s) == 0);
-    CHECK(nbdcall_pread(s, room, SIZE, 0, 0) == NBDSHIM_CLOSED);
-    CHECK(room[0] == 'x' && room[SIZE - 1] == 'x');
+    CHECK(nbdcall_pread(s, buffer, SIZE, 0, 0) == NBDSHIM_CLOSED);
+    CHECK(buffer[0] == 'x' && buffer[SIZE - 1] == 'x');
     nbdshim_destroy(s);
 }
 
@@ -88,10 +88,10 @@ static void stale_bytes_never_show(void)
         int state = NBDSHIM_STALE;
 
         CHECK(nbdcall_set_pread_initialize(s, initialize) == 0);
-        memset(room, 'x', SIZE);
-        cookie = nbdcall_aio_pread(s, room, SIZE, &state, 0, give(&held), false, 0);
+        memset(buffer, 'x', SIZE);
+        cookie = nbdcall_aio_pread(s, buffer, SIZE, &state, 0, give(&held), false, 0);
         CHECK(cookie == -1);
-        CHECK(state == NBDSHIM_CLEAN && nbdshim_is_zero(room, SIZE));
+        CHECK(state == NBDSHIM_CLEAN && nbdshim_is_zero(buffer, SIZE));
         CHECK(held.releases == 1);
         nbdshim_destroy(s);
     }
@@ -105,12 +105,12 @@ static void bytes_that_may_be_seen_are_cleared_unless_the_shim_is_told_to_leave_
     CHECK(nbdcall_get_pread_initialize(s) == 1);
     CHECK(nbdcall_set_pread_initialize(s, false) == 0);
     CHECK(nbdcall_get_pread_initialize(s) == 0);
-    memset(room, 'x', SIZE);
-    CHECK(nbdcall_aio_pread(s, room, SIZE, &state, 0, 0, false, 0) == -1);
-    CHECK(room[0] == 'x' && room[SIZE - 1] == 'x');
+    memset(buffer, 'x', SIZE);
+    CHECK(nbdcall_aio_pread(s, buffer, SIZE, &state, 0, 0, false, 0) == -1);
+    CHECK(buffer[0] == 'x' && buffer[SIZE - 1] == 'x');
     CHECK(nbdcall_set_pread_initialize(s, true) == 0);
-    CHECK(nbdcall_aio_pread(s, room, SIZE, &state, 0, 0, false, 0) == -1);
-    CHECK(nbdshim_is_zero(room, SIZE));
+    CHECK(nbdcall_aio_pread(s, buffer, SIZE, &state, 0, 0, false, 0) == -1);
+    CHECK(nbdshim_is_zero(buffer, SIZE));
     nbdshim_destroy(s);
 }
 

@@ -8,11 +8,11 @@
 
 #define BEYOND (2 * (uint64_t)DISK_SIZE)
 
-static char room[512];
+static char buffer[512];
 
 static int64_t start(struct nbdshim *s, uint64_t offset, struct token *t, bool is_called)
 {
-    return start_read(s, room, sizeof room, offset, give(t), is_called);
+    return start_read(s, buffer, sizeof buffer, offset, give(t), is_called);
 }
 
 static void a_call_that_waits_releases_before_it_returns(void)
@@ -101,10 +101,10 @@ static void a_completion_that_returned_1_releases_no_other_token(void)
     struct token chunk = {0}, completion = {.answer = 1};
     int state = NBDSHIM_CLEAN;
 
-    CHECK(nbdcall_aio_pread_structured(s, room, sizeof room, &state, 0, give(&chunk),
+    CHECK(nbdcall_aio_pread_structured(s, buffer, sizeof buffer, &state, 0, give(&chunk),
                                        give(&completion), true, 0) > 0);
     drain(s);
-    CHECK(chunk.calls == 1 && chunk.size == sizeof room);
+    CHECK(chunk.calls == 1 && chunk.size == sizeof buffer);
     CHECK(completion.calls == 1);
     CHECK(chunk.releases == 1);
     CHECK(completion.releases == 0);
@@ -117,7 +117,7 @@ static void a_chunk_callback_that_returned_1_is_released(void)
     struct nbdshim *s = connected();
     struct token chunk = {.answer = 1};
 
-    CHECK(nbdcall_pread_structured(s, room, sizeof room, 0, give(&chunk), 0) == 0);
+    CHECK(nbdcall_pread_structured(s, buffer, sizeof buffer, 0, give(&chunk), 0) == 0);
     CHECK(chunk.calls == 1);
     CHECK(chunk.releases == 1);
     nbdshim_destroy(s);

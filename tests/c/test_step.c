@@ -62,7 +62,7 @@ static void a_loop_ends_each_request_once(void)
         submit(&rig, NBDQUEUE_READ, i + 1, DISK_SIZE / 8, i * DISK_SIZE / 8);
     loop_until(&rig, fd, 8);
     CHECK(each_ended_once(&rig, 8));
-    CHECK(memcmp(room, zeroes, DISK_SIZE) == 0);
+    CHECK(memcmp(image, zeroes, DISK_SIZE) == 0);
     CHECK(!is_ready(fd, 0));
     tear_down(&rig);
 }
@@ -108,7 +108,7 @@ static void what_fails_at_once_makes_the_descriptor_ready(void)
     tear_down(&rig);
 }
 
-static void what_is_done_beyond_the_room_makes_it_ready_again(void)
+static void what_is_done_beyond_the_capacity_makes_it_ready_again(void)
 {
     struct rig rig;
     struct nbdqueue_done done;
@@ -345,7 +345,7 @@ static void the_child_of_a_fork_leaves_the_descriptor_alone(void)
 RUN_TESTS(TEST(a_loop_ends_each_request_once), TEST(the_descriptor_stays_the_same),
           TEST(a_step_does_not_wait_for_a_silent_server),
           TEST(what_fails_at_once_makes_the_descriptor_ready),
-          TEST(what_is_done_beyond_the_room_makes_it_ready_again),
+          TEST(what_is_done_beyond_the_capacity_makes_it_ready_again),
           TEST(a_large_write_is_sent_while_the_server_reads_slowly),
           TEST(the_end_of_an_idle_connection_is_noticed),
           TEST(a_handle_that_is_closed_ends_its_requests),

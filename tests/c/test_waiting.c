@@ -20,7 +20,7 @@
 #define THREADS 4
 #define ROUNDS 200
 
-static char room[SIZE];
+static char buffer[SIZE];
 
 /* A handle to a server that never answers. */
 struct silence {
@@ -97,7 +97,7 @@ static void a_deadline_makes_an_orphan_that_keeps_its_buffer_until_the_end(void)
 {
     struct silence silent = silence(0.01);
 
-    CHECK(nbdcall_pread(silent.s, room, SIZE, 0, 0) == NBDSHIM_TIMED_OUT);
+    CHECK(nbdcall_pread(silent.s, buffer, SIZE, 0, 0) == NBDSHIM_TIMED_OUT);
     CHECK(nbdshim_orphans(silent.s) == 1);
     CHECK(kept_buffers() == 1);
     end_silence(&silent);
@@ -108,12 +108,12 @@ static void a_late_answer_ends_the_orphan(void)
 {
     struct silence silent = silence(0.01);
 
-    CHECK(nbdcall_pread(silent.s, room, SIZE, 0, 0) == NBDSHIM_TIMED_OUT);
+    CHECK(nbdcall_pread(silent.s, buffer, SIZE, 0, 0) == NBDSHIM_TIMED_OUT);
     answer_read(silent.server);
     CHECK(nbdcall_poll(silent.s, -1) == 1);
     CHECK(nbdshim_orphans(silent.s) == 0);
     CHECK(kept_buffers() == 0);
-    CHECK(room[0] == 'x' && room[SIZE - 1] == 'x');
+    CHECK(buffer[0] == 'x' && buffer[SIZE - 1] == 'x');
     end_silence(&silent);
 }
 
@@ -121,8 +121,8 @@ static void a_call_that_ends_keeps_no_buffer(void)
 {
     struct nbdshim *s = connected();
 
-    CHECK(nbdcall_pread(s, room, SIZE, 0, 0) == 0);
-    CHECK(nbdcall_pread(s, room, SIZE, DISK_SIZE, 0) == -1);
+    CHECK(nbdcall_pread(s, buffer, SIZE, 0, 0) == 0);
+    CHECK(nbdcall_pread(s, buffer, SIZE, DISK_SIZE, 0) == -1);
     CHECK(kept_buffers() == 0);
     nbdshim_destroy(s);
 }
@@ -132,7 +132,7 @@ static void a_buffer_that_cannot_be_kept_at_first_is_kept_later(void)
     struct silence silent = silence(0.01);
 
     fail_to_keep(150);
-    CHECK(nbdcall_pread(silent.s, room, SIZE, 0, 0) == NBDSHIM_TIMED_OUT);
+    CHECK(nbdcall_pread(silent.s, buffer, SIZE, 0, 0) == NBDSHIM_TIMED_OUT);
     CHECK(kept_buffers() == 1);
     end_silence(&silent);
     CHECK(kept_buffers() == 0);
@@ -144,9 +144,9 @@ static void a_read_whose_buffer_cannot_be_kept_waits_for_the_answer(void)
 
     fail_to_keep(INT_MAX);
     answer_read_later(silent.server);
-    CHECK(nbdcall_pread(silent.s, room, SIZE, 0, 0) == 0);
+    CHECK(nbdcall_pread(silent.s, buffer, SIZE, 0, 0) == 0);
     fail_to_keep(0);
-    CHECK(room[0] == 'x');
+    CHECK(buffer[0] == 'x');
     CHECK(nbdshim_orphans(silent.s) == 0);
     end_silence(&silent);
 }
@@ -174,9 +174,9 @@ static void a_signal_handler_that_raises_stops_every_wait(void)
 
     answer_interrupts(-1);
     send_signals(5000);
-    CHECK(nbdcall_pread(silent.s, room, SIZE, 0, 0) == NBDSHIM_STOPPED);
-    CHECK(nbdcall_pread_structured(silent.s, room, SIZE, 0, give(&chunk), 0) == NBDSHIM_STOPPED);
-    CHECK(nbdcall_pwrite(silent.s, room, SIZE, 0, 0) == NBDSHIM_STOPPED);
+    CHECK(nbdcall_pread(silent.s, buffer, SIZE, 0, 0) == NBDSHIM_STOPPED);
+    CHECK(nbdcall_pread_structured(silent.s, buffer, SIZE, 0, give(&chunk), 0) == NBDSHIM_STOPPED);
+    CHECK(nbdcall_pwrite(silent.s, buffer, SIZE, 0, 0) == NBDSHIM_STOPPED);
     CHECK(nbdcall_poll(silent.s, -1) == NBDSHIM_STOPPED);
     CHECK(nbdcall_shutdown(silent.s, 0) == NBDSHIM_STOPPED);
     send_signals(0);
@@ -193,7 +193,7 @@ static void a_signal_handler_that_does_not_raise_lets_the_wait_go_on(void)
     struct silence silent = silence(0.05);
 
     send_signals(1000);
-    CHECK(nbdcall_pread(silent.s, room, SIZE, 0, 0) == NBDSHIM_TIMED_OUT);
+    CHECK(nbdcall_pread(silent.s, buffer, SIZE, 0, 0) == NBDSHIM_TIMED_OUT);
     send_signals(0);
     end_silence(&silent);
 }
@@ -207,13 +207,13 @@ static void an_orphan_is_not_called_back(void)
     CHECK(kill(server, SIGSTOP) == 0);
     CHECK(waitpid(server, NULL, WUNTRACED) == server); /* all of its threads have stopped */
     CHECK(nbdshim_set_timeout(s, 0.01) == 0);
-    CHECK(nbdcall_pread_structured(s, room, SIZE, 0, give(&chunk), 0) == NBDSHIM_TIMED_OUT);
+    CHECK(nbdcall_pread_structured(s, buffer, SIZE, 0, give(&chunk), 0) == NBDSHIM_TIMED_OUT);
     CHECK(chunk.releases == 0);
     CHECK(kill(server, SIGCONT) == 0);
     CHECK(nbdshim_set_timeout(s, 0) == 0);
     while (nbdshim_orphans(s) != 0)
         REQUIRE(nbdcall_poll(s, -1) == 1);
-    CHECK(nbdcall_pread(s, room, SIZE, 0, 0) == 0);
+    CHECK(nbdcall_pread(s, buffer, SIZE, 0, 0) == 0);
     CHECK(chunk.calls == 0);
     CHECK(chunk.releases == 1);
     nbdshim_destroy(s);
@@ -225,10 +225,10 @@ static void orphans_are_bounded_by_number(void)
     struct silence silent = silence(0.001);
 
     for (int i = 0; i < 100; i++)
-        CHECK(nbdcall_pread(silent.s, room, SIZE, 0, 0) == NBDSHIM_TIMED_OUT);
+        CHECK(nbdcall_pread(silent.s, buffer, SIZE, 0, 0) == NBDSHIM_TIMED_OUT);
     CHECK(nbdshim_orphans(silent.s) == 64);
     answer_read(silent.server);
-    CHECK(nbdcall_pread(silent.s, room, SIZE, 0, 0) == NBDSHIM_TIMED_OUT);
+    CHECK(nbdcall_pread(silent.s, buffer, SIZE, 0, 0) == NBDSHIM_TIMED_OUT);
     CHECK(nbdshim_orphans(silent.s) == 64);
     end_silence(&silent);
 }
@@ -264,7 +264,7 @@ static void a_connect_that_was_stopped_is_finished_by_the_next_call(void)
     CHECK(nbdcall_connect_socket(s, ends[0]) == NBDSHIM_TIMED_OUT);
     CHECK(nbdcall_aio_is_connecting(s) == 1);
     CHECK(send(ends[1], &oldstyle, sizeof oldstyle, 0) == sizeof oldstyle);
-    CHECK(nbdcall_pread(s, room, SIZE, 0, 0) == NBDSHIM_TIMED_OUT);
+    CHECK(nbdcall_pread(s, buffer, SIZE, 0, 0) == NBDSHIM_TIMED_OUT);
     CHECK(nbdcall_aio_is_connecting(s) == 0);
     CHECK(nbdshim_orphans(s) == 1);
     nbdshim_destroy(s);
@@ -282,12 +282,12 @@ static void who_waits_for_his_turn_can_be_stopped_too(void)
     struct silence silent = silence(0);
     pthread_t thread;
 
-    CHECK(start_read(silent.s, room, SIZE, 0, 0, false) > 0);
+    CHECK(start_read(silent.s, buffer, SIZE, 0, 0, false) > 0);
     CHECK(pthread_create(&thread, NULL, poll_for_ever, silent.s) == 0);
     while (atomic_load(&silent.s->users) != 2)
         sched_yield();
     CHECK(nbdshim_set_timeout(silent.s, 0.01) == 0);
-    CHECK(nbdcall_pread(silent.s, room, SIZE, 0, 0) == NBDSHIM_TIMED_OUT);
+    CHECK(nbdcall_pread(silent.s, buffer, SIZE, 0, 0) == NBDSHIM_TIMED_OUT);
     CHECK(nbdshim_close(silent.s) == 0);
     CHECK(pthread_join(thread, NULL) == 0);
     end_silence(&silent);
@@ -333,7 +333,7 @@ static void a_poll_does_not_wait_longer_for_its_turn(void)
     struct silence silent = silence(0);
     pthread_t thread;
 
-    CHECK(start_read(silent.s, room, SIZE, 0, 0, false) > 0);
+    CHECK(start_read(silent.s, buffer, SIZE, 0, 0, false) > 0);
     CHECK(pthread_create(&thread, NULL, poll_for_ever, silent.s) == 0);
     while (atomic_load(&silent.s->users) != 2)
         sched_yield();
@@ -360,7 +360,7 @@ static void threads_with_deadlines_share_a_handle(void)
     CHECK(nbdshim_set_timeout(crowd.s, 0) == 0);
     while (nbdshim_orphans(crowd.s) != 0)
         REQUIRE(nbdcall_poll(crowd.s, -1) == 1);
-    CHECK(nbdcall_pread(crowd.s, room, SIZE, 0, 0) == 0);
+    CHECK(nbdcall_pread(crowd.s, buffer, SIZE, 0, 0) == 0);
     CHECK(crowd.late + crowd.good == THREADS * ROUNDS);
     CHECK(kept_buffers() == 0);
     nbdshim_destroy(crowd.s);
@@ -371,7 +371,7 @@ static void closing_does_not_wait_for_orphans(void)
     struct silence silent = silence(0.001);
 
     for (int i = 0; i < 8; i++)
-        CHECK(nbdcall_pwrite(silent.s, room, SIZE, 0, 0) == NBDSHIM_TIMED_OUT);
+        CHECK(nbdcall_pwrite(silent.s, buffer, SIZE, 0, 0) == NBDSHIM_TIMED_OUT);
     CHECK(nbdshim_close(silent.s) == 0);
     CHECK(kept_buffers() == 0);
     end_silence(&silent);
