@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* Socket addresses, from the parts that a caller of the flat ABI has; see nbdshim.h. */
+/* Build socket addresses for callers that have no structs; see nbdshim.h. */
 
 #include "nbdshim.h"
 
@@ -11,7 +11,7 @@
 uint32_t nbdshim_address_unix(void *addr, uint32_t capacity, const char *path, size_t length)
 {
     struct sockaddr_un sun = {.sun_family = AF_UNIX};
-    /* A path ends with a NUL, which counts.  An abstract name begins with one. */
+    /* A path has a terminating NUL, which counts; an abstract name starts with one instead. */
     size_t nul = length == 0 || path[0] != '\0';
     size_t size = offsetof(struct sockaddr_un, sun_path) + length + nul;
 

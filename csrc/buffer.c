@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* The bytes of buffers; see buffer.h and nbdshim.h. */
+/* Clear and examine the bytes of buffers; see nbdshim.h for the ABI. */
 
 #include "buffer.h"
 

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* Stale buffers: one thread claims such a buffer, overwrites it, and makes it clean. */
+/* Stale buffers: one thread claims such a buffer, overwrites it, and marks it as clean. */
 #ifndef NBDSHIM_BUFFER_H
 #define NBDSHIM_BUFFER_H
 
 #include "nbdshim.h"
 
 /*
- * Claim a buffer that is stale, to overwrite it.  Returns whether it was: then it is busy until
- * nbdshim_set_clean.
+ * Claim a stale buffer in order to overwrite it.  Returns whether it was stale; it is then busy
+ * until this thread calls nbdshim_set_clean, and no other thread can claim it.
  */
 static inline bool nbdshim_claim_stale(int *state)
 {
@@ -17,6 +17,7 @@ static inline bool nbdshim_claim_stale(int *state)
                                        __ATOMIC_RELAXED);
 }
 
+/* Publish the bytes that were written since the claim. */
 static inline void nbdshim_set_clean(int *state)
 {
     __atomic_store_n(state, NBDSHIM_CLEAN, __ATOMIC_RELEASE);

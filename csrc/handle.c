@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* A handle from its beginning to its end; see handle.h, and nbdshim.h for what callers see. */
+/* Handles: create, close and free them; see nbdshim.h for the ABI and handle.h for the rest. */
 
 #include "handle.h"
 
@@ -22,7 +22,7 @@ struct nbdshim *nbdshim_create(void)
         return NULL;
     }
     atomic_init(&s->references, 1);
-    (void)sem_init(&s->turn, 0, 1); /* fails only for larger numbers */
+    (void)sem_init(&s->turn, 0, 1); /* cannot fail for this value */
     atomic_init(&s->waiters, 0);
     atomic_init(&s->users, 1);
     atomic_init(&s->socket_dup, -1);
@@ -43,8 +43,7 @@ struct nbdshim *nbdshim_create(void)
     return s;
 }
 
-/* Replace the socket_dup by fd, which s owns from now on, or by none (-1).  The old one is closed.
- */
+/* Replace socket_dup by fd, which s then owns, or by -1; close the old one. */
 static void replace_socket_dup(struct nbdshim *s, int fd)
 {
     int old = atomic_exchange(&s->socket_dup, fd);
@@ -56,7 +55,10 @@ static void replace_socket_dup(struct nbdshim *s, int fd)
 void nbdshim_leave(struct nbdshim *s)
 {
     if (atomic_fetch_sub_explicit(&s->users, 1, memory_order_acq_rel) == (NBDSHIM_CLOSING | 1)) {
-        /* First: nbd_close may wait for a server that waits for the connection to end. */
+        /*
+         * Close the duplicate first: nbd_close may wait for a server process, and that waits for
+         * the last descriptor of the connection to be closed.
+         */
         replace_socket_dup(s, -1);
         nbd_close(s->h);
     }
@@ -64,12 +66,12 @@ void nbdshim_leave(struct nbdshim *s)
         nbdshim_hand_over(s);
 }
 
-/* Shut the connection down, so that the calls that wait in other threads come back. */
+/* Shut the connection down, so that calls that wait in other threads return. */
 static void wake(struct nbdshim *s)
 {
     int fd;
 
-    /* In the child of a fork there are no such threads, and the connection is the parent's. */
+    /* A forked child has no such threads, and a shutdown would end the parent's connection. */
     if (getpid() != atomic_load_explicit(&s->pid, memory_order_relaxed))
         return;
     fd = atomic_exchange(&s->socket_dup, -1);
@@ -84,7 +86,10 @@ void nbdshim_note_socket(struct nbdshim *s)
     int fd = nbd_aio_get_fd(s->h);
     int socket_dup = fd >= 0 ? fcntl(fd, F_DUPFD_CLOEXEC, 0) : -1;
 
-    /* If another thread has ended the connection meanwhile, fd may have been a stranger's file. */
+    /*
+     * If another thread ended the connection between these two calls, fd may have belonged to an
+     * unrelated file when it was duplicated.
+     */
     if (socket_dup >= 0 && nbd_aio_get_fd(s->h) != fd) {
         close(socket_dup);
         socket_dup = -1;
@@ -93,8 +98,9 @@ void nbdshim_note_socket(struct nbdshim *s)
     atomic_store_explicit(&s->pid, getpid(), memory_order_relaxed);
     replace_socket_dup(s, socket_dup);
     /*
-     * nbdshim_close first marks the handle and then takes the socket_dup.  Here the socket_dup is
-     * stored first, and then the mark is read: so one of the two threads wakes who waits.
+     * nbdshim_close sets the closing bit and then takes socket_dup; this thread stores socket_dup
+     * and then reads the bit.  All four are sequentially consistent, so at least one of the two
+     * threads sees what the other did, and shuts the connection down.
      */
     if (atomic_load(&s->users) & NBDSHIM_CLOSING)
         wake(s);
@@ -104,7 +110,7 @@ void nbdshim_note_end(struct nbdshim *s)
 {
     if (atomic_load_explicit(&s->socket_dup, memory_order_relaxed) >= 0 &&
         (nbd_aio_is_dead(s->h) == 1 || nbd_aio_is_closed(s->h) == 1)) {
-        wake(s); /* who polls it in another thread */
+        wake(s); /* another thread may be polling it */
         replace_socket_dup(s, -1);
     }
 }
@@ -126,7 +132,7 @@ int nbdshim_close(struct nbdshim *s)
     return 0;
 }
 
-/* NBDSHIM_CLOSED if s is closed, else 0. */
+/* Return NBDSHIM_CLOSED if s is closed or NULL, else 0. */
 static int check_closed(struct nbdshim *s)
 {
     return s == NULL || (atomic_load(&s->users) & NBDSHIM_CLOSING) ? NBDSHIM_CLOSED : 0;

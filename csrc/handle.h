@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* A handle, and how a call enters it. */
+/* A handle, and how a call enters and leaves it. */
 #ifndef NBDSHIM_HANDLE_H
 #define NBDSHIM_HANDLE_H
 
@@ -10,10 +10,13 @@
 
 #include <libnbd.h>
 
-/* A bit of `users`: the handle is closing.  The other bits count the owner and running calls. */
+/*
+ * The bit of `users` that marks a handle as closing.  The other bits count running calls, plus one
+ * until nbdshim_close.
+ */
 #define NBDSHIM_CLOSING (1U << 31)
 
-/* The range of an orphan that changes the disk; one that does not has an empty range. */
+/* The range of the disk that an orphan changes; empty if it changes nothing. */
 struct nbdshim_range {
     uint64_t start, stop;
     struct nbdshim_range *next, *previous; /* in s->changing */
@@ -22,27 +25,27 @@ struct nbdshim_range {
 struct nbdshim {
     struct nbd_handle *h;
     atomic_uint users;
-    atomic_int socket_dup; /* a duplicate of the socket, or -1; its shutdown ends calls that wait */
-    atomic_int socket;     /* the number of libnbd's socket, which a forked child has to close */
-    atomic_int pid;        /* the process that connected it */
-    atomic_bool initializes;      /* calls that do not wait clear the buffer for a read */
-    atomic_uint references;       /* who keeps this struct in place: its maker, and queues */
-    sem_t turn;                   /* who has it may wait, and move the connection; see wait.h */
-    atomic_uint waiters;          /* threads that wait for the turn */
-    _Atomic double timeout;       /* seconds that a call may wait; 0 for ever */
-    atomic_bool is_connected;     /* it has been; libnbd's socket is the same from then on */
-    atomic_bool is_stalled;       /* a connect or an option was stopped and may be unfinished */
-    atomic_bool is_disconnecting; /* the server was told that the connection ends */
-    atomic_uint orphans;          /* commands whose caller was stopped */
-    atomic_size_t orphan_bytes;   /* the sizes of their buffers */
-    pthread_mutex_t lock;         /* protects what follows; nothing is called while it is locked */
-    struct nbdshim_closure *held; /* the closures that libnbd has not freed yet */
-    struct nbdshim_range *changing; /* the ranges of orphans that change the disk */
+    atomic_int socket_dup;    /* a duplicate of the socket, or -1; shutting it down ends waits */
+    atomic_int socket;        /* the number of libnbd's socket, for a forked child */
+    atomic_int pid;           /* of the process that connected the handle */
+    atomic_bool initializes;  /* calls that do not wait clear the buffer before a read */
+    atomic_uint references;   /* to this struct: its creator's, and one per queue */
+    sem_t turn;               /* its holder moves the connection; see wait.h */
+    atomic_uint waiters;      /* threads that wait for the turn; queues let them go first */
+    _Atomic double timeout;   /* of calls that wait, in seconds; 0 is none */
+    atomic_bool is_connected; /* it was; libnbd's socket does not change any more */
+    atomic_bool is_stalled;   /* a connect or an option was stopped and may be unfinished */
+    atomic_bool is_disconnecting; /* nbd_aio_disconnect was called */
+    atomic_uint orphans;          /* how many stopped commands have not retired */
+    atomic_size_t orphan_bytes;   /* the sum of the sizes of their buffers */
+    pthread_mutex_t lock; /* protects the lists below; no libnbd call or upcall while locked */
+    struct nbdshim_closure *held;   /* closures that libnbd has not freed yet */
+    struct nbdshim_range *changing; /* non-empty ranges of orphans */
 };
 
 /*
- * libnbd is told not to clear the buffers of reads: the shim does it where it is needed, and not
- * for a call that waits, whose buffer is clear.  So these two are not libnbd's.
+ * These two replace libnbd's functions.  The shim turns libnbd's clearing off and clears buffers
+ * itself where that is needed: a call that waits already gets a clear buffer.
  */
 static inline int nbdshim_set_pread_initialize(struct nbdshim *s, bool initialize)
 {
@@ -55,40 +58,43 @@ static inline int nbdshim_get_pread_initialize(struct nbdshim *s)
     return atomic_load_explicit(&s->initializes, memory_order_relaxed);
 }
 
-/* The server was told that the connection ends: nbd_shutdown must not tell it a second time. */
+/* Record that nbd_aio_disconnect was called: nbd_shutdown must not send a second disconnect. */
 static inline void nbdshim_note_disconnect(struct nbdshim *s)
 {
     atomic_store_explicit(&s->is_disconnecting, true, memory_order_relaxed);
 }
 
 /*
- * The result of a call that returns a 64-bit number which the server chose: the number; -1 if the
- * call failed; NBDSHIM_TOO_LARGE if it is negative otherwise.  Older libnbd returns what the server
- * said, which may be -1 too.  It is a failure only if libnbd's last error names the call.
+ * Check the result of a call that returns a 64-bit number chosen by the server.  Returns the
+ * number, -1 if the call failed, or NBDSHIM_TOO_LARGE if the number is negative.  Some versions of
+ * libnbd return the server's number unchecked, and it can be -1 as well; so -1 counts as a failure
+ * only if libnbd's last error names the call.
  */
 int64_t nbdshim_number(int64_t number, const char *call);
 
 /*
- * Duplicate the socket of the connection, which the handle then owns, and remember the process.
- * Called before a call that waits.  If there is no connection, libnbd's last error is set.
+ * Duplicate the connection's socket, and record the process that owns the connection.  The handle
+ * owns the duplicate.  Without a connection there is no duplicate, and libnbd's last error is set.
  */
 void nbdshim_note_socket(struct nbdshim *s);
 
-/* Close the duplicate of the socket if the connection has ended, so that the server sees the end.
- */
+/* Close the duplicate of the socket if the connection has ended, so that the server sees EOF. */
 void nbdshim_note_end(struct nbdshim *s);
 
 /*
- * End what nbdshim_enter began.  The last call to leave a closing handle closes libnbd's handle.
- * Then the tokens are handed over that libnbd has freed in this thread.  The caller keeps s in
- * place.
+ * Leave a handle that nbdshim_enter has entered.  The last call to leave a closing handle closes
+ * libnbd's handle.  Then release the tokens whose closures libnbd has freed in this thread.  The
+ * caller holds a reference to s, or its owner does until this returns.
  */
 void nbdshim_leave(struct nbdshim *s);
 
-/* Let go of the memory of s; the last owner frees it. */
+/* Drop a reference to s; the last one frees it. */
 void nbdshim_unref(struct nbdshim *s);
 
-/* Count a call on s, unless s is closing or NULL.  Returns 0 or NBDSHIM_CLOSED. */
+/*
+ * Count a call on s, unless s is closing or NULL.  Returns 0 or NBDSHIM_CLOSED.  While the call is
+ * counted, nbdshim_close in another thread cannot close s->h.
+ */
 static inline int nbdshim_join(struct nbdshim *s)
 {
     unsigned users;
@@ -104,13 +110,14 @@ static inline int nbdshim_join(struct nbdshim *s)
     return 0;
 }
 
-/* The same for a call of libnbd that takes its lock; may also return NBDSHIM_REENTERED. */
+/* Enter s for a libnbd call that takes its lock.  Returns 0, NBDSHIM_CLOSED or NBDSHIM_REENTERED.
+ */
 static inline int nbdshim_enter(struct nbdshim *s)
 {
     return nbdshim_is_reentry(s) ? NBDSHIM_REENTERED : nbdshim_join(s);
 }
 
-/* The same for a call that takes no lock. */
+/* Enter s for a libnbd call that takes no lock; returns the same. */
 static inline int nbdshim_enter_unlocked(struct nbdshim *s)
 {
     return nbdshim_is_debugging(s) ? NBDSHIM_REENTERED : nbdshim_join(s);

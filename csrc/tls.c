@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
 /*
- * The GnuTLS that libnbd brings: which one it is, and in a self-contained wheel, whom it trusts.
- *
- * Its functions are declared here, so that a build needs no header of GnuTLS.
+ * The version of the GnuTLS that libnbd uses and, in a self-contained wheel, the authorities that
+ * GnuTLS trusts.  Its functions are declared here, so that a build needs no headers of GnuTLS.
  */
 #include "nbdshim.h"
 
@@ -20,7 +19,7 @@ const char *nbdshim_gnutls(void)
 #ifdef NBDSHIM_BUNDLED
 
 #ifndef NBDSHIM_ROOT
-#define NBDSHIM_ROOT "" /* what tests put before the places */
+#define NBDSHIM_ROOT "" /* tests put a folder in front of the places */
 #endif
 
 enum { PEM = 1, FILE_ERROR = -64 }; /* GNUTLS_X509_FMT_PEM, GNUTLS_E_FILE_ERROR */
@@ -35,16 +34,16 @@ static const char *const places[] = {
     NBDSHIM_ROOT "/etc/ssl/certs/ca-certificates.crt", /* Debian, Arch, Alpine */
     NBDSHIM_ROOT "/etc/pki/tls/certs/ca-bundle.crt",   /* Fedora, CentOS */
     NBDSHIM_ROOT
-    "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem", /* the same, without its links */
+    "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem", /* the same without symbolic links */
     NBDSHIM_ROOT "/etc/ssl/ca-bundle.pem",               /* openSUSE */
     NBDSHIM_ROOT "/etc/ssl/cert.pem",                    /* Alpine without a package */
 };
 
 /*
- * Trust the authorities of this system.  libnbd calls this in place of GnuTLS's function of that
- * name, which knows one place only, that of the system it was built for: the shim is loaded first,
- * so the linker finds this one.  SSL_CERT_FILE has precedence.  Returns the number of certificates,
- * or a negative error of GnuTLS.
+ * Trust the certificate authorities of this system.  This function replaces GnuTLS's own, which
+ * knows only the place used by the system that it was built for; libnbd calls this one because the
+ * shim is loaded first.  SSL_CERT_FILE has precedence.  Returns the number of certificates, or a
+ * negative GnuTLS error.
  */
 int gnutls_certificate_set_x509_system_trust(struct gnutls_certificate_credentials_st *credentials)
 {

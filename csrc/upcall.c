@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* What the shim calls upwards, and the tokens that it hands over; see upcall.h. */
+/* Upcalls, closures and tokens; see upcall.h, and nbdshim.h for the ABI. */
 
 #include "upcall.h"
 #include "handle.h"
@@ -12,9 +12,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* So many tokens at most are handed over by one upcall. */
+/* The largest number of tokens that one `release` receives. */
 #define MAX_BATCH 64
-/* How often nbdshim_holds tries to get the lock, and lets other threads run in between. */
+/* How often nbdshim_holds tries to take the lock before it gives up. */
 #define MAX_LOCK_TRIES 100000
 
 struct nbdshim_upcalls nbdshim_up;
@@ -25,7 +25,7 @@ atomic_bool nbdshim_is_ending;
 atomic_uint nbdshim_forks;
 _Thread_local bool nbdshim_ends_here;
 
-/* Run in the child of every fork. */
+/* Runs in the child after every fork. */
 static void count_fork(void)
 {
     atomic_fetch_add_explicit(&nbdshim_forks, 1, memory_order_relaxed);
@@ -63,8 +63,8 @@ void nbdshim_disconnect_child(struct nbdshim *s)
     struct stat ours, its;
 
     /*
-     * The connection may have ended, and a stranger's file may have its number by now.  The number
-     * is still libnbd's if it names the same socket as the socket_dup, which is a duplicate.
+     * The connection may have ended, and its descriptor's number may belong to an unrelated file by
+     * now.  The number is still libnbd's if it refers to the same socket as our duplicate.
      */
     if (socket_dup < 0 || fstat(socket_dup, &ours) == -1 || fstat(socket, &its) == -1 ||
         ours.st_dev != its.st_dev || ours.st_ino != its.st_ino)
@@ -89,7 +89,7 @@ void nbdshim_closure_hold(struct nbdshim_closure *c)
     pthread_mutex_unlock(&s->lock);
 }
 
-/* Take c out of the list of what libnbd holds. */
+/* Remove c from the list of closures that libnbd holds. */
 static void unlink_held(struct nbdshim_closure *c)
 {
     struct nbdshim *s = c->s;
@@ -146,7 +146,7 @@ void nbdshim_closure_drop(struct nbdshim_closure *closure)
     free(closure);
 }
 
-/* Remove the closures of s from what libnbd has freed in this thread; the caller owns the list. */
+/* Remove the closures of s from nbdshim_released, as a list that the caller owns. */
 static struct nbdshim_closure *take_released(const struct nbdshim *s)
 {
     struct nbdshim_closure *taken = NULL, **link = &nbdshim_released;
@@ -166,8 +166,8 @@ static struct nbdshim_closure *take_released(const struct nbdshim *s)
 }
 
 /*
- * Hand over tokens, and say whether `release` has taken them.  A signal handler's exception may
- * keep it from its work, but only once: so it is tried again.
+ * Make the upcall `release`, and return whether it has taken the tokens.  A signal handler may
+ * raise before it does; the exception is reported once, so the next try usually succeeds.
  */
 static bool are_taken(const uintptr_t *tokens, size_t count)
 {
@@ -215,12 +215,16 @@ bool nbdshim_holds(struct nbdshim *s, uintptr_t token)
 
     if (s == NULL)
         return false;
-    /* In the child of a fork, a thread of the parent may have the lock: it is never unlocked. */
+    /*
+     * In a forked child the lock may be held by a thread of the parent, which does not exist here,
+     * so that nobody unlocks it.  The safe answer is that the token is held.
+     */
     for (int tries = 0; pthread_mutex_trylock(&s->lock) != 0; tries++) {
         if (tries == MAX_LOCK_TRIES)
             return true;
         sched_yield();
     }
+    /* The caller keeps s in place, and the lock keeps the closures in the list alive. */
     c = s->held;
     while (c != NULL && c->token != token)
         c = c->next;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* What the shim calls upwards, in which thread it may, and the tokens that it hands over. */
+/* Upcalls: which thread may make them, and how closures carry tokens from a call to `release`. */
 #ifndef NBDSHIM_UPCALL_H
 #define NBDSHIM_UPCALL_H
 
@@ -7,72 +7,74 @@
 
 #include <stdatomic.h>
 
-/* So often an upcall is tried, if the exception of a signal handler kept it from its work. */
+/* How often an upcall is tried if a signal handler raises before it has done its work. */
 #define NBDSHIM_MAX_TRIES 3
 
 /*
- * For variables of a thread: they are in memory that the thread has from its start.  Other models
- * may allocate it at the first use, which can fail.
+ * The memory of these thread-local variables exists from the start of a thread.  Other TLS models
+ * may allocate it at first use, which can fail.
  */
 #ifdef __GLIBC__
 #define NBDSHIM_TLS __attribute__((tls_model("initial-exec")))
 #else
-#define NBDSHIM_TLS /* musl has no room for such variables of what is loaded later */
+#define NBDSHIM_TLS /* musl reserves no such memory for libraries that are loaded later */
 #endif
 
 struct nbdshim_command;
 
-/* The functions to call upwards (nbdglue.h); nbdshim_register sets them once. */
+/* The upcalls (struct in nbdglue.h), set once by nbdshim_register. */
 extern struct nbdshim_upcalls nbdshim_up;
 
-/* What libnbd gets as user_data of a callback: a token, and its handle. */
+/* The user_data of a libnbd callback: a token and its handle. */
 struct nbdshim_closure {
     struct nbdshim *s;
     uintptr_t token;
-    struct nbdshim_command *command; /* the one whose caller waits, or NULL */
-    const char *buffer;              /* the command's, or NULL; parts of it go up as offsets */
-    struct nbdshim_closure *next, *previous; /* in s->held, or in nbdshim_released */
-    bool completed; /* its completion was called: libnbd 1.22's nbd_close calls it again */
-    bool released;  /* a completion that returned 1 has released the token itself */
+    struct nbdshim_command *command; /* whose caller waits, or NULL */
+    const char *buffer;              /* of the command, or NULL; upcalls get offsets into it */
+    struct nbdshim_closure *next, *previous; /* in s->held or nbdshim_released */
+    bool completed; /* its completion was called; nbd_close of libnbd 1.22 calls it again */
+    bool released;  /* its completion returned 1, and so has released the token */
 };
 
 /*
- * Make a closure for token in *closure, which libnbd owns once it is given to it.  buffer is the
- * command's, or NULL.  command is the one whose caller waits, or NULL.  For token 0, *closure is
- * NULL.  Returns 0, or NBDSHIM_NO_MEMORY: then the token was not taken.
+ * Create a closure for a token and hold the token.  libnbd owns *closure once it was passed to it;
+ * until then nbdshim_closure_drop frees it.  buffer and command are those of the struct.  For token
+ * 0, *closure is NULL.  Returns 0, or NBDSHIM_NO_MEMORY without having taken the token.
  */
 int nbdshim_closure_new(struct nbdshim *s, uintptr_t token, const void *buffer,
                         struct nbdshim_command *command, struct nbdshim_closure **closure);
 
-/* Hold the token of a closure: nbdshim_closure_free is the end of that. */
+/* Hold the token of a closure until nbdshim_closure_free. */
 void nbdshim_closure_hold(struct nbdshim_closure *closure);
 
-/* The `free` of every callback of libnbd.  The token is handed over, if it is not released yet. */
+/* The `free` function of every libnbd callback.  Queues the token for `release`, if still needed.
+ */
 void nbdshim_closure_free(void *closure);
 
-/* Free a closure that was never given to libnbd; NULL is ignored. */
+/* Free a closure that was never passed to libnbd; NULL is ignored. */
 void nbdshim_closure_drop(struct nbdshim_closure *closure);
 
-/* Have the token of a closure that libnbd holds no more handed over when a call on its handle ends.
+/* Queue a closure that libnbd has freed: the call on its handle that ends next releases its token.
  */
 void nbdshim_push_released(struct nbdshim_closure *closure);
 
-/* Hand over the tokens of s that libnbd has freed in this thread.  Those not taken are kept. */
+/* Release the tokens of s that this thread has queued.  Those that `release` refuses stay queued.
+ */
 void nbdshim_hand_over(struct nbdshim *s);
 
-/* Free the closures of s that libnbd has freed in this thread, without handing them over. */
+/* Free the closures of s that this thread has queued, without releasing their tokens. */
 void nbdshim_discard_released(const struct nbdshim *s);
 
 /*
- * In a child that was forked in a callback: put /dev/null in the place of the connection's socket.
- * libnbd is in the middle of a call, and would go on with the connection, as the parent does.
+ * Replace the connection's socket by /dev/null, in a child that was forked inside an upcall.  There
+ * libnbd is in the middle of a call, and would continue to use the connection, as the parent does.
  */
 void nbdshim_disconnect_child(struct nbdshim *s);
 
 /*
- * A callback that runs in this thread.  libnbd may hold the lock of the handle, so calls from
- * inside have to be refused.  The records are on the thread's stack, in a list of its own: debug
- * callbacks of one handle may run in several threads at once, in calls that take no lock.
+ * An upcall that runs in this thread.  libnbd may hold the handle's lock, so calls from inside have
+ * to be refused.  Each thread has a list of these records, on its stack.  One record per handle
+ * would not do: calls that take no lock may make debug callbacks in several threads at once.
  */
 struct nbdshim_upcall {
     struct nbdshim *s;
@@ -83,17 +85,17 @@ struct nbdshim_upcall {
 
 extern _Thread_local struct nbdshim_upcall *nbdshim_current_upcall NBDSHIM_TLS;
 
-/* What libnbd has freed in this thread.  It is handed over when a call on its handle ends. */
+/* Closures that libnbd has freed in this thread, and whose tokens are to be released. */
 extern _Thread_local struct nbdshim_closure *nbdshim_released NBDSHIM_TLS;
 
-/* How many forks there are between the first process and this one. */
+/* How many forks lie between the first process and this one. */
 extern atomic_uint nbdshim_forks;
 
 /* Whether the process is ending, and whether this is the thread that ends it. */
 extern atomic_bool nbdshim_is_ending;
 extern _Thread_local bool nbdshim_ends_here NBDSHIM_TLS;
 
-/* Whether this thread must not call upwards any more: the functions there may be gone. */
+/* Whether this thread must not make upcalls any more, because the functions may be gone. */
 static inline bool nbdshim_is_silent(void)
 {
     return atomic_load_explicit(&nbdshim_is_ending, memory_order_relaxed) && !nbdshim_ends_here;
@@ -115,7 +117,7 @@ static inline void nbdshim_leave_upcall(struct nbdshim_upcall *upcall)
         nbdshim_disconnect_child(upcall->s);
 }
 
-/* Whether this thread is inside an upcall of s, where libnbd's lock is held. */
+/* Whether this thread is inside an upcall of s, where it may hold libnbd's lock. */
 static inline bool nbdshim_is_reentry(const struct nbdshim *s)
 {
     const struct nbdshim_upcall *upcall = nbdshim_current_upcall;
@@ -125,7 +127,7 @@ static inline bool nbdshim_is_reentry(const struct nbdshim *s)
     return upcall != NULL;
 }
 
-/* Whether it is inside a debug callback of s, where a call would make the next debug callback. */
+/* Whether this thread is inside a debug callback of s, where any call would cause another one. */
 static inline bool nbdshim_is_debugging(const struct nbdshim *s)
 {
     const struct nbdshim_upcall *upcall = nbdshim_current_upcall;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* Calls that wait, and orphans; see wait.h. */
+/* Calls that wait, their turns, and orphans; see wait.h. */
 
 #include "wait.h"
 #include "nbdglue.h"
@@ -15,11 +15,11 @@
 #define NEVER NBDSHIM_NEVER
 #define SLICE NBDSHIM_SLICE
 
-/* The largest number of orphans of a handle, and of bytes in their buffers. */
+/* The largest number of orphans of a handle, and the largest sum of their buffers. */
 #define MAX_ORPHANS 64
 #define MAX_ORPHAN_BYTES (UINT64_C(64) << 20)
 
-/* So often an upcall is tried if handlers of signals raise in it. */
+/* How often the upcall `orphaned` is tried if signal handlers raise in it. */
 #define MAX_KEEP_TRIES 100
 
 _Thread_local struct nbdshim_wait *nbdshim_current_wait;
@@ -59,9 +59,9 @@ static bool is_past(int64_t time)
 }
 
 /*
- * Whether a call that can go on without waiting has to end.  The process may have been suspended
- * for longer than the deadline, so what has arrived is taken first; but not for ever, since a
- * server may send without end.
+ * Whether a call has to end although there may be data to read.  After the deadline it may read for
+ * one more slice: the process may have been suspended, and what arrived meanwhile is in time.  The
+ * limit is needed because a server may send without end.
  */
 static bool is_over(struct nbdshim_wait *w)
 {
@@ -72,6 +72,7 @@ static bool is_over(struct nbdshim_wait *w)
     return is_past(w->grace_end);
 }
 
+/* Whether the command was answered; any thread that moves the connection may cause that. */
 static bool is_done(const struct nbdshim_wait *w)
 {
     return w->command != NULL && (atomic_load(&w->command->state) & NBDSHIM_DONE);
@@ -86,6 +87,7 @@ int nbdshim_run_handlers(bool *has_forked)
     *has_forked = false;
     if (nbdshim_is_silent())
         return NBDSHIM_STOPPED;
+    /* Handlers are not part of the call: debug callbacks of their calls report their own names. */
     nbdshim_current_wait = NULL;
     ret = nbdshim_up.interrupted();
     nbdshim_current_wait = w;
@@ -111,7 +113,7 @@ bool nbdshim_wait_for_turn(sem_t *turn, int64_t deadline)
     return sem_timedwait(turn, &end) == 0;
 }
 
-/* The same, seen by a queue that moves the handle too: it lets those go first who wait for it. */
+/* Wait for the turn, counted in s->waiters so that queues let this thread go first. */
 static bool wait_for_turn(struct nbdshim *s, int64_t deadline)
 {
     bool has_turn;
@@ -124,7 +126,7 @@ static bool wait_for_turn(struct nbdshim *s, int64_t deadline)
 
 /*
  * Wait for the turn, or until another thread has moved our command to its end.  Returns 0,
- * NBDSHIM_STOPPED or NBDSHIM_TIMED_OUT.
+ * NBDSHIM_STOPPED or NBDSHIM_TIMED_OUT.  w->has_turn says whether this thread has the turn.
  */
 static int take_turn(struct nbdshim_wait *w)
 {
@@ -134,6 +136,7 @@ static int take_turn(struct nbdshim_wait *w)
         w->has_waited = true;
         if (wait_for_turn(w->s, w->deadline))
             break;
+        /* The thread that has the turn may have received our reply: then we need no turn. */
         if (is_done(w))
             return 0;
         if (is_past(w->deadline))
@@ -153,13 +156,14 @@ static void give_back_turn(struct nbdshim_wait *w)
     w->has_turn = false;
 }
 
-/* Between two slices: run the handlers.  They may use the handle, so the turn is given back. */
+/* Run signal handlers between two slices, without the turn, since they may use the handle. */
 static int pause_for_handlers(struct nbdshim_wait *w)
 {
     int ret;
 
     give_back_turn(w);
     ret = run_handlers(w);
+    /* Meanwhile another thread may have received our reply, so the caller checks is_done. */
     return ret != 0 ? ret : take_turn(w);
 }
 
@@ -178,8 +182,8 @@ int nbdshim_socket_of(struct nbdshim *s)
 }
 
 /*
- * Wait until the socket or fds[1] is ready.  Returns 1; 0 if `until` is past; -1 if libnbd waits
- * for nothing, or poll fails; or why the call has to stop.
+ * Wait until the socket or fds[1] is ready.  Returns 1; 0 if `until` has passed; -1 if libnbd waits
+ * for nothing or poll fails; NBDSHIM_STOPPED or NBDSHIM_TIMED_OUT.
  */
 static int wait_for_socket(struct nbdshim_wait *w, struct pollfd fds[2], int64_t until)
 {
@@ -199,6 +203,8 @@ static int wait_for_socket(struct nbdshim_wait *w, struct pollfd fds[2], int64_t
         if (direction & LIBNBD_AIO_DIRECTION_WRITE)
             fds[0].events |= POLLOUT;
         ready = poll(fds, 2, (int)((nbdshim_slice(end) + MILLISECOND - 1) / MILLISECOND));
+        /* Nobody else reads the socket while we have the turn: the data is still there for libnbd.
+         */
         if (ready > 0)
             return 1;
         if (ready == -1 && errno != EINTR)
@@ -219,15 +225,22 @@ int nbdshim_notify(struct nbdshim *s, short events)
         return nbd_aio_notify_read(s->h);
     if (events & POLLOUT)
         return nbd_aio_notify_write(s->h);
-    return events == 0 ? 0 : nbd_poll(s->h, 0); /* an error, and libnbd's words for it */
+    return events == 0 ? 0 : nbd_poll(s->h, 0); /* fails, and sets libnbd's error */
 }
 
-/* Wait for the socket and let libnbd go on.  Returns 0, -1 (libnbd's failure) or a refusal. */
+/*
+ * Move the connection: wait for the socket, and notify libnbd.  Returns 0, -1 if libnbd failed, or
+ * a refusal.  The caller has the turn; after a refusal it may not have it any more.
+ */
 static int move(struct nbdshim_wait *w)
 {
     struct pollfd fds[2] = {{.fd = -1}, {.fd = -1}};
     int ret;
 
+    /*
+     * poll reports data even after the deadline, so without this check a server that never stops
+     * sending would keep the call in its loop.  The first move always happens.
+     */
     if (w->has_moved && is_over(w))
         return NBDSHIM_TIMED_OUT;
     w->has_moved = true;
@@ -235,11 +248,11 @@ static int move(struct nbdshim_wait *w)
     if (ret == 1)
         ret = nbdshim_notify(w->s, fds[0].revents);
     else if (ret == -1)
-        ret = nbd_poll(w->s->h, 0); /* fails, and says why */
+        ret = nbd_poll(w->s->h, 0); /* fails, and sets libnbd's error */
     return ret > 0 ? 0 : ret;
 }
 
-/* Move until libnbd is no longer connecting or working on an option. */
+/* Move the connection until libnbd has finished to connect or to negotiate an option. */
 static int finish_connecting(struct nbdshim_wait *w)
 {
     int ret = 0;
@@ -249,7 +262,7 @@ static int finish_connecting(struct nbdshim_wait *w)
     return ret;
 }
 
-/* Finish what was stopped and goes on: a connect, an option.  Returns as move does. */
+/* Complete a connect or an option that was stopped earlier.  Returns as move does. */
 static int finish_stalled(struct nbdshim_wait *w)
 {
     int ret = 0;
@@ -262,13 +275,17 @@ static int finish_stalled(struct nbdshim_wait *w)
     return ret;
 }
 
-/* Let go of a command, for libnbd or for the caller.  The last one frees it. */
+/*
+ * Drop libnbd's or the caller's reference to a command.  The last one frees it, and if it was an
+ * orphan, that is the end of the orphan.
+ */
 static void unref_command(struct nbdshim_command *c)
 {
     struct nbdshim *s = c->buffer.s;
 
     if (atomic_fetch_sub(&c->references, 1) != 1)
         return;
+    /* The other side is gone, and what it wrote to *c happened before its decrement. */
     if (atomic_load(&c->state) & NBDSHIM_ORPHAN)
         nbdshim_remove_orphan(s, &c->range, c->size);
     if (c->buffer.token != 0)
@@ -277,13 +294,16 @@ static void unref_command(struct nbdshim_command *c)
         free(c);
 }
 
-/* libnbd's completion callback.  An orphan is retired at once: nobody asks for it. */
+/*
+ * libnbd's completion callback.  An orphan is retired here, because no caller will retire it with
+ * nbd_aio_command_completed.
+ */
 // cppcheck-suppress constParameter ; libnbd has declared it
 static int complete(void *user_data, int *error)
 {
     struct nbdshim_command *c = user_data;
 
-    c->error = *error;
+    c->error = *error; /* before DONE, after which the waiting thread reads it */
     return atomic_fetch_or(&c->state, NBDSHIM_DONE) & NBDSHIM_ORPHAN ? 1 : 0;
 }
 
@@ -299,9 +319,9 @@ nbd_completion_callback nbdshim_completion(struct nbdshim_wait *w)
 }
 
 /*
- * Have the buffer of a command kept that is being stopped, under a token: the command's address. If
- * a signal handler's exception keeps the upcall from it, it is tried again.  Returns whether it is
- * kept; it is not if the stack is full, or if there is no memory.
+ * Have the caller keep the buffer of a command that is about to become an orphan.  The upcall
+ * `orphaned` gets a token for it, the command's address, and is tried again if a signal handler
+ * raises in it.  Returns whether the buffer is kept; the upcall fails for want of stack or memory.
  */
 static bool keep_buffer(struct nbdshim_command *c)
 {
@@ -311,6 +331,7 @@ static bool keep_buffer(struct nbdshim_command *c)
         return true;
     for (int i = 0; i < MAX_KEEP_TRIES; i++) {
         if (nbdshim_up.orphaned(token) == 0) {
+            /* libnbd cannot free the command meanwhile: the caller's reference is still there. */
             c->buffer.token = token;
             nbdshim_closure_hold(&c->buffer);
             return true;
@@ -319,14 +340,15 @@ static bool keep_buffer(struct nbdshim_command *c)
     return false;
 }
 
-/* Make an orphan of the command of a call that is stopped.  Returns whether it was done already. */
+/* Make a command an orphan.  Returns whether it was done already. */
 static bool orphan(struct nbdshim_command *c)
 {
+    /* Add it first: once the bit is set, the last reference to go removes the orphan again. */
     nbdshim_add_orphan(c->buffer.s, &c->range, c->size);
     return atomic_fetch_or(&c->state, NBDSHIM_ORPHAN) & NBDSHIM_DONE;
 }
 
-/* The end of every call that waits; returns ret. */
+/* End a waiting call: give the turn back, drop the command, leave the handle.  Returns ret. */
 static int finish(struct nbdshim_wait *w, int ret)
 {
     struct nbdshim *s = w->s;
@@ -335,6 +357,7 @@ static int finish(struct nbdshim_wait *w, int ret)
         nbdshim_note_end(s);
     if (ret < -1 && w->has_moved && nbd_aio_is_connecting(s->h) == 1)
         atomic_store(&s->is_stalled, true);
+    /* Before nbdshim_leave, which runs `release`: that may use the handle and wait for its turn. */
     give_back_turn(w);
     nbdshim_current_wait = w->outer;
     if (w->command != NULL)
@@ -343,7 +366,7 @@ static int finish(struct nbdshim_wait *w, int ret)
     return ret;
 }
 
-/* The same as nbdshim_begin, but it waits for the turn at most until `until`. */
+/* Begin a call as nbdshim_begin does, but wait for the turn only until `until`. */
 static int begin_until(struct nbdshim_wait *w, struct nbdshim *s, const char *name, int64_t until)
 {
     int ret = nbdshim_enter(s);
@@ -434,6 +457,11 @@ int nbdshim_begin_command(struct nbdshim_wait *w, struct nbdshim *s, const char 
     if (ret != 0)
         return ret;
     ret = finish_stalled(w);
+    /*
+     * Wait for orphans.  This thread has the turn, so it has to move the connection itself to make
+     * them retire.  A command that becomes an orphan after this check does not matter: its caller
+     * was still waiting when this call began, so the two are concurrent, and nothing orders them.
+     */
     while (ret == 0 && (nbdshim_is_full(s, 0, plan->size) ||
                         (plan->count > 0 && nbdshim_is_changing(s, plan->offset, stop))))
         ret = move(w);
@@ -446,7 +474,7 @@ int nbdshim_begin_command(struct nbdshim_wait *w, struct nbdshim *s, const char 
         .buffer = {.s = s}, .size = plan->size, .has_buffer_alone = plan->has_buffer_alone};
     if (plan->changes)
         c->range = (struct nbdshim_range){.start = plan->offset, .stop = stop};
-    atomic_init(&c->references, 2);
+    atomic_init(&c->references, 2); /* libnbd's and the caller's */
     atomic_init(&c->state, 0);
     w->command = c;
     return 0;
@@ -455,13 +483,13 @@ int nbdshim_begin_command(struct nbdshim_wait *w, struct nbdshim *s, const char 
 int nbdshim_end(struct nbdshim_wait *w, int ret)
 {
     if (w->command != NULL)
-        unref_command(w->command); /* for libnbd, which was not given it */
+        unref_command(w->command); /* libnbd's reference: libnbd did not get the command */
     return finish(w, ret);
 }
 
 /*
- * Wait until the command is done.  Returns 0, or why the call ends without it.  If the buffer
- * cannot be kept, it waits longer: the caller would free memory that libnbd may still write to.
+ * Wait until the command is done.  Returns 0, -1 or a refusal.  If the buffer cannot be kept, this
+ * waits on, past the timeout: the caller would free memory that libnbd may still write to.
  */
 static int wait_for_reply(struct nbdshim_wait *w)
 {
@@ -470,6 +498,10 @@ static int wait_for_reply(struct nbdshim_wait *w)
 
         while (ret == 0 && !is_done(w))
             ret = move(w);
+        /*
+         * If the call is stopped, keep the buffer before the command becomes an orphan: from then
+         * on another thread may retire it, and that releases the token.
+         */
         if (ret == 0 || is_done(w) || keep_buffer(w->command))
             return ret;
         w->deadline = nanoseconds(CLOCK_MONOTONIC) + SLICE;
@@ -482,17 +514,30 @@ int nbdshim_end_command(struct nbdshim_wait *w, int64_t cookie)
     int ret;
 
     if (cookie == -1)
-        return finish(w, -1);
+        return finish(w, -1); /* libnbd has freed the completion, and so dropped its reference */
     ret = wait_for_reply(w);
-    if (ret == 0)
+    if (ret == 0) {
+        /*
+         * The completion has returned 0, so the command is not retired yet.  Nobody else can retire
+         * it: only this thread knows the cookie, and the command has not become an orphan.
+         */
         ret = nbd_aio_command_completed(h, (uint64_t)cookie) == 1 ? 0 : -1;
-    /* If the connection has failed, it has ended its commands.  Its error says more than theirs. */
-    else if (!(ret == -1 && is_done(w)) && orphan(w->command))
+    } else if (!(ret == -1 && is_done(w)) && orphan(w->command)) {
+        /*
+         * The reply arrived after the stop, in another thread, and before the command became an
+         * orphan.  Its completion found no orphan and has left the retiring to us.  Both sides set
+         * their bit with atomic_fetch_or and look at the other's, so exactly one retires.
+         *
+         * The condition leaves out a failed connection, which has ended the command itself: libnbd
+         * retires it when the handle is closed, and its last error now says more than the
+         * command's.
+         */
         (void)nbd_aio_command_completed(h, (uint64_t)cookie);
+    }
     return finish(w, ret);
 }
 
-/* Whether libnbd's last error says why an option failed, as it does in newer versions. */
+/* Whether libnbd's last error says why an option failed, as newer versions set it. */
 static bool is_explained(void)
 {
 #ifdef LIBNBD_HAVE_NBD_OPT_STARTTLS
@@ -510,6 +555,7 @@ int nbdshim_end_option(struct nbdshim_wait *w, int ret, enum nbdshim_answer answ
 
     if (ret == 0)
         ret = finish_connecting(w);
+    /* An option has no cookie to retire: libnbd frees its completion when the option has ended. */
     if (ret < -1 && c != NULL)
         (void)orphan(c);
     if (ret != 0 || c == NULL)
@@ -539,7 +585,7 @@ int nbdshim_end_connect(struct nbdshim_wait *w, int ret)
     return finish(w, ret);
 }
 
-/* What libnbd says of a poll that does not wait: its failure and the words for it. */
+/* Let libnbd poll without waiting; it fails and sets its error. */
 static int poll_at_once(struct nbd_handle *h, int fd)
 {
 #ifdef LIBNBD_HAVE_NBD_POLL2
@@ -551,7 +597,7 @@ static int poll_at_once(struct nbd_handle *h, int fd)
     return nbd_poll(h, 0);
 }
 
-/* nbd_poll2, or nbd_poll if fd is -1. */
+/* Do nbd_poll2, or nbd_poll if fd is -1. */
 static int poll_both(struct nbdshim *s, const char *name, int fd, int timeout)
 {
     struct nbdshim_wait w;
@@ -583,8 +629,9 @@ int nbdshim_poll2(struct nbdshim *s, int fd, int timeout)
 }
 
 /*
- * nbd_aio_notify_read or, for POLLOUT, nbd_aio_notify_write.  If another thread has moved the
- * connection meanwhile, what the caller knows may be outdated: so the socket is asked again.
+ * Do nbd_aio_notify_read or, for POLLOUT, nbd_aio_notify_write.  If this thread had to wait for the
+ * turn, another one has moved the connection meanwhile and may have consumed the event that the
+ * caller has seen; so poll the socket again.
  */
 static int notify_of(struct nbdshim *s, const char *name, short event)
 {
@@ -595,6 +642,7 @@ static int notify_of(struct nbdshim *s, const char *name, short event)
     if (ret != 0)
         return ret;
     fd.fd = nbdshim_socket_of(s);
+    /* With the turn, nobody can consume the event between this poll and the notification. */
     if (w.has_waited && poll(&fd, 1, 0) == 0)
         return finish(&w, 0);
     ret = event == POLLIN ? nbd_aio_notify_read(s->h) : nbd_aio_notify_write(s->h);
@@ -626,7 +674,7 @@ int nbdshim_opt_abort(struct nbdshim *s)
     return finish(&w, ret);
 }
 
-/* Say good-bye to the server, unless that was done before.  Returns libnbd's result. */
+/* Start to disconnect, unless that was done before.  Returns libnbd's result. */
 static int start_disconnect(struct nbdshim *s)
 {
     if (nbd_aio_is_negotiating(s->h) == 1)
@@ -639,7 +687,7 @@ static int start_disconnect(struct nbdshim *s)
     return 0;
 }
 
-/* Whether a shutdown can be made of calls that do not wait: else libnbd waits by itself. */
+/* Whether calls that do not wait can do this shutdown; if not, libnbd has to wait itself. */
 static bool can_disconnect_here(struct nbd_handle *h, uint32_t flags)
 {
     bool is_busy = nbd_aio_is_processing(h) == 1;
