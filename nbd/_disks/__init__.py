@@ -3,8 +3,7 @@
 
 Each imports from nbd._binding, and here only from those above it:
 
-    engine        the shim's queue
-    queue         nbd.queue.Queue
+    queue         the shim's queue, and nbd.queue.Queue
     connect       nbd.connect
     threads       threads that can be begun and awaited wherever a signal handler raises
     joining       further connections, made while the first one works

@@ -21,8 +21,7 @@ from nbd._binding.errors import ClosedHandle, Error, Timeout
 from nbd._binding.handle import hold, let_go
 from nbd._binding.methods import NBD
 from nbd._disks.connect import agreed, prepared
-from nbd._disks.engine import TARGET, IdleTimer
-from nbd._disks.queue import Queue
+from nbd._disks.queue import TARGET, IdleTimer, Queue
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from nbd._binding.shim import ffi, lib
 from nbd._disks.copystream import copy_stream
 from nbd._disks.disks import GOODBYE, QUIET, TICK, Disk, late
 from nbd._disks.endpoints import File, Stream, is_same, open_end, processors
-from nbd._disks.engine import COPY, READ, SOURCE, TARGET, WRITE, ZERO, Engine, IdleTimer
+from nbd._disks.queue import COPY, READ, SOURCE, TARGET, WRITE, ZERO, Engine, IdleTimer
 from nbd._disks.rescue import await_some, failure, rescued, short_queue
 from nbd._disks.threads import Helper
 

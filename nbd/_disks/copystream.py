@@ -15,8 +15,7 @@ from time import monotonic
 from nbd._binding.errors import DiskError, Error
 from nbd._binding.memory import BOUNCES
 from nbd._disks.endpoints import Disk, File, Stream
-from nbd._disks.engine import READ, WRITE
-from nbd._disks.queue import Queue
+from nbd._disks.queue import READ, WRITE, Queue
 from nbd._disks.readahead import new_memory
 from nbd._disks.rescue import await_some, failure, rescued
 

@@ -21,9 +21,9 @@ from nbd._binding.constants import (
 from nbd._binding.errors import Error, Timeout
 from nbd._binding.shim import ffi, lib
 from nbd._disks.connect import connect
-from nbd._disks.engine import FLUSH, TARGET, Engine, IdleTimer
 from nbd._disks.extents import Survey
 from nbd._disks.joining import Joining
+from nbd._disks.queue import FLUSH, TARGET, Engine, IdleTimer
 from nbd._disks.threads import Helper
 
 TYPE_CHECKING = False

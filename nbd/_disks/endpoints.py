@@ -12,10 +12,10 @@ import os
 from nbd._binding.methods import NBD
 from nbd._disks.disks import Disk as Disk
 from nbd._disks.disks import connected
-from nbd._disks.engine import SOURCE
 from nbd._disks.files import File as File
 from nbd._disks.files import Stream as Stream
 from nbd._disks.files import identity, of_object, opened, side_name
+from nbd._disks.queue import SOURCE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from contextlib import suppress
 from nbd._binding.convert import as_number
 from nbd._binding.errors import DiskError
 from nbd._disks.channels import BUFFERED, Channel, Wait, is_channel
-from nbd._disks.engine import SOURCE
+from nbd._disks.queue import SOURCE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from typing import Any, Union
 
     from nbd._disks.copy import Settings
-    from nbd._disks.engine import Engine
+    from nbd._disks.queue import Engine
 
     Data = Union[bytes, memoryview]
 

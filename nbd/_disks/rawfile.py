@@ -30,7 +30,7 @@ from contextlib import suppress
 from nbd._binding.convert import as_number
 from nbd._binding.errors import DiskError, Timeout
 from nbd._binding.memory import BOUNCES, as_bytes, is_unowned
-from nbd._disks.engine import READ, failure
+from nbd._disks.queue import READ, failure
 from nbd._disks.readahead import SECTOR, ReadAhead, new_memory
 from nbd._disks.writes import WriteBehind
 

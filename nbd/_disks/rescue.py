@@ -16,8 +16,7 @@ from time import monotonic
 
 from nbd._binding.errors import DiskError, Error
 from nbd._disks.disks import QUIET, TICK, Disk, late
-from nbd._disks.engine import READ, ZERO, IdleTimer
-from nbd._disks.queue import Queue
+from nbd._disks.queue import READ, ZERO, IdleTimer, Queue
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from nbd._binding.errors import DiskError
 from nbd._binding.memory import BOUNCES, from_buffer
-from nbd._disks.engine import WRITE, failure
+from nbd._disks.queue import WRITE, failure
 from nbd._disks.readahead import PIECE
 
 TYPE_CHECKING = False

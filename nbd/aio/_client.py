@@ -25,7 +25,8 @@ from nbd._binding.errors import ClosedHandle, Error, Timeout, is_by_handler
 from nbd._binding.memory import BOUNCES, copy_back, free, is_unowned, new_result, result_of
 from nbd._binding.methods import NBD
 from nbd._binding.shim import ffi, lib
-from nbd._disks.engine import (
+from nbd._disks.extents import Survey
+from nbd._disks.queue import (
     CACHE,
     FLUSH,
     READ,
@@ -37,7 +38,6 @@ from nbd._disks.engine import (
     as_request,
     failure,
 )
-from nbd._disks.extents import Survey
 from nbd.aio._threads import in_thread
 
 TYPE_CHECKING = False

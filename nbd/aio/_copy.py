@@ -14,7 +14,7 @@ from nbd._binding.constants import CONTEXT_BASE_ALLOCATION
 from nbd._disks.copy import Ends, Job, Settings
 from nbd._disks.disks import TICK, Disk
 from nbd._disks.endpoints import is_server, most_connections
-from nbd._disks.engine import SOURCE, TARGET
+from nbd._disks.queue import SOURCE, TARGET
 from nbd.aio._client import Client
 from nbd.aio._connect import Plan, close_all, connected
 from nbd.aio._threads import AT_EXIT, end_future, in_thread
