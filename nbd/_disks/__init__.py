@@ -5,16 +5,13 @@ Each imports from nbd._binding, and here only from those above it:
 
     queue         the shim's queue, and nbd.queue.Queue
     connect       nbd.connect
-    threads       threads that can be begun and awaited wherever a signal handler raises
-    joining       further connections, made while the first one works
     extents       nbd.extents
     connections   the connections of a file, and the waits on them
-    readahead     the window of a file that is read in order
-    writes        the writes of a file that are in flight
+    buffering     read-ahead and write-behind of a file
     rawfile       a disk as an unbuffered file
-    filebuffers   the buffers of io over it
-    openfiles     the open files, closed when the program ends
-    file          nbd.open
+    file          nbd.open: io's buffers over it, and closing at exit
+    threads       threads that can be begun and awaited wherever a signal handler raises
+    joining       further connections, made while the first one works
     disks         the disks that a copy reads from and writes to
     channels      pipes, sockets and terminals, of which a copy waits in poll
     files         the files and streams of a copy

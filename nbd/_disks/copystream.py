@@ -14,9 +14,9 @@ from time import monotonic
 
 from nbd._binding.errors import DiskError, Error
 from nbd._binding.memory import BOUNCES
+from nbd._disks.buffering import new_memory
 from nbd._disks.endpoints import Disk, File, Stream
 from nbd._disks.queue import READ, WRITE, Queue
-from nbd._disks.readahead import new_memory
 from nbd._disks.rescue import await_some, failure, rescued
 
 TYPE_CHECKING = False

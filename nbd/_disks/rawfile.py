@@ -30,9 +30,8 @@ from contextlib import suppress
 from nbd._binding.convert import as_number
 from nbd._binding.errors import DiskError, Timeout
 from nbd._binding.memory import BOUNCES, as_bytes, is_unowned
+from nbd._disks.buffering import SECTOR, ReadAhead, WriteBehind, new_memory
 from nbd._disks.queue import READ, failure
-from nbd._disks.readahead import SECTOR, ReadAhead, new_memory
-from nbd._disks.writes import WriteBehind
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,9 +41,9 @@ if TYPE_CHECKING:
 
     from _typeshed import ReadableBuffer, WriteableBuffer
 
+    from nbd._disks.buffering import Piece
     from nbd._disks.connections import Connections
     from nbd._disks.queue import Request
-    from nbd._disks.readahead import Piece
 
 #: A read of this many bytes goes straight into the caller's memory.
 _LARGE = 1024 * 1024
