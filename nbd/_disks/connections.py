@@ -79,7 +79,7 @@ class Connections:
         self.queue = Queue(self._borrowed or handle, depth=depth, piece=piece)
 
     def keep(self, file: Any) -> None:
-        """Keep the connections, and the file if it is given, until `end` or `abandon`."""
+        """Keep the connections, and the file if it is given, until `close` or `abandon`."""
         if self._borrowed is not None:
             hold(self._borrowed._h, self)
         _kept[self] = file
@@ -119,11 +119,11 @@ class Connections:
         if is_over():
             return
         self.is_stalled = True  # if an exception comes out of this
-        queue, engine = self.queue, self.queue._engine
-        timer = IdleTimer(engine, self._timeout)
+        queue, shim_queue = self.queue, self.queue._shim_queue
+        timer = IdleTimer(shim_queue, self._timeout)
         while True:
             self.let_join()
-            count = queue._finish(*engine.wait(1, self._slice(timer.remaining())))
+            count = queue._finish(*shim_queue.wait(1, self._slice(timer.remaining())))
             queue._finished.clear()  # each request knows that it is done
             if is_over():
                 break
@@ -146,7 +146,7 @@ class Connections:
         """For how many seconds without progress a file waits while it is closed."""
         return GOODBYE if self._timeout is None else min(GOODBYE, self._timeout)
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Close the connections, and say goodbye to the server if it answers.
 
         The answers to reads get a moment to come: nbdkit 1.32 can abort if it cannot send them.
@@ -199,7 +199,7 @@ class Connections:
             if not handle.aio_is_connecting():
                 # Before its first request a queue would take an export of another size.
                 if handle.get_size() == self.queue.size:
-                    self.queue._engine.add(TARGET, handle)
+                    self.queue._shim_queue.add(TARGET, handle)
                 self._joining.remove(handle)
         except Error:
             self._leave_out(handle)

@@ -26,7 +26,7 @@ from nbd._binding.shim import ffi, lib
 from nbd._disks.copystream import copy_stream
 from nbd._disks.disks import GOODBYE, QUIET, TICK, Disk, late
 from nbd._disks.endpoints import File, Stream, is_same, open_end, processors
-from nbd._disks.queue import COPY, READ, SOURCE, TARGET, WRITE, ZERO, Engine, IdleTimer
+from nbd._disks.queue import COPY, READ, SOURCE, TARGET, WRITE, ZERO, IdleTimer, ShimQueue
 from nbd._disks.rescue import await_some, failure, rescued, short_queue
 from nbd._disks.threads import Helper
 
@@ -331,7 +331,7 @@ class _Copy:
         few = -(-source.size // _MIN_RANGE)  # what more would have nothing to do
         self._most = max(1, min(processors(), source.most_workers, target.most_workers, few))
         self._lock = allocate_lock()  # protects the ranges, and the start of workers
-        self._engines: list[Engine] = []
+        self._engines: list[ShimQueue] = []
         self._asked: list[dict[int, Asked]] = []  # what each is doing, by token
         self._threads: list[Helper] = []
         self._failures: list[BaseException] = []
@@ -420,14 +420,14 @@ class _Copy:
         worker = len(self._engines)
         # The first one may stay alone.
         share = self._settings.depth if worker == 0 else self._settings.depth // self._most
-        engine = Engine(min(max(1, share), _MAX_DEPTH), _PIECE)
+        engine = ShimQueue(min(max(1, share), _MAX_DEPTH), _PIECE)
         try:
             self._source.add_to(engine, SOURCE, worker, self._most)
             self._target.add_to(engine, TARGET, worker, self._most)
             self._asked.append({})
             self._engines.append(engine)
         except BaseException:
-            engine.end()
+            engine.close()
             raise
         return worker
 
@@ -502,7 +502,7 @@ class _Copy:
             copied = self._adjusted + sum(lib.nbdqueue_copied(e.q) for e in self._engines)
             zeroed = sum(lib.nbdqueue_zeroed(e.q) for e in self._engines)
             for engine in self._engines:
-                engine.end()  # who keeps an exception keeps its frames, but not their queues
+                engine.close()  # who keeps an exception keeps its frames, but not their queues
             self._failures.clear()  # their tracebacks refer to self
         return copied, zeroed
 
@@ -543,7 +543,7 @@ class _Copy:
         if worker == 0:
             self._raise_failure()
 
-    def _wait(self, engine: Engine, worker: int) -> int:
+    def _wait(self, engine: ShimQueue, worker: int) -> int:
         """Wait for requests to be done, but not longer than the caller's timeout.
 
         Returns:
@@ -574,7 +574,7 @@ class _Copy:
         asked = [e.last_moved() for e in (self._source, self._target) if isinstance(e, Disk)]
         return max(seen + asked)
 
-    def _finish(self, engine: Engine, worker: int, done: Any) -> int:
+    def _finish(self, engine: ShimQueue, worker: int, done: Any) -> int:
         """Note that a request is done; returns how many of its bytes were not moved."""
         operation, start, stop = self._asked[worker].pop(done.token)
         if not done.error:
@@ -641,7 +641,7 @@ class _Copy:
             with short_queue(self._source) as queue:
                 queue.read(view, offset)
                 error: Any = await_some(queue, self._settings)[0].error
-                if error is not None and self._source.is_lost(queue._engine):
+                if error is not None and self._source.is_lost(queue._shim_queue):
                     raise failure(READ, self._source, offset, length, error.errnum)
         else:
             try:
@@ -685,10 +685,10 @@ def _split(start: int, stop: int) -> Iterator[Asked]:
         yield COPY, at, min(at + _REQUEST, stop)
 
 
-def _minimum(engine: Engine, end: int) -> int:
+def _minimum(engine: ShimQueue, end: int) -> int:
     return int(lib.nbdqueue_minimum(engine.q, end))
 
 
-def _moved(engine: Engine) -> int:
+def _moved(engine: ShimQueue) -> int:
     """How many bytes an engine has copied or zeroed."""
     return int(lib.nbdqueue_copied(engine.q) + lib.nbdqueue_zeroed(engine.q))

@@ -259,7 +259,7 @@ class _DiskReader(_DiskSide):
     def _rescued(self, request: Request, errnum: int) -> memoryview:
         """What can be read of a range that could not be read at once."""
         place = request.offset, request.length
-        if self._source.is_lost(self._queue._engine):
+        if self._source.is_lost(self._queue._shim_queue):
             raise failure(READ, self._source, *place, errnum)
         return rescued(self._source, *place, self._settings, errnum)
 

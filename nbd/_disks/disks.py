@@ -23,7 +23,7 @@ from nbd._binding.shim import ffi, lib
 from nbd._disks.connect import connect
 from nbd._disks.extents import Survey
 from nbd._disks.joining import Joining
-from nbd._disks.queue import FLUSH, TARGET, Engine, IdleTimer
+from nbd._disks.queue import FLUSH, TARGET, IdleTimer, ShimQueue
 from nbd._disks.threads import Helper
 
 TYPE_CHECKING = False
@@ -118,12 +118,12 @@ class Disk:
         if _export_of(handle) != _export_of(self.handles[0]):
             raise ValueError("handles: the export is not the same")
 
-    def add_to(self, engine: Engine, end: int, worker: int, workers: int) -> None:
+    def add_to(self, engine: ShimQueue, end: int, worker: int, workers: int) -> None:
         """Give an engine the handles of one worker."""
         for handle in self.handles[worker::workers][:_MAX_HANDLES]:
             engine.add(end, handle)
 
-    def is_lost(self, engine: Engine) -> bool:
+    def is_lost(self, engine: ShimQueue) -> bool:
         """Whether an engine has lost one of the connections."""
         return any(map(engine.error_of, self.handles))
 
@@ -183,7 +183,7 @@ class Disk:
         """Have the server write everything to its disk, if it has a command for that."""
         if not self.handles[0].can_flush():
             return
-        engine = Engine(1, 4096)
+        engine = ShimQueue(1, 4096)
         try:
             engine.add(TARGET, self.handles[0])
             engine.submit(FLUSH, 1, ffi.NULL, 0, 0, 0)
@@ -200,7 +200,7 @@ class Disk:
                 text = f"nbd.copy: flushing the target {self.name} failed: {reason}"
                 raise Error(text, done[0].error)
         finally:
-            engine.end()
+            engine.close()
 
     def close(self) -> None:
         """Close our handles at once; calls of other threads on them return."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from typing import Any, Union
 
     from nbd._disks.copy import Settings
-    from nbd._disks.queue import Engine
+    from nbd._disks.queue import ShimQueue
 
     Data = Union[bytes, memoryview]
 
@@ -84,7 +84,7 @@ class File:
             return os.fstat(self.fd).st_size
         return os.lseek(self.fd, 0, os.SEEK_END)
 
-    def add_to(self, engine: Engine, end: int, worker: int, workers: int) -> None:
+    def add_to(self, engine: ShimQueue, end: int, worker: int, workers: int) -> None:
         """Give an engine the file."""
         engine.add_file(end, self.fd, self.base, self.size)
 

@@ -27,7 +27,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import TracebackType
-    from typing import Any, TypeVar
+    from typing import Any, Protocol, TypeVar
 
     from _typeshed import ReadableBuffer, WriteableBuffer
 
@@ -35,6 +35,13 @@ if TYPE_CHECKING:
     from nbd._binding.handle import Handle
 
     Self = TypeVar("Self", bound="Queue")
+
+    class Moving(Protocol):
+        """What an IdleTimer watches."""
+
+        def last_moved(self) -> float:
+            """Return when a byte last moved, by time.monotonic(); 0.0 if none has yet."""
+
 
 TARGET, SOURCE = lib.NBDQUEUE_TARGET, lib.NBDQUEUE_SOURCE
 READ, WRITE, ZERO = lib.NBDQUEUE_READ, lib.NBDQUEUE_WRITE, lib.NBDQUEUE_ZERO
@@ -62,13 +69,13 @@ nbdqueue_step = lib.nbdqueue_step
 nbdqueue_take = lib.nbdqueue_take
 
 
-class Engine:
+class ShimQueue:
     """A queue of the shim.
 
     Attributes:
         q: The shim's queue.
         kept: What keeps the buffers of the requests in place, by the token of each request.  It
-            lives until no command can use one of them, also if the engine itself does not.
+            lives until no command can use one of them, also if the queue itself does not.
     """
 
     q: Any = ffi.NULL
@@ -94,8 +101,8 @@ class Engine:
         # Arrays for `wait` and `step` that no call uses: a signal handler's call takes another one.
         self._arrays: list[Any] = []
 
-    def add(self, end: int, handle: Handle) -> None:
-        """Give one of the ends a handle, which has to be connected.
+    def add(self, side: int, handle: Handle) -> None:
+        """Add a connected handle to one side, SOURCE or TARGET.
 
         A handle may join at any time, also while another thread waits.
 
@@ -106,7 +113,7 @@ class Engine:
         """
         if handle in self._handles:
             raise ValueError("handles: the same handle is there twice")
-        result = lib.nbdqueue_add(self.q, end, handle._h)
+        result = lib.nbdqueue_add(self.q, side, handle._h)
         if result == lib.NBDSHIM_TOO_MANY:
             raise ValueError(f"handles: a queue takes at most {lib.NBDQUEUE_MAX_HANDLES} of them")
         if result == lib.NBDSHIM_OTHER_EXPORT:
@@ -120,9 +127,9 @@ class Engine:
             settle_as(handle._h, result, "get_size")
         self._handles.append(handle)
 
-    def add_file(self, end: int, fd: int, base: int, size: int) -> None:
-        """Give one of the ends a file: size bytes of it, from base on."""
-        lib.nbdqueue_add_file(self.q, end, fd, base, size)
+    def add_file(self, side: int, fd: int, base: int, size: int) -> None:
+        """Make a file one side: `size` bytes of it, starting at `base`."""
+        lib.nbdqueue_add_file(self.q, side, fd, base, size)
 
     def submit(
         self, operation: int, token: int, pointer: Any, length: int, offset: int, flags: int
@@ -207,8 +214,8 @@ class Engine:
         if pending:
             report_pending(self._handles[0]._h if self._handles else None)
 
-    def end(self) -> None:
-        """Drop the queue, and free it: nothing may use the engine any more."""
+    def close(self) -> None:
+        """Drop the queue and free it; no other method may be called afterwards."""
         self.drop()
         self.q = ffi.NULL
 
@@ -235,14 +242,14 @@ class Engine:
 
 
 class IdleTimer:
-    """How long an engine has moved no byte, for a `timeout` in seconds; None is for ever.
+    """How long nothing has moved in a queue, for a `timeout` in seconds; None is for ever.
 
-    A process that was suspended for longer than the timeout is not late for that: `Engine.wait`
+    A process that was suspended for longer than the timeout is not late for that: `ShimQueue.wait`
     looks at the connections before it returns, also if its time is over.
     """
 
-    def __init__(self, engine: Engine, timeout: float | None) -> None:
-        self._engine = engine
+    def __init__(self, moving: Moving, timeout: float | None) -> None:
+        self._moving = moving
         self._timeout = timeout
         self.restart()
 
@@ -261,7 +268,7 @@ class IdleTimer:
         return self._timeout is not None and not self.remaining()
 
     def _since_last_move(self) -> float:
-        return max(self._since, self._engine.last_moved())
+        return max(self._since, self._moving.last_moved())
 
 
 def _check_made(errnum: int) -> None:
@@ -337,7 +344,7 @@ class Request:
         state = "in flight" if not self.is_done else "done" if self.error is None else "failed"
         return f"<nbd.queue.Request of {self.length} bytes at offset {self.offset}: {state}>"
 
-    def _end(self, errnum: int, offset: int) -> None:
+    def _finish(self, errnum: int, offset: int) -> None:
         """Note its result, and let its buffer go.  It may be done again, after an interruption."""
         if errnum:
             self.error = failure(self._operation, self.length, self.offset, errnum, offset)
@@ -386,7 +393,7 @@ class Queue:
 
     __module__ = "nbd.queue"
 
-    _engine: Engine
+    _shim_queue: ShimQueue
 
     def __init__(
         self, handles: NBD | Iterable[NBD], *, depth: int = 16, piece: int = 256 * 1024
@@ -397,10 +404,10 @@ class Queue:
                 raise TypeError(f"handles: nbd.NBD is needed, not {type(handle).__name__}")
         if not several:
             raise ValueError("handles: at least one is needed")
-        engine = Engine(as_number("depth", depth), as_number("piece", piece))
+        queue = ShimQueue(as_number("depth", depth), as_number("piece", piece))
         for handle in several:
-            engine.add(TARGET, handle)
-        self._engine = engine
+            queue.add(TARGET, handle)
+        self._shim_queue = queue
         # Threads that wait take turns.  It is one that a signal handler can take again.
         self._lock = RLock()
         #: Requests that are done and were not returned by `wait` or `step` yet.
@@ -409,16 +416,16 @@ class Queue:
     @property
     def size(self) -> int:
         """The size of the export in bytes."""
-        return int(lib.nbdqueue_size(self._engine.q, TARGET))
+        return int(lib.nbdqueue_size(self._shim_queue.q, TARGET))
 
     @property
     def minimum(self) -> int:
         """The server's minimum block size in bytes; 1 if it has none."""
-        return int(lib.nbdqueue_minimum(self._engine.q, TARGET))
+        return int(lib.nbdqueue_minimum(self._shim_queue.q, TARGET))
 
     def __len__(self) -> int:
         """How many requests `wait` has not told of."""
-        return int(lib.nbdqueue_length(self._engine.q))
+        return int(lib.nbdqueue_length(self._shim_queue.q))
 
     def __bool__(self) -> bool:
         return True
@@ -559,7 +566,7 @@ class Queue:
         try:
             if timeout is not None:
                 seconds = max(0.0, until - monotonic())
-            while self._finish(*self._engine.wait(least, seconds)) == ROOM:
+            while self._finish(*self._shim_queue.wait(least, seconds)) == ROOM:
                 least, seconds = 1, 0.0  # there may be more than one call reports
             return self._take_finished()
         finally:
@@ -582,7 +589,7 @@ class Queue:
             ...     ready = select.select([queue], [], [])
             ...     requests = queue.step()
         """
-        return self._engine.fileno()
+        return self._shim_queue.fileno()
 
     def step(self) -> list[Request]:
         """Do what can be done without waiting: for event loops, instead of `wait`.
@@ -602,7 +609,7 @@ class Queue:
         if not self._lock.acquire(blocking=False):
             return []
         try:
-            while self._finish(*self._engine.step()) == ROOM:
+            while self._finish(*self._shim_queue.step()) == ROOM:
                 pass
             return self._take_finished()
         finally:
@@ -610,7 +617,7 @@ class Queue:
 
     def wake(self) -> None:
         """End the wait of another thread; if none waits, the next wait returns at once."""
-        self._engine.wake()
+        self._shim_queue.wake()
 
     def close(self) -> None:
         """Drop all requests, without waiting for the server; close no handle.
@@ -618,7 +625,7 @@ class Queue:
         Commands that were sent may still happen.  They keep their buffers until the server has
         answered, or the handles are closed.  A second close does nothing.
         """
-        self._engine.drop()
+        self._shim_queue.drop()
 
     def __enter__(self: Self) -> Self:
         return self
@@ -642,34 +649,34 @@ class Queue:
         target: Any = None,
     ) -> Request:
         length, offset, flags = as_request(length, offset, flags)
-        engine = self._engine
+        queue = self._shim_queue
         token = next_token()
         # Before C gets the buffer: from now on a signal handler may raise, and the request goes on.
-        engine.kept[token] = request = Request(operation, length, offset, pin, target)
-        result = nbdqueue_submit(engine.q, operation, token, pointer, length, offset, flags)
+        queue.kept[token] = request = Request(operation, length, offset, pin, target)
+        result = nbdqueue_submit(queue.q, operation, token, pointer, length, offset, flags)
         if result < 0:
-            del engine.kept[token]
-            raise engine.refused(result)
+            del queue.kept[token]
+            raise queue.refused(result)
         return request
 
     def _finish(self, done: Any, count: int) -> int:
-        """End the requests that the engine has reported; returns how many it has reported.
+        """End the requests that the queue has reported; returns how many it has reported.
 
         A signal handler may run between any two bytecodes.  It may raise, or call `wait` itself,
         which reports the same requests.  So each step can be made again, and `kept` decides who
         has ended a request.
         """
-        engine = self._engine
-        kept, finished = engine.kept, self._finished
+        queue = self._shim_queue
+        kept, finished = queue.kept, self._finished
         for i in range(count):
             one = done[i]
             token = one.token
             request = kept.get(token)
             if request is not None:
-                request._end(one.error, one.offset)
+                request._finish(one.error, one.offset)
                 if kept.pop(token, None) is not None:
                     finished.append(request)
-        engine.take(done, count)
+        queue.take(done, count)
         return count
 
     def _take_finished(self) -> list[Request]:

@@ -476,7 +476,7 @@ class DiskFile(io.RawIOBase):
         self.has_given_up = True  # super would flush
         try:
             if not self.is_inherited:
-                connections.end()
+                connections.close()
         finally:
             try:
                 super().close()

@@ -103,7 +103,7 @@ def await_some(queue: Queue, settings: Settings) -> list[Request]:
     Raises:
         nbd.Timeout: Nothing has moved for too long.
     """
-    timer = IdleTimer(queue._engine, settings.timeout)
+    timer = IdleTimer(queue._shim_queue, settings.timeout)
     while True:
         settings.check()
         left = timer.remaining()
@@ -132,7 +132,7 @@ def _read_disk(
                 start, stop = flying.pop(request)
                 if request.error is None:
                     continue
-                if source.is_lost(queue._engine):
+                if source.is_lost(queue._shim_queue):
                     raise failure(READ, source, start, stop - start, request.error.errnum)
                 if stop - start <= block or _is_past(until):
                     bad.append((start, stop - start, request.error.errnum))

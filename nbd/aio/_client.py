@@ -34,7 +34,7 @@ from nbd._disks.queue import (
     TRIM,
     WRITE,
     ZERO,
-    Engine,
+    ShimQueue,
     as_request,
     failure,
 )
@@ -104,22 +104,23 @@ class Client:
     def __init__(
         self, handles: list[NBD], depth: int, timeout: float | None, is_command: bool
     ) -> None:
-        self._engine = engine = Engine(depth, _PIECE)
+        self._queue = queue = ShimQueue(depth, _PIECE)
         try:
             for handle in handles:
-                engine.add(TARGET, handle)
-            self._fd = engine.fileno()
+                queue.add(TARGET, handle)
+            self._fd = queue.fileno()
         except BaseException:
-            engine.end()  # its descriptors are closed now, not when garbage is collected
+            queue.close()  # its descriptors are closed now, not when garbage is collected
             raise
         self._loop = asyncio.get_running_loop()
         self._process = os.getpid()
         self._depth = depth
         self._timeout = timeout
         self._is_command = is_command
-        #: The futures of what has a place, by token; None for a place that somebody in line was
-        #: given and has not used yet.  The pins are in `Engine.kept`.  That is referred to as long
-        #: as a command is in flight, and a future leads to its task and to this client.
+        #: The future of each command that has a place in flight, by token; None for a place that a
+        #: caller in line was given and has not used yet.  The pins are not here but in
+        #: `ShimQueue.kept`, which lives as long as a command is in flight: through a future it
+        #: would keep a task and this client alive.
         self._waiting: dict[int, Future[Any] | None] = {}
         self._line: OrderedDict[Future[int], None] = OrderedDict()
         self._turn = 0
@@ -407,7 +408,7 @@ class Client:
                 future.set_result(_CLOSED)
         self._line.clear()
         self._waiting.clear()
-        self._engine.end()
+        self._queue.close()
         for task in self._joining:
             task.cancel()
         ends: list[Future[Any]] = [*self._joining]
@@ -438,7 +439,7 @@ class Client:
         self._is_closed = True
         # In a forked child the loop's selector is the parent's.
         if self._process == os.getpid() and not self._loop.is_closed():
-            _unwatch_later(self._loop, self._fd, self._engine, self._joining)
+            _unwatch_later(self._loop, self._fd, self._queue, self._joining)
         warnings.warn(
             "an nbd.aio.Client was not closed; use async with, or await its close()",
             ResourceWarning,
@@ -458,7 +459,7 @@ class Client:
     def _join(self, handle: NBD) -> None:
         """Use one more connection, which the client closes from then on."""
         self._check()
-        self._engine.add(TARGET, handle)
+        self._queue.add(TARGET, handle)
         self.handles += (handle,)
 
     def _check_loop(self) -> None:
@@ -510,7 +511,7 @@ class Client:
     def _give_back(self, token: int) -> None:
         """A place is not needed after all."""
         self._waiting.pop(token, None)
-        self._engine.kept.pop(token, None)
+        self._queue.kept.pop(token, None)
         self._admit()
 
     async def _run(
@@ -524,16 +525,16 @@ class Client:
         pin: Any = None,
     ) -> None:
         """Send a request, and wait for the answer."""
-        engine = self._engine
+        queue = self._queue
         # Its result is 0, the errno and the place of a failure, or _CLOSED.
         future: Future[Any] = self._loop.create_future()
         self._waiting[token] = future
         if pin is not None:
-            engine.kept[token] = pin
-        result = nbdqueue_submit(engine.q, operation, token, pointer, length, offset, flags)
+            queue.kept[token] = pin
+        result = nbdqueue_submit(queue.q, operation, token, pointer, length, offset, flags)
         if result < 0:
             self._give_back(token)
-            raise _closed() if self._is_closed else engine.refused(result)
+            raise _closed() if self._is_closed else queue.refused(result)
         del pointer, pin
         try:
             if self._timeout is None:
@@ -542,7 +543,7 @@ class Client:
                 ended = await self._by_timeout(future, "the server has not answered")
         except BaseException:
             if not self._is_closed:
-                engine.cancel(token)
+                queue.cancel(token)
             raise
         if ended:
             if isinstance(ended, int):
@@ -571,7 +572,7 @@ class Client:
             handle = self._next_handle(method)
             send = getattr(handle, f"aio_{method}")
             send(count, offset, answer.extent, answer.completion, flags)
-            self._engine.wake()  # it looks which way libnbd waits now
+            self._queue.wake()  # it looks which way libnbd waits now
         except BaseException:
             self._give_back(token)
             raise
@@ -585,7 +586,7 @@ class Client:
         if errnum:
             if answer.raised is not None and is_by_handler(answer.raised.__traceback__):
                 raise answer.raised
-            errnum = self._engine.error_of(handle) or errnum
+            errnum = self._queue.error_of(handle) or errnum
             reason = f"{count} bytes at offset {offset} failed: {os.strerror(errnum)}"
             raise Error(f"nbd_{method}: {reason}", errnum) from answer.raised
 
@@ -595,7 +596,7 @@ class Client:
         for _ in self.handles:
             self._turn = (self._turn + 1) % len(self.handles)
             handle = self.handles[self._turn]
-            errnum = self._engine.error_of(handle)
+            errnum = self._queue.error_of(handle)
             if not errnum:
                 return handle
         raise Error(f"nbd_{method}: the connection was lost: {os.strerror(errnum)}", errnum)
@@ -639,9 +640,9 @@ def _step(client: ref[Client]) -> None:
     self = client()
     if self is None or self._is_closed:
         return
-    engine, waiting, kept = self._engine, self._waiting, self._engine.kept
+    queue, waiting, kept = self._queue, self._waiting, self._queue.kept
     try:
-        done, count = engine.step()
+        done, count = queue.step()
         for i in range(count):
             one = done[i]
             token = one.token
@@ -650,34 +651,34 @@ def _step(client: ref[Client]) -> None:
                 future.set_result((one.error, one.offset) if one.error else 0)
             waiting.pop(token, None)
             kept.pop(token, None)
-        engine.take(done, count)
+        queue.take(done, count)
     except BaseException:
-        engine.wake()  # it tells again of what it has told
+        queue.wake()  # it tells again of what it has told
         raise
     if self._line:
         self._admit()
 
 
 def _unwatch_later(
-    loop: AbstractEventLoop, fd: int, engine: Engine, joining: set[asyncio.Task[None]]
+    loop: AbstractEventLoop, fd: int, queue: ShimQueue, joining: set[asyncio.Task[None]]
 ) -> None:
     """Have the loop forget a client that was dropped, perhaps in another thread.
 
-    The engine, which closes the descriptor, lives until then.
+    The queue, which closes the descriptor, lives until then.
     """
     try:
-        loop.call_soon_threadsafe(partial(_unwatch, loop, fd, engine, joining))
+        loop.call_soon_threadsafe(partial(_unwatch, loop, fd, queue, joining))
     except RuntimeError:  # the loop was closed meanwhile
         return
 
 
 def _unwatch(
-    loop: AbstractEventLoop, fd: int, engine: Engine, joining: set[asyncio.Task[None]]
+    loop: AbstractEventLoop, fd: int, queue: ShimQueue, joining: set[asyncio.Task[None]]
 ) -> None:
     loop.remove_reader(fd)
     for task in joining:
         task.cancel()
-    engine.end()
+    queue.close()
 
 
 class _Alarm:

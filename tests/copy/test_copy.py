@@ -537,7 +537,7 @@ def test_a_copy_that_has_failed_leaves_no_queue_to_the_garbage_collector(
     try:
         with pytest.raises(nbd.Error):
             nbd.copy(uri, tmp_path / "copied", connections=4)
-        left = [one for one in gc.get_objects() if isinstance(one, nbd._disks.queue.Engine)]
+        left = [one for one in gc.get_objects() if isinstance(one, nbd._disks.queue.ShimQueue)]
     finally:
         gc.enable()
     assert left == []

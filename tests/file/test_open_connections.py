@@ -164,7 +164,7 @@ def test_a_connection_to_another_export_does_not_join(tmp_sock: str) -> None:
                 disk.seek(0)
                 assert len(disk.read()) == SIZE
                 assert time.monotonic() < until
-            assert len(raw._connections.queue._engine._handles) == 1
+            assert len(raw._connections.queue._shim_queue._handles) == 1
 
 
 @pytest.mark.parametrize("number", [65, 1000])

@@ -386,7 +386,7 @@ def test_a_wrong_argument_is_refused_and_nothing_is_sent(
     with pytest.raises(expected):
         ask(queue)
     assert len(queue) == 0
-    assert queue._engine.kept == {}
+    assert queue._shim_queue.kept == {}
 
 
 def test_a_program_may_end_with_a_queue_open(nbdkit: Nbdkit) -> None:
@@ -415,4 +415,4 @@ def test_the_queue_lets_go_of_buffers_that_are_done(queue: Queue) -> None:
     queue.read(buffer, 0)
     finished(queue)
     buffer.append(0)
-    assert queue._engine.kept == {}
+    assert queue._shim_queue.kept == {}
