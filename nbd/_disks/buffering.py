@@ -15,7 +15,7 @@ from collections import deque
 from nbd._binding.buffer import Buffer
 from nbd._binding.errors import DiskError
 from nbd._binding.memory import BOUNCES, from_buffer
-from nbd._disks.queue import WRITE, failure
+from nbd._disks.queue import PIECE, WRITE, failure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from nbd._disks.connections import Connections
     from nbd._disks.queue import Queue, Request
 
-#: The size of the largest command of a file, in bytes.
-PIECE = 256 * 1024
 #: The smallest unit that a disk fails to read.
 SECTOR = 512
 #: The window has at most this many pieces: 8 MiB.

@@ -4,26 +4,30 @@
 from __future__ import annotations
 
 import errno
+from contextlib import suppress
 from functools import wraps
 from time import monotonic, sleep
 from urllib.parse import quote, unquote
 
 from nbd._binding.constants import CONTEXT_BASE_ALLOCATION
 from nbd._binding.convert import as_seconds
-from nbd._binding.errors import Error
+from nbd._binding.errors import ClosedHandle, Error
 from nbd._binding.methods import NBD
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Union
 
     Uri = Union[str, list[str], tuple[str, ...]]
 
-#: Between two tries, in seconds.
-SHORTEST_PAUSE, LONGEST_PAUSE = 0.01, 0.25
-#: What a connect fails with while the server does not listen yet.
-NOT_THERE = (errno.ECONNREFUSED, errno.ENOENT)
+#: How many seconds a server gets to send its outstanding replies, and as many again to shut down
+#: the connections.
+CLOSE_TIMEOUT = 1.0
+#: With these a connection fails while the server does not listen yet.
+NOT_LISTENING = (errno.ECONNREFUSED, errno.ENOENT)
+#: Seconds between two attempts to connect.
+_MIN_RETRY_INTERVAL, _MAX_RETRY_INTERVAL = 0.01, 0.25
 
 
 def connect(
@@ -63,16 +67,15 @@ def connect(
     C: nbd_connect_uri or nbd_connect_command, nbd_add_meta_context.
     """
     names = context_names(contexts)
-    tried_until = monotonic() + (0 if retry_for is None else as_seconds("retry_for", retry_for))
-    pause = SHORTEST_PAUSE
+    intervals = retry_intervals(0 if retry_for is None else as_seconds("retry_for", retry_for))
     while True:
         try:
             return _connected(uri, timeout, names, prepare)
         except Error as reason:
-            if reason.errnum not in NOT_THERE or monotonic() >= tried_until:
+            interval = next(intervals, None) if reason.errnum in NOT_LISTENING else None
+            if interval is None:
                 raise
-        _rest(min(pause, max(0.0, tried_until - monotonic())))
-        pause = min(2 * pause, LONGEST_PAUSE)
+        _rest(interval)
 
 
 def context_names(contexts: Iterable[str]) -> list[str]:
@@ -192,6 +195,39 @@ def _contradiction(what: str, call: str) -> ValueError:
     )
 
 
+def retry_intervals(retry_for: float) -> Iterator[float]:
+    """Yield the seconds to wait before each further attempt, until `retry_for` seconds are over."""
+    return _intervals_until(monotonic() + retry_for)
+
+
+def _intervals_until(until: float) -> Iterator[float]:
+    interval = _MIN_RETRY_INTERVAL
+    while monotonic() < until:
+        yield min(interval, max(0.0, until - monotonic()))
+        interval = min(2 * interval, _MAX_RETRY_INTERVAL)
+
+
 def _rest(seconds: float) -> None:
-    """Pause between two tries."""
+    """Wait between two attempts; tests replace this."""
     sleep(seconds)
+
+
+def close_all(handles: Iterable[NBD]) -> None:
+    """Close handles."""
+    for handle in handles:
+        handle.__exit__(None, None, None)
+
+
+def begin_shutdown(handles: Iterable[NBD]) -> None:
+    """Ask the server to end connections, without waiting for it."""
+    for handle in handles:
+        with suppress(Error, ClosedHandle):  # the connection has ended already
+            handle.aio_disconnect()
+
+
+def finish_shutdown(handles: Iterable[NBD], until: float) -> None:
+    """Wait until the server has ended connections, but no longer than time.monotonic() `until`."""
+    for handle in handles:
+        with suppress(Error, ClosedHandle):
+            handle.settimeout(max(0.001, until - monotonic()))
+            handle.shutdown()

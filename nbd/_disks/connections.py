@@ -12,7 +12,6 @@ that is kept refers to the program's own objects, which would never be collected
 
 from __future__ import annotations
 
-import errno
 import signal
 from contextlib import suppress
 from time import monotonic
@@ -20,8 +19,15 @@ from time import monotonic
 from nbd._binding.errors import ClosedHandle, Error, Timeout
 from nbd._binding.handle import hold, let_go
 from nbd._binding.methods import NBD
-from nbd._disks.connect import agreed, prepared
-from nbd._disks.queue import TARGET, IdleTimer, Queue
+from nbd._disks.connect import (
+    CLOSE_TIMEOUT,
+    agreed,
+    begin_shutdown,
+    close_all,
+    finish_shutdown,
+    prepared,
+)
+from nbd._disks.queue import TARGET, IdleTimer, Queue, timeout_error
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,12 +36,9 @@ if TYPE_CHECKING:
 
     from nbd._disks.queue import Request
 
-#: How many seconds a file that is closed waits for answers without progress, and how many it waits
-#: for all of its connections to end.
-GOODBYE = 1.0
-#: Seconds between two looks at the connections that are being made: the longest pause is for those
-#: of which nothing has been heard for long.
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.5
+#: Seconds between two checks of the connections that are being made.  The interval doubles while
+#: none of them makes progress.
+_MIN_CHECK_INTERVAL, _MAX_CHECK_INTERVAL = 0.001, 0.5
 
 #: The connections of the files that are open, each with the file if that is under a buffer.
 _kept: dict[Connections, Any] = {}
@@ -73,8 +76,8 @@ class Connections:
         self.is_hurried = False
         self._timeout = timeout
         self._joining: list[NBD] = []
-        self._look_at = 0.0
-        self._pause = _SHORTEST_PAUSE
+        self._check_at = 0.0
+        self._interval = _MIN_CHECK_INTERVAL
         self._is_late = False
         self.queue = Queue(self._borrowed or handle, depth=depth, piece=piece)
 
@@ -102,13 +105,15 @@ class Connections:
 
     def let_join(self) -> None:
         """Make progress with the connections that are being made, unless it was tried just now."""
-        if not self._joining or monotonic() < self._look_at:
+        if not self._joining or monotonic() < self._check_at:
             return
         has_moved = False
         for handle in list(self._joining):
             has_moved |= self._advance(handle)
-        self._pause = _SHORTEST_PAUSE if has_moved else min(2 * self._pause, _LONGEST_PAUSE)
-        self._look_at = monotonic() + self._pause
+        self._interval = (
+            _MIN_CHECK_INTERVAL if has_moved else min(2 * self._interval, _MAX_CHECK_INTERVAL)
+        )
+        self._check_at = monotonic() + self._interval
 
     def wait_until(self, is_over: Callable[[], bool]) -> None:
         """Wait until something is so, as the answers of the server will make it.
@@ -144,7 +149,7 @@ class Connections:
     @property
     def grace(self) -> float:
         """For how many seconds without progress a file waits while it is closed."""
-        return GOODBYE if self._timeout is None else min(GOODBYE, self._timeout)
+        return CLOSE_TIMEOUT if self._timeout is None else min(CLOSE_TIMEOUT, self._timeout)
 
     def close(self) -> None:
         """Close the connections, and say goodbye to the server if it answers.
@@ -158,7 +163,7 @@ class Connections:
             with suppress(Timeout):
                 if not self._is_late:  # else it has waited already
                     self.wait_until(lambda: not len(queue))
-                    is_over = self._say_goodbye() or not was_hurried
+                    is_over = self._shut_down() or not was_hurried
             if not is_over:
                 self._kill()
         except BaseException:  # Ctrl-C: nobody wants to wait any longer
@@ -171,8 +176,7 @@ class Connections:
         """Close the connections at once.  May be called again."""
         try:
             self.queue.close()
-            for handle in self.ours:
-                handle.__exit__(None, None, None)
+            close_all(self.ours)
         finally:
             self._let_go()
 
@@ -184,7 +188,7 @@ class Connections:
     def _slice(self, seconds: float) -> float:
         """How long to wait at once; connections that are being made have to be looked at."""
         if self._joining:
-            pause = max(0.0, self._look_at - monotonic())
+            pause = max(0.0, self._check_at - monotonic())
             return pause if seconds < 0 else min(pause, seconds)
         return seconds
 
@@ -214,7 +218,7 @@ class Connections:
             if handle in handles:
                 handles.remove(handle)
 
-    def _say_goodbye(self) -> bool:
+    def _shut_down(self) -> bool:
         """End the connections in order; all of them together have `grace` seconds.
 
         Returns:
@@ -222,13 +226,8 @@ class Connections:
         """
         until = monotonic() + self.grace
         ready = [handle for handle in self.ours if handle not in self._joining]
-        for handle in ready:
-            with suppress(Error, ClosedHandle):  # nothing is lost: all is written and flushed
-                handle.aio_disconnect(0)
-        for handle in ready:
-            with suppress(Error, ClosedHandle):
-                handle.settimeout(max(0.001, until - monotonic()))
-                handle.shutdown()
+        begin_shutdown(ready)  # everything was written and flushed
+        finish_shutdown(ready, until)
         return all(_has_ended(handle) for handle in ready)
 
     def _kill(self) -> None:
@@ -238,12 +237,11 @@ class Connections:
                 handle.kill_subprocess(signal.SIGKILL)
 
     def _late(self) -> Timeout:
-        text = f"the server has done nothing for {self._timeout:g} seconds; "
         if self.is_hurried:
-            text += "the disk is closed, and what was written to it last may be lost"
+            advice = "the disk is closed, and what was written to it last may be lost"
         else:
-            text += "try again, or open the disk with a longer timeout"
-        return Timeout(text, errno.ETIMEDOUT)
+            advice = "try again, or open the disk with a longer timeout"
+        return timeout_error("the server has done nothing for", self._timeout, advice)
 
 
 def _has_ended(handle: NBD) -> bool:

@@ -20,13 +20,26 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from time import monotonic
 
-from nbd._binding.convert import as_number, as_seconds
+from nbd._binding.convert import as_seconds
 from nbd._binding.errors import Error, Timeout
 from nbd._binding.shim import ffi, lib
+from nbd._disks.connect import CLOSE_TIMEOUT
 from nbd._disks.copystream import copy_stream
-from nbd._disks.disks import GOODBYE, QUIET, TICK, Disk, late
+from nbd._disks.disks import QUIET, TICK, Disk, late
 from nbd._disks.endpoints import File, Stream, is_same, open_end, processors
-from nbd._disks.queue import COPY, READ, SOURCE, TARGET, WRITE, ZERO, IdleTimer, ShimQueue
+from nbd._disks.queue import (
+    COPY,
+    MAX_DEPTH,
+    PIECE,
+    READ,
+    SOURCE,
+    TARGET,
+    WRITE,
+    ZERO,
+    IdleTimer,
+    ShimQueue,
+    as_count,
+)
 from nbd._disks.rescue import await_some, failure, rescued, short_queue
 from nbd._disks.threads import Helper
 
@@ -43,10 +56,7 @@ if TYPE_CHECKING:
     # What an engine was asked for: an operation, start and stop.
     Asked = tuple[int, int, int]
 
-_PIECE = 256 * 1024
 _DEPTH = 16
-#: What one queue takes.
-_MAX_DEPTH = 4096
 #: The largest request to copy, which is reported to Python as one.
 _REQUEST = 8 * 1024 * 1024
 _MIN_RANGE = 8 * 1024 * 1024
@@ -194,12 +204,7 @@ class Settings:
 
 
 def _at_least_one(name: str, value: object) -> int | None:
-    if value is None:
-        return None
-    number = as_number(name, value)
-    if number < 1:
-        raise ValueError(f"{name}: {number} is not at least 1")
-    return number
+    return None if value is None else as_count(name, value)
 
 
 class Ends:
@@ -285,7 +290,7 @@ class Job:
         """End our connections in order, within a bounded time, and leave the caller's files."""
         for end in (self._source, self._target):
             end.say_goodbye(count)
-        until = monotonic() + min(GOODBYE, self._settings.timeout or GOODBYE)
+        until = monotonic() + min(CLOSE_TIMEOUT, self._settings.timeout or CLOSE_TIMEOUT)
         for disk in self._disks:
             disk.await_goodbye(until)
 
@@ -420,7 +425,7 @@ class _Copy:
         worker = len(self._engines)
         # The first one may stay alone.
         share = self._settings.depth if worker == 0 else self._settings.depth // self._most
-        engine = ShimQueue(min(max(1, share), _MAX_DEPTH), _PIECE)
+        engine = ShimQueue(min(max(1, share), MAX_DEPTH), PIECE)
         try:
             self._source.add_to(engine, SOURCE, worker, self._most)
             self._target.add_to(engine, TARGET, worker, self._most)
@@ -552,10 +557,8 @@ class _Copy:
         moves: Any = self  # it has last_moved(), as an engine has
         timer = IdleTimer(moves, self._settings.timeout)
         while not self._settings.is_stopped:
-            left = timer.remaining()
-            if worker == 0 and self._settings.progress is not None:
-                left = TICK if left < 0 else min(TICK, left)
-            done, count = engine.wait(1, left)
+            is_reporting = worker == 0 and self._settings.progress is not None
+            done, count = engine.wait(1, timer.remaining(TICK if is_reporting else None))
             lost = sum(self._finish(engine, worker, done[i]) for i in range(count))
             engine.take(done, count)
             if count:

@@ -6,7 +6,6 @@ Every wait here is bounded by the copy's timeout, and ends soon after the copy w
 
 from __future__ import annotations
 
-import errno
 import os
 from contextlib import suppress
 from functools import partial
@@ -20,10 +19,16 @@ from nbd._binding.constants import (
 )
 from nbd._binding.errors import Error, Timeout
 from nbd._binding.shim import ffi, lib
-from nbd._disks.connect import connect
+from nbd._disks.connect import (
+    CLOSE_TIMEOUT,
+    begin_shutdown,
+    close_all,
+    connect,
+    finish_shutdown,
+)
 from nbd._disks.extents import Survey
 from nbd._disks.joining import Joining
-from nbd._disks.queue import FLUSH, TARGET, IdleTimer, ShimQueue
+from nbd._disks.queue import FLUSH, TARGET, IdleTimer, ShimQueue, timeout_error
 from nbd._disks.threads import Helper
 
 TYPE_CHECKING = False
@@ -37,8 +42,6 @@ if TYPE_CHECKING:
 
 #: Seconds after which a wait looks whether the copy was stopped.
 TICK = 0.1
-#: How many seconds a server may take to close connections that have done their work, and to end.
-GOODBYE = 1.0
 _AT_LEAST = 0.1
 #: How many seconds a copy that ends waits for replies while nothing moves.
 QUIET = 0.25
@@ -166,8 +169,7 @@ class Disk:
             )
             while not reply.has_come():
                 self._check()
-                left = timer.remaining()
-                if reply.poll(TICK if left < 0 else min(TICK, left)):
+                if reply.poll(timer.remaining(TICK)):
                     self._moved_at = monotonic()
                 elif timer.is_over():
                     raise late(self._seconds())
@@ -191,8 +193,7 @@ class Disk:
             count = 0
             while not count:
                 self._check()
-                left = timer.remaining()
-                done, count = engine.wait(1, TICK if left < 0 else min(TICK, left))
+                done, count = engine.wait(1, timer.remaining(TICK))
                 if not count and timer.is_over():
                     raise late(self._seconds())
             if done[0].error:
@@ -209,8 +210,7 @@ class Disk:
             return
         if self._is_command:
             self._close_command()
-        for handle in self.handles:
-            handle.__exit__(None, None, None)
+        close_all(self.handles)
 
     def _close_command(self) -> None:
         """Close handles of which libnbd waits for the server's process, without waiting for long.
@@ -224,22 +224,17 @@ class Disk:
         except RuntimeError:  # the system has no thread left
             return
         until = self._goodbye_until  # of a copy that is done
-        thread.join(GOODBYE if until is None else max(_AT_LEAST, until - monotonic()))
+        thread.join(CLOSE_TIMEOUT if until is None else max(_AT_LEAST, until - monotonic()))
 
     def say_goodbye(self, count: int) -> None:
         """Ask the server to end our connections, without waiting for that."""
         self.stop_joining()
-        for handle in self.handles if self.is_ours else ():
-            with suppress(Error, ValueError):  # all is written and flushed
-                handle.aio_disconnect()
+        begin_shutdown(self.handles if self.is_ours else ())  # all is written and flushed
 
     def await_goodbye(self, until: float) -> None:
         """Wait until the server has ended our connections, but no longer than until a time."""
         self._goodbye_until = until
-        for handle in self.handles if self.is_ours else ():
-            with suppress(Error, ValueError):
-                handle.settimeout(max(0.001, until - monotonic()))
-                handle.shutdown()
+        finish_shutdown(self.handles if self.is_ours else (), until)
 
     def _check(self) -> None:
         if self.settings is not None:
@@ -327,10 +322,7 @@ def connected(what: Any, connections: int | None, timeout: float | None, most: i
 
 def late(seconds: float | None) -> Timeout:
     """The exception for a copy in which nothing moves."""
-    return Timeout(
-        f"nbd.copy: nothing was copied for {seconds or 0:g} seconds; try again, or allow more time",
-        errno.ETIMEDOUT,
-    )
+    return timeout_error("nbd.copy: nothing was copied for", seconds)
 
 
 def _export_of(handle: NBD) -> tuple[int, ...]:

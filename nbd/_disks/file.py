@@ -27,10 +27,10 @@ from nbd._binding.convert import as_number, as_seconds
 from nbd._binding.errors import DiskError
 from nbd._binding.memory import as_bytes
 from nbd._binding.methods import NBD
-from nbd._binding.shim import IS_CPYTHON, lib
-from nbd._disks.buffering import PIECE
+from nbd._binding.shim import IS_CPYTHON
 from nbd._disks.connect import connect
 from nbd._disks.connections import Connections
+from nbd._disks.queue import MAX_CONNECTIONS, PIECE, as_count
 from nbd._disks.rawfile import DiskFile
 
 TYPE_CHECKING = False
@@ -171,11 +171,7 @@ def _parsed(mode: object) -> tuple[bool, bool]:
 
 def _number(connections: object, source: object) -> int:
     """How many connections to make."""
-    number = as_number("connections", connections)
-    if number < 1:
-        raise ValueError(f"connections: {number} is not at least 1")
-    if number > lib.NBDQUEUE_MAX_HANDLES:
-        raise ValueError(f"connections: {number} is more than {lib.NBDQUEUE_MAX_HANDLES}")
+    number = as_count("connections", connections, MAX_CONNECTIONS)
     if number > 1 and not isinstance(source, str):
         raise ValueError(f"connections: {number} need a URI; a command or a handle is only one")
     return number

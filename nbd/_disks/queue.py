@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from _thread import TIMEOUT_MAX, RLock
 from collections import deque
-from errno import ENOMEM
+from errno import ENOMEM, ETIMEDOUT
 from math import isnan
 from sys import is_finalizing
 from time import monotonic
@@ -17,7 +17,7 @@ from time import monotonic
 from nbd._binding.buffer import readable, writable
 from nbd._binding.callbacks import forget, next_token, registry
 from nbd._binding.convert import as_number
-from nbd._binding.errors import Error, pending, report_pending, settle, settle_as
+from nbd._binding.errors import Error, Timeout, pending, report_pending, settle, settle_as
 from nbd._binding.lifetime import is_owned, owned
 from nbd._binding.memory import BOUNCES, NEVER_STALE, copy_back, free, from_buffer, is_unowned
 from nbd._binding.methods import NBD
@@ -48,7 +48,11 @@ READ, WRITE, ZERO = lib.NBDQUEUE_READ, lib.NBDQUEUE_WRITE, lib.NBDQUEUE_ZERO
 TRIM, CACHE, FLUSH = lib.NBDQUEUE_TRIM, lib.NBDQUEUE_CACHE, lib.NBDQUEUE_FLUSH
 COPY = lib.NBDQUEUE_COPY
 
-_MAX_DEPTH = 4096
+#: The size of the largest command in bytes, unless the caller asks for another.
+PIECE = 256 * 1024
+#: The most handles that one side of a queue can have, and so the most connections to a disk.
+MAX_CONNECTIONS: int = lib.NBDQUEUE_MAX_HANDLES
+MAX_DEPTH = 4096
 _MAX_PIECE = 32 * 1024 * 1024  # what every server takes (NBD's specification)
 _MAX_OFFSET = 2**64 - 1
 _MAX_INT = 2**31 - 1
@@ -81,10 +85,8 @@ class ShimQueue:
     q: Any = ffi.NULL
 
     def __init__(self, depth: int, piece: int) -> None:
-        if not 1 <= depth <= _MAX_DEPTH:
-            raise ValueError(f"depth: {depth} is not between 1 and {_MAX_DEPTH} commands")
-        if not 1 <= piece <= _MAX_PIECE:
-            raise ValueError(f"piece: {piece} is not between 1 and {_MAX_PIECE} bytes")
+        depth = as_count("depth", depth, MAX_DEPTH)
+        piece = as_count("piece", piece, _MAX_PIECE)
         token = next_token()
         self.kept: dict[int, Any] = {}
         made = ffi.new("struct nbdqueue *[1]")
@@ -115,7 +117,7 @@ class ShimQueue:
             raise ValueError("handles: the same handle is there twice")
         result = lib.nbdqueue_add(self.q, side, handle._h)
         if result == lib.NBDSHIM_TOO_MANY:
-            raise ValueError(f"handles: a queue takes at most {lib.NBDQUEUE_MAX_HANDLES} of them")
+            raise ValueError(f"handles: a queue takes at most {MAX_CONNECTIONS} of them")
         if result == lib.NBDSHIM_OTHER_EXPORT:
             raise ValueError(
                 "handles: the size or the block sizes of its export differ from those of the "
@@ -257,11 +259,12 @@ class IdleTimer:
         """Begin to count: the caller has just begun to wait."""
         self._since = monotonic()
 
-    def remaining(self) -> float:
-        """How many seconds to wait at once; -1.0 is for ever."""
+    def remaining(self, at_most: float | None = None) -> float:
+        """Return how many seconds to wait, at most `at_most`; -1.0 is for ever."""
         if self._timeout is None:
-            return -1.0
-        return max(0.0, self._since_last_move() + self._timeout - monotonic())
+            return -1.0 if at_most is None else at_most
+        seconds = max(0.0, self._since_last_move() + self._timeout - monotonic())
+        return seconds if at_most is None else min(seconds, at_most)
 
     def is_over(self) -> bool:
         """Whether nothing has moved for as long as the timeout says."""
@@ -269,6 +272,13 @@ class IdleTimer:
 
     def _since_last_move(self) -> float:
         return max(self._since, self._moving.last_moved())
+
+
+def timeout_error(
+    what: str, seconds: float | None, advice: str = "try again, or allow more time"
+) -> Timeout:
+    """The exception for a wait that was longer than its timeout: `what` ends before the number."""
+    return Timeout(f"{what} {seconds or 0:g} seconds; {advice}", ETIMEDOUT)
 
 
 def _check_made(errnum: int) -> None:
@@ -291,6 +301,21 @@ def as_timeout(timeout: float | None) -> float:
     if isnan(seconds):
         raise ValueError("timeout: nan is not a number of seconds; None is for ever")
     return max(0.0, seconds)
+
+
+def as_count(name: str, value: object, largest: int | None = None) -> int:
+    """A number of things as an int: at least 1, and at most `largest` if that is given.
+
+    Raises:
+        TypeError: It is no int.
+        ValueError: It is out of range.
+    """
+    number = as_number(name, value)
+    if largest is not None and not 1 <= number <= largest:
+        raise ValueError(f"{name}: {number} is not between 1 and {largest}")
+    if number < 1:
+        raise ValueError(f"{name}: {number} is not at least 1")
+    return number
 
 
 def as_request(count: int, offset: int, flags: int) -> tuple[int, int, int]:
@@ -396,7 +421,7 @@ class Queue:
     _shim_queue: ShimQueue
 
     def __init__(
-        self, handles: NBD | Iterable[NBD], *, depth: int = 16, piece: int = 256 * 1024
+        self, handles: NBD | Iterable[NBD], *, depth: int = 16, piece: int = PIECE
     ) -> None:
         several = [handles] if isinstance(handles, NBD) else list(handles)
         for handle in several:
@@ -404,7 +429,7 @@ class Queue:
                 raise TypeError(f"handles: nbd.NBD is needed, not {type(handle).__name__}")
         if not several:
             raise ValueError("handles: at least one is needed")
-        queue = ShimQueue(as_number("depth", depth), as_number("piece", piece))
+        queue = ShimQueue(depth, piece)
         for handle in several:
             queue.add(TARGET, handle)
         self._shim_queue = queue

@@ -106,8 +106,7 @@ def await_some(queue: Queue, settings: Settings) -> list[Request]:
     timer = IdleTimer(queue._shim_queue, settings.timeout)
     while True:
         settings.check()
-        left = timer.remaining()
-        done = queue.wait(1, TICK if left < 0 else min(TICK, left))
+        done = queue.wait(1, timer.remaining(TICK))
         if done:
             return done
         if timer.is_over():

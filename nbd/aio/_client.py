@@ -9,7 +9,6 @@ is ready, one step of the queue tells of all commands that are done, and their f
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import warnings
 from asyncio import _get_running_loop
@@ -21,7 +20,7 @@ from weakref import ref
 from nbd._binding.buffer import readable, writable_by_call
 from nbd._binding.callbacks import next_token
 from nbd._binding.constants import CONTEXT_BASE_ALLOCATION
-from nbd._binding.errors import ClosedHandle, Error, Timeout, is_by_handler
+from nbd._binding.errors import ClosedHandle, Error, is_by_handler
 from nbd._binding.memory import BOUNCES, copy_back, free, is_unowned, new_result, result_of
 from nbd._binding.methods import NBD
 from nbd._binding.shim import ffi, lib
@@ -29,6 +28,7 @@ from nbd._disks.extents import Survey
 from nbd._disks.queue import (
     CACHE,
     FLUSH,
+    PIECE,
     READ,
     TARGET,
     TRIM,
@@ -37,6 +37,7 @@ from nbd._disks.queue import (
     ShimQueue,
     as_request,
     failure,
+    timeout_error,
 )
 from nbd.aio._threads import in_thread
 
@@ -58,7 +59,6 @@ if TYPE_CHECKING:
     Result = TypeVar("Result")
     Self = TypeVar("Self", bound="Client")
 
-_PIECE = 256 * 1024
 #: What a future has instead of an errno when the client was closed.
 _CLOSED = -1
 #: A timer of a loop that is late by more seconds than this tells that the process was suspended, or
@@ -104,7 +104,7 @@ class Client:
     def __init__(
         self, handles: list[NBD], depth: int, timeout: float | None, is_command: bool
     ) -> None:
-        self._queue = queue = ShimQueue(depth, _PIECE)
+        self._queue = queue = ShimQueue(depth, PIECE)
         try:
             for handle in handles:
                 queue.add(TARGET, handle)
@@ -716,7 +716,7 @@ class _Alarm:
                 self._until = until
                 self._timer = loop.call_at(until, self._ring)
             elif not future.done():
-                future.set_exception(late_error(self._late, self._seconds))
+                future.set_exception(timeout_error(f"nbd.aio: {self._late} within", self._seconds))
 
 
 def prolonged(until: float, now: float, seconds: float) -> float:
@@ -732,14 +732,6 @@ def prolonged(until: float, now: float, seconds: float) -> float:
 def limited(seconds: float) -> float | None:
     """A number of seconds as the timers of every loop take it; None is for ever."""
     return seconds if seconds <= _MAX_TIMEOUT else None
-
-
-def late_error(late: str, seconds: float) -> Timeout:
-    """The exception for what takes longer than the client's timeout."""
-    return Timeout(
-        f"nbd.aio: {late} within {seconds:g} seconds; try again, or allow more time",
-        errno.ETIMEDOUT,
-    )
 
 
 def say_goodbye(handle: NBD) -> None:

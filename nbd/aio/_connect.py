@@ -8,7 +8,6 @@ import errno
 from contextlib import suppress
 from functools import partial
 from socket import SOCK_STREAM
-from time import monotonic
 from urllib.parse import urlsplit
 from weakref import ref
 
@@ -25,14 +24,9 @@ from nbd._binding.convert import as_number, as_seconds
 from nbd._binding.errors import ClosedHandle, Error, pending, settle_as
 from nbd._binding.methods import NBD
 from nbd._binding.shim import lib
-from nbd._disks.connect import (
-    LONGEST_PAUSE,
-    NOT_THERE,
-    SHORTEST_PAUSE,
-    context_names,
-    prepared,
-)
-from nbd.aio._client import Client, late_error, limited, prolonged
+from nbd._disks.connect import NOT_LISTENING, close_all, context_names, prepared, retry_intervals
+from nbd._disks.queue import MAX_CONNECTIONS, as_count, timeout_error
+from nbd.aio._client import Client, limited, prolonged
 from nbd.aio._threads import close_in_thread, in_thread
 
 TYPE_CHECKING = False
@@ -48,7 +42,6 @@ if TYPE_CHECKING:
     Result = TypeVar("Result")
 
 _PORT = 10809
-_MAX_CONNECTIONS = 64  # of one queue
 _SIZES = (SIZE_MINIMUM, SIZE_PREFERRED, SIZE_MAXIMUM)
 
 
@@ -98,9 +91,7 @@ def connect(
 
     C: nbd_aio_connect_uri or nbd_aio_connect_command.
     """
-    count = as_number("connections", connections)
-    if not 1 <= count <= _MAX_CONNECTIONS:
-        raise ValueError(f"connections: {count} is not between 1 and {_MAX_CONNECTIONS}")
+    count = as_count("connections", connections, MAX_CONNECTIONS)
     plan = Plan(
         uri,
         context_names(contexts),
@@ -163,7 +154,7 @@ class Connecting:
         try:
             client = Client([first], self._depth, plan.timeout, plan.is_command)
         except BaseException:
-            close_all([first], plan)
+            close_soon([first], plan)
             raise
         if self._connections > 1 and not plan.is_command and first.can_multi_conn():
             for _ in range(self._connections - 1):
@@ -206,16 +197,15 @@ class Plan:
 async def connected(plan: Plan) -> NBD:
     """A connected handle, after as many tries as the plan allows."""
     loop = asyncio.get_running_loop()
-    tried_until = monotonic() + plan.retry_for
-    pause = SHORTEST_PAUSE
+    intervals = retry_intervals(plan.retry_for)
     while True:
         try:
-            return await _Try(plan, loop).run()
+            return await _Attempt(plan, loop).run()
         except Error as reason:
-            if reason.errnum not in NOT_THERE or monotonic() >= tried_until:
+            interval = next(intervals, None) if reason.errnum in NOT_LISTENING else None
+            if interval is None:
                 raise
-        await asyncio.sleep(min(pause, max(0.0, tried_until - monotonic())))
-        pause = min(2 * pause, LONGEST_PAUSE)
+        await asyncio.sleep(interval)
 
 
 async def _join(client: ref[Client], plan: Plan) -> None:
@@ -230,9 +220,9 @@ async def _join(client: ref[Client], plan: Plan) -> None:
         except (ClosedHandle, ValueError):  # the client is closed, or it is another export
             pass
         except BaseException:
-            close_all([handle], plan)
+            close_soon([handle], plan)
             raise
-        close_all([handle], plan)
+        close_soon([handle], plan)
 
 
 def _is_alike(first: NBD, other: NBD, plan: Plan) -> bool:
@@ -250,16 +240,16 @@ def _told(handle: NBD, plan: Plan) -> list[int]:
     ]
 
 
-def close_all(handles: list[NBD], plan: Plan) -> None:
-    """Close handles, and do not wait: libnbd waits for the end of a process, in a thread."""
+def close_soon(handles: list[NBD], plan: Plan) -> None:
+    """Close handles; those of a command in threads, as libnbd waits for the end of its process."""
+    if not plan.is_command:
+        close_all(handles)
+        return
     for handle in handles:
-        if plan.is_command:
-            close_in_thread(asyncio.get_running_loop(), handle, plan.timeout)
-        else:
-            handle.__exit__(None, None, None)
+        close_in_thread(asyncio.get_running_loop(), handle, plan.timeout)
 
 
-class _Try:
+class _Attempt:
     """One try to connect, within the timeout."""
 
     def __init__(self, plan: Plan, loop: AbstractEventLoop) -> None:
@@ -320,7 +310,7 @@ class _Try:
                 begin()
             await self._finish(handle, f"aio_{method}")
         except BaseException:
-            close_all([handle], self._plan)
+            close_soon([handle], self._plan)
             raise
         return handle
 
@@ -375,7 +365,7 @@ class _Try:
             future.cancel()
 
     def _late(self) -> Timeout:
-        return late_error("the connection was not made", self._plan.timeout or 0)
+        return timeout_error("nbd.aio: the connection was not made within", self._plan.timeout)
 
 
 def _wake(ready: Future[None]) -> None:

@@ -16,7 +16,7 @@ from nbd._disks.disks import TICK, Disk
 from nbd._disks.endpoints import is_server, most_connections
 from nbd._disks.queue import SOURCE, TARGET
 from nbd.aio._client import Client
-from nbd.aio._connect import Plan, close_all, connected
+from nbd.aio._connect import Plan, close_soon, connected
 from nbd.aio._threads import AT_EXIT, end_future, in_thread
 
 TYPE_CHECKING = False
@@ -118,7 +118,7 @@ class _Transfer:
             if self._thread is None or self._thread.ident is None:  # it was not started
                 _running.discard(self)
                 for handles, plan in self._ours:
-                    close_all(handles, plan)
+                    close_soon(handles, plan)
             raise
 
     def finish(self) -> None:

@@ -80,7 +80,7 @@ def greeting(tmp_sock: str, count: int, size: int = SIZE) -> Iterator[str]:
 def test_connections_that_never_come_cost_nothing(
     tmp_sock: str, buffering: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nbd._disks.connections, "GOODBYE", 20.0)
+    monkeypatch.setattr(nbd._disks.connections, "CLOSE_TIMEOUT", 20.0)
     with greeting(tmp_sock, 1) as uri:
         collect_garbage()
         before = descriptors()
@@ -169,7 +169,7 @@ def test_a_connection_to_another_export_does_not_join(tmp_sock: str) -> None:
 
 @pytest.mark.parametrize("number", [65, 1000])
 def test_more_connections_than_a_queue_takes_are_refused(number: int) -> None:
-    with pytest.raises(ValueError, match=f"connections: {number} is more than 64"):
+    with pytest.raises(ValueError, match=f"connections: {number} is not between 1 and 64"):
         nbd.open("nbd://nowhere.invalid", connections=number)
 
 
