@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Reads that are awaited in an event loop of asyncio's, or of uvloop's.
+"""Reads that are awaited in asyncio's or uvloop's event loop.
 
-With libnbd's own module, a client is what its users would write after its manual: an nbd.Buffer and
-a future for each command, ended by its completion, and a loop that watches the descriptor.
+For libnbd's own module, Callbacks is the client that its users would write by its manual: each
+command has an nbd.Buffer and a future, which its completion callback resolves, and the event loop
+watches the descriptor.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import nbd
 
 
 class Callbacks:
-    """A client over libnbd's module; the loop watches its socket."""
+    """A client for libnbd's module, with the event loop watching its socket."""
 
     def __init__(self, uri: str) -> None:
         self._h = nbd.NBD()
@@ -43,7 +44,7 @@ class Callbacks:
 
     async def close(self) -> None:
         self._loop.remove_reader(self._fd)
-        del self._h  # older ones have no close()
+        del self._h  # older modules have no close()
 
     def _read(self) -> None:
         self._h.aio_notify_read()
@@ -78,7 +79,7 @@ async def _main(uri: str, offsets: Sequence[int], size: int, depth: int) -> None
 
 
 def read_all(uri: str, offsets: Sequence[int], size: int, depth: int, is_uvloop: bool) -> None:
-    """Read at the offsets, with as many tasks as commands are to be in flight."""
+    """Read at each offset, with ``depth`` tasks that each await one read at a time."""
     if is_uvloop:
         import uvloop
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Copies of whole disks by whole programs: the time of each has the start of its process in it.
+"""Copies of whole disks by whole programs; the time includes the start of the process.
 
-Every copy goes to a target that is new, and what arrived there is compared with the source.
+Every copy has a new target, whose contents are compared with the source afterwards.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from exports import running
 from plan import Workload
 from programs import call, timed
 
-#: What nbd.copy has to do, as a program.  nbdcopy flushes only if it is told to.
+#: The program that is measured.  It does not flush, because nbdcopy does not by default.
 COPY = "import sys, nbd; nbd.copy(*sys.argv[1:], flush=False)"
 
 
 def measure(command: list[str], workload: Workload, uris: dict[str, str]) -> dict[str, float]:
-    """Run a program with the source and a new target as its last arguments."""
+    """Measure a program that takes a source and a new target as its last arguments."""
     source, kind = workload.servers
     with _new(kind, workload.size, uris) as target:
         sample = timed([*command, uris[source], target])
@@ -31,7 +31,7 @@ def measure(command: list[str], workload: Workload, uris: dict[str, str]) -> dic
 
 @contextlib.contextmanager
 def _new(kind: str, size: int, uris: dict[str, str]) -> Iterator[str]:
-    """A target: the URI of a server, or the name of a file."""
+    """Yield a new target: the URI of a server, or the name of a file."""
     with tempfile.TemporaryDirectory(prefix="nbd-bench-") as folder:
         if kind == "file":
             yield str(Path(folder, "copy"))

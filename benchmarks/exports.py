@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""The NBD servers that the workloads talk to, on sockets that nobody else can meet.
+"""The NBD servers of the workloads, on private sockets.
 
-nbdkit gets its listening socket by socket activation.  The socket accepts connections from the
-moment it is made, so that nothing has to wait for a server to come up.
+nbdkit inherits its listening socket by socket activation.  Clients can connect as soon as the
+socket is made, so nothing has to wait for a server to start.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-# exec keeps the shell's process id, which is the one that LISTEN_PID has to name.
+# LISTEN_PID has to be the server's process id; exec keeps that of the shell.
 _ACTIVATE = 'exec env LISTEN_PID=$$ LISTEN_FDS=1 "$@" 3<&0 </dev/null'
 
 
@@ -24,15 +24,15 @@ def _plugin(name: str, memory_size: int) -> list[str]:
         "memory": ["memory", f"size={memory_size}"],
         "sparse": ["memory", f"size={memory_size}"],
         "target": ["memory", f"size={memory_size}"],
-        # Runs of one block each: data and hole take turns, 100,000 extents in all.
+        # Runs of one block each, alternately data and holes: 100,000 extents.
         "extents": ["sparse-random", "size=409600000", "percent=50", "runlength=4096", "seed=1"],
     }[name]
 
 
 def _listen(name: str, folder: Path) -> tuple[socket.socket, str]:
     if name == "extents":
-        # nbdkit sends every extent with a system call of its own.  TCP gathers them into full
-        # segments; a Unix socket would wake the client up for each.
+        # nbdkit sends each extent by a separate system call.  TCP combines them into full
+        # segments; over a Unix socket, each would wake the client.
         listener = socket.create_server(("127.0.0.1", 0))
         return listener, f"nbd://127.0.0.1:{listener.getsockname()[1]}"
     path = folder / f"{name}.sock"
@@ -49,7 +49,7 @@ def _start(listener: socket.socket, plugin: list[str]) -> subprocess.Popen[bytes
 
 @contextlib.contextmanager
 def running(names: set[str], memory_size: int, folder: Path) -> Iterator[dict[str, str]]:
-    """Start the named servers; yields their URIs, and stops them at the end."""
+    """Start the named servers, yield their URIs, and stop the servers afterwards."""
     started = []
     uris = {}
     try:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Count the instructions of one operation, and of the import: no other load changes them.
+"""Count the instructions of one operation, and of the import; the machine's load does not matter.
 
 Usage: instructions.py NAME=PYTHON...
 
-callgrind runs each workload twice, once longer than the other; the difference between the two
-counts, divided by the operations that the longer run has more, leaves out start and end.  Those of
-the import are what a program that imports nbd takes more than an empty one.  What the kernel does,
-page faults among it, is not counted.
+callgrind runs each workload twice, with different numbers of operations.  The difference of the
+counts, divided by the difference of the operations, excludes the start and the end of the program.
+The import is measured as the difference between a program that imports nbd and an empty one.
+Instructions in the kernel, page faults included, are not counted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHORT, LONG = 500, 2_500
 WORKLOADS = ["pread-512", "aio-pread-4k"]
 ENVIRONMENT = {
     **os.environ,
-    # The order of a dict or set of str must not differ between the two runs.
+    # Both runs must iterate over sets of str in the same order.
     "PYTHONHASHSEED": "0",
     # callgrind counts `rep stosb` once for every byte: let memset use vectors at any size.
     "GLIBC_TUNABLES": "glibc.cpu.x86_rep_stosb_threshold=0x40000000",
@@ -38,7 +38,7 @@ ENVIRONMENT = {
 
 
 def count(command: list[str], folder: Path) -> int:
-    """All instructions that a command executes in user space."""
+    """Count all instructions that a command executes in user space."""
     valgrind = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/callgrind.out"]
     done = subprocess.run(
         [*valgrind, *command],
@@ -57,7 +57,7 @@ def count(command: list[str], folder: Path) -> int:
 def per_operation(
     program: list[str], workload: Workload, uris: dict[str, str], folder: Path
 ) -> float:
-    """Instructions of one operation."""
+    """Count the instructions of one operation."""
     short, long = (
         count([*program, *plan.of_length(workload, operations).arguments(uris)], folder)
         for operations in (SHORT, LONG)
@@ -66,7 +66,7 @@ def per_operation(
 
 
 def of_import(python: str, folder: Path) -> int:
-    """Instructions of `import nbd`."""
+    """Count the instructions of `import nbd`."""
     return count([python, "-c", "import nbd"], folder) - count([python, "-c", "pass"], folder)
 
 

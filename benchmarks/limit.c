@@ -1,16 +1,14 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
 
-/* The workloads of workloads.py in C, with buffers used again: the least time that libnbd and the
- * server need, whatever language calls them.
+/* The workloads of workloads.py in C, with buffers that are reused: the time that libnbd and the
+ * server need, whatever language calls libnbd.
  *
  * Usage: limit KIND OPERATIONS WARM-UP SIZE DEPTH [URI...]
  */
 
 #define _POSIX_C_SOURCE 200809L /* clock_gettime in a C11 build */
 
-#include <errno.h>
 #include <inttypes.h>
-#include <poll.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -106,22 +104,19 @@ static void sync_write(struct job *job)
     free(buffer);
 }
 
-/* A fixed set of buffers; one that is in flight comes back from its command's callback. */
+/* A fixed set of buffers; the completion callback of a command returns its buffer. */
 struct pool {
     struct slot {
         struct pool *pool;
         void *memory;
-        uint64_t offset;
     } slots[MAX_DEPTH];
     struct slot *free[MAX_DEPTH];
     size_t nr_free;
-    struct slot *arrived[MAX_DEPTH];
-    size_t nr_arrived;
 };
 
 static void fill_pool(struct pool *pool, const struct job *job)
 {
-    pool->nr_free = pool->nr_arrived = 0;
+    pool->nr_free = 0;
     for (unsigned i = 0; i < job->depth; i++) {
         pool->slots[i] = (struct slot){.pool = pool, .memory = allocate(job->size)};
         pool->free[pool->nr_free++] = &pool->slots[i];
@@ -271,81 +266,6 @@ static void create_and_close(struct job *job)
     }
 }
 
-static int keep_slot(void *user_data, int *error)
-{
-    struct slot *slot = user_data;
-
-    if (*error)
-        fail("a command failed");
-    slot->pool->arrived[slot->pool->nr_arrived++] = slot;
-    return 1;
-}
-
-static struct pollfd wanted_events(struct nbd_handle *h)
-{
-    unsigned direction = nbd_aio_get_direction(h);
-    struct pollfd wanted = {.fd = nbd_aio_get_fd(h)};
-
-    if (direction & LIBNBD_AIO_DIRECTION_READ)
-        wanted.events |= POLLIN;
-    if (direction & LIBNBD_AIO_DIRECTION_WRITE)
-        wanted.events |= POLLOUT;
-    return wanted;
-}
-
-static void dispatch(struct nbd_handle *h, int events)
-{
-    unsigned direction = nbd_aio_get_direction(h);
-
-    if (events & (POLLIN | POLLHUP) && direction & LIBNBD_AIO_DIRECTION_READ)
-        check("notify_read", nbd_aio_notify_read(h));
-    else if (events & POLLOUT && direction & LIBNBD_AIO_DIRECTION_WRITE)
-        check("notify_write", nbd_aio_notify_write(h));
-}
-
-static void wait_for_either(struct nbd_handle *first, struct nbd_handle *second)
-{
-    struct pollfd fds[] = {wanted_events(first), wanted_events(second)};
-
-    if (poll(fds, 2, -1) == -1 && errno != EINTR)
-        fail("poll");
-    dispatch(first, fds[0].revents);
-    dispatch(second, fds[1].revents);
-}
-
-static void start_read(struct nbd_handle *source, struct slot *slot, size_t size, uint64_t offset)
-{
-    nbd_completion_callback callback = {.callback = keep_slot, .user_data = slot};
-
-    slot->offset = offset;
-    check("aio_pread", nbd_aio_pread(source, slot->memory, size, offset, callback, 0));
-}
-
-static void start_write(struct nbd_handle *target, struct slot *slot, size_t size)
-{
-    nbd_completion_callback callback = {.callback = release_slot, .user_data = slot};
-
-    check("aio_pwrite", nbd_aio_pwrite(target, slot->memory, size, slot->offset, callback, 0));
-}
-
-static void copy(struct job *job)
-{
-    struct nbd_handle *source = job->handles[0], *target = job->handles[1];
-    uint64_t offset = 0, total = job->operations * job->size;
-    struct pool pool;
-
-    fill_pool(&pool, job);
-    while (offset < total || pool.nr_free < job->depth) {
-        for (; offset < total && pool.nr_free > 0; offset += job->size)
-            start_read(source, pool.free[--pool.nr_free], job->size, offset);
-        while (pool.nr_arrived > 0)
-            start_write(target, pool.arrived[--pool.nr_arrived], job->size);
-        if (pool.nr_free < job->depth)
-            wait_for_either(source, target);
-    }
-    empty_pool(&pool, job);
-}
-
 static const struct kind {
     const char *name;
     void (*run)(struct job *job);
@@ -362,7 +282,6 @@ static const struct kind {
     {"block-status", block_status},
     {"threads", threads},
     {"handles", create_and_close},
-    {"copy", copy},
 };
 
 static const struct kind *find_kind(const char *name)
@@ -370,7 +289,7 @@ static const struct kind *find_kind(const char *name)
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
         if (strcmp(kinds[i].name, name) == 0)
             return &kinds[i];
-    fprintf(stderr, "limit: no workload is called %s\n", name);
+    fprintf(stderr, "limit: unknown workload %s\n", name);
     exit(EXIT_FAILURE);
 }
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""What is measured: every workload with its servers, sizes and number of operations.
+"""The workloads: the servers, the sizes and the number of operations of each.
 
-The numbers of operations are fixed, so that every subject does the same work, and chosen so that
-one run takes 0.2 to 1 s with libnbd's own module on a small machine.
+The numbers of operations are fixed, so that every subject does the same work.  With libnbd's own
+module, one run takes 0.2 to 1 s on a small machine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MIB = 1024 * KIB
 GIB = 1024 * MIB
 
 QUICK_DIVISOR = 10
-#: PyPy compiles a loop when it has run a thousand times, and then the ways out of it.
+#: PyPy compiles a loop after a thousand iterations, and later the exits from it.
 WARM_UP = 2_000
 WARM_UP_BYTES = 2_000 * MIB
 QUICK_WARM_UP_BYTES = 128 * MIB
@@ -23,15 +23,14 @@ QUICK_WARM_UP_BYTES = 128 * MIB
 
 @dataclass(frozen=True)
 class Workload:
-    """One row of the table: the function to run, and how often.
+    """One row of the table: a function, and how many operations it carries out.
 
     ``kind`` names a function of ``workloads.py`` and a case of ``limit.c``.  ``servers`` has one
     entry for each handle to connect.  ``warm_up`` operations run before the clock starts, for
-    caches and just-in-time compilers.  ``clock`` tells whether the figure is elapsed time
-    (``wall``) or the client's own processor time (``cpu``).  ``fresh`` says that each operation
-    has memory of its own: a buffer, or the memory of a new target.  ``is_ours`` says that only
-    this package has it: libnbd's own module does the same in another way, and there is nothing to
-    compare with in C.
+    caches and just-in-time compilers.  ``clock`` is ``wall`` for elapsed time, or ``cpu`` for the
+    client's processor time.  ``fresh`` workloads allocate memory for each operation: a buffer, or
+    the contents of a new target.  ``is_ours`` workloads use an interface that only this package
+    has: with libnbd's own module the same is done in another way, and C has no equivalent.
     """
 
     name: str
@@ -47,16 +46,16 @@ class Workload:
 
     @property
     def is_whole_copy(self) -> bool:
-        """Whether whole processes are timed that copy a whole disk."""
+        """Whether a process that copies a whole disk is timed."""
         return self.kind == WHOLE_COPY
 
     @property
     def fresh_bytes(self) -> int:
-        """How much memory a subject that never uses a buffer again needs."""
+        """How much memory a subject needs that never reuses a buffer."""
         return (self.operations + self.warm_up) * self.size if self.fresh else 0
 
     def arguments(self, uris: dict[str, str]) -> list[str]:
-        """The command line of a child, the same for Python and for C."""
+        """The arguments of a child process, the same for Python and for C."""
         numbers = (self.operations, self.warm_up, self.size, self.depth)
         return [self.kind, *map(str, numbers), *(uris[server] for server in self.servers)]
 
@@ -87,12 +86,11 @@ _ALL = (
     Workload("aio-pread-1m-bytearray", "aio-pread-bytearray", 1_200, NULL, MIB, 8),
     Workload("aio-pwrite-64k", "aio-pwrite", 10_000, NULL, 64 * KIB, 16),
     Workload("pread-structured-1m", "pread-structured", 1_000, NULL, MIB),
-    # nbdkit needs some 130 ms to send 100,000 extents, the client 1 to 10: elapsed time would
-    # compare nbdkit with itself.
+    # nbdkit takes some 130 ms to send 100,000 extents, the client 1 to 10 ms to receive them:
+    # elapsed time would measure nbdkit.
     Workload("block-status-100k", "block-status", 8, ("extents",), clock="cpu"),
     Workload("threads-8", "threads", 8_000, NULL * 8, 64 * KIB),
     Workload("handles", "handles", 300_000),
-    Workload("copy", "copy", 4_096, ("memory", "null"), 256 * KIB, 16, fresh=True),
     Workload("queue-4k", "queue", 60_000, NULL, 4 * KIB, 64, is_ours=True),
     Workload("queue-64k", "queue", 20_000, NULL, 64 * KIB, 16, is_ours=True),
     Workload("random-4k-1ms", "random", 4_000, ("late",) * 8, 4 * KIB, 16, is_ours=True),
@@ -110,7 +108,7 @@ _ALL = (
 
 
 def workloads(only: list[str], quick: bool) -> list[Workload]:
-    """The workloads whose name matches one of the patterns ``only`` (all, if there is none)."""
+    """The workloads whose name matches one of the patterns in ``only``; all, if that is empty."""
     chosen = [w for w in _ALL if not only or any(fnmatchcase(w.name, p) for p in only)]
     sized = [_sized(w, quick) for w in chosen]
     size = memory_size(sized)
@@ -129,12 +127,12 @@ def _sized(workload: Workload, quick: bool) -> Workload:
 
 
 def of_length(workload: Workload, operations: int) -> Workload:
-    """The same workload with another number of operations, and none before the clock starts."""
+    """The same workload with another number of operations and no warm-up."""
     return replace(workload, operations=operations, warm_up=0)
 
 
 def memory_size(chosen: list[Workload]) -> int:
-    """How large the servers are that have contents."""
+    """The size in bytes of the servers that have contents."""
     return max(
         (
             -(-max(w.operations, w.warm_up) * w.size // MIB) * MIB
@@ -145,12 +143,12 @@ def memory_size(chosen: list[Workload]) -> int:
     )
 
 
-#: Of so many blocks of 1 MiB one has data.
+#: One block of 1 MiB has data out of this many.
 _SPARSENESS = {"memory": 1, "sparse": 8}
 
 
 def fills(names: set[str], size: int) -> list[Workload]:
-    """The work that gives servers their contents, before anything is measured."""
+    """The work that fills the servers, before anything is measured."""
     return [
         Workload("fill", "fill", size // MIB // every, (name,), MIB, every)
         for name, every in _SPARSENESS.items()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""The programs that are run: their output, or their times."""
+"""Run programs, and return their output or their times."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import threading
 import time
 from pathlib import Path
 
-TIMEOUT = 300  # seconds; a run takes less than one
+TIMEOUT = 300  # seconds; a run takes less than one second
 
 
 class RunError(Exception):
-    """A child did not finish its work."""
+    """A child process failed or timed out."""
 
 
 def call(command: list[str], cwd: Path | None = None) -> str:
-    """The standard output of a command; RunError with the last line of its errors if it fails."""
+    """Return a command's standard output; RunError, with its last line of errors, if it fails."""
     try:
         done = subprocess.run(
             command, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT, check=True
@@ -33,7 +33,7 @@ def call(command: list[str], cwd: Path | None = None) -> str:
 
 
 def timed(command: list[str]) -> dict[str, float]:
-    """The wall and processor time of a process in seconds, and its peak memory; else RunError."""
+    """Measure the wall and processor time of a command in seconds, and its peak memory."""
     start = time.perf_counter()
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         timer = threading.Timer(TIMEOUT, process.kill)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""What was measured, and the figures drawn from it."""
+"""The samples that were measured, and the figures computed from them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from plan import Workload
-from subjects import Sample
+from subjects import Sample, Subject
 
-LIMIT = "C"
-LIBNBD = "libnbd"
-API = "api"
-
-# Which subject is held against which; any other is held against libnbd's own module.
-_PAIRS = ((API, LIBNBD), (API, LIMIT), ("abi", API), ("pypy", LIBNBD), ("pypy-abi", "pypy"))
+# Which subject is compared with which, where both are measured.  Any other is compared with libnbd.
+_PAIRS = (
+    *(("api", "base"), ("api", "libnbd"), ("api", "C"), ("abi", "api")),
+    *(("pypy", "libnbd"), ("pypy-abi", "pypy")),
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Results:
     """The samples of every round; None stands for a run that failed."""
 
     workloads: list[Workload]
-    subjects: list[str]
+    subjects: list[Subject]
     stat: str = "median"
     samples: dict[tuple[str, str], list[Sample | None]] = field(default_factory=dict)
 
@@ -59,15 +58,15 @@ class Results:
         return [s[clock or workload.clock] / s["operations"] if s else None for s in samples]
 
     def time(self, workload: Workload, subject: str, clock: str = "") -> Figure | None:
-        """Seconds per operation, by the clock of the workload if none is named."""
+        """Seconds per operation, by the workload's own clock unless another is given."""
         times = [t for t in self._times(workload, subject, clock) if t is not None]
         return summary(times, self.stat) if times else None
 
     def ratio(self, workload: Workload, subject: str, other: str, clock: str = "") -> Figure | None:
-        """How many times as long as ``other`` the subject took.
+        """The subject's time divided by the other's.
 
-        The rounds are compared one by one and the median taken of their ratios, since what else
-        the machine does changes from round to round.  With ``min`` it is the ratio of the minima.
+        This is the median of the ratios of the rounds, because the load of the machine changes from
+        round to round.  With ``min`` it is the ratio of the minima.
         """
         ours, theirs = (self._times(workload, name, clock) for name in (subject, other))
         rounds = [a / b for a, b in zip(ours, theirs) if a is not None and b is not None]
@@ -80,24 +79,29 @@ class Results:
         return Figure(best, figure.low, figure.high)
 
     def peak(self, workload: Workload, subject: str) -> float | None:
-        """The largest amount of memory that a process had, in MiB."""
+        """The peak memory of the subject's processes, in MiB."""
         samples = self.samples.get((workload.name, subject), [])
         return max((s["max_rss_kib"] / 1024 for s in samples if s), default=None)
 
     @property
+    def columns(self) -> list[str]:
+        """The names of the subjects that run more than whole copies."""
+        return [subject.name for subject in self.subjects if not subject.is_nbdcopy]
+
+    @property
     def rows(self) -> list[Workload]:
-        """The workloads of which each interpreter does the same."""
+        """The workloads that every interpreter runs in the same way."""
         return [workload for workload in self.workloads if not workload.is_whole_copy]
 
     @property
     def whole_copies(self) -> list[Workload]:
-        """The copies that are held against nbdcopy."""
+        """The copies that are compared with nbdcopy."""
         return [workload for workload in self.workloads if workload.is_whole_copy]
 
     def pairs(self) -> list[tuple[str, str]]:
-        """The comparisons that the subjects at hand allow."""
-        pairs = [pair for pair in _PAIRS if set(pair) <= set(self.subjects)]
-        known = {name for pair in _PAIRS for name in pair}
-        if LIBNBD in self.subjects:
-            pairs += [(name, LIBNBD) for name in self.subjects if name not in known]
+        """The comparisons that the measured subjects allow."""
+        pairs = [pair for pair in _PAIRS if set(pair) <= set(self.columns)]
+        if "libnbd" in self.columns:
+            known = {name for pair in _PAIRS for name in pair}
+            pairs += [(name, "libnbd") for name in self.columns if name not in known]
         return pairs

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import statistics
-import time
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import copies
-from plan import UVLOOP, WHOLE_COPY, Workload
+from plan import UVLOOP, Workload
 from programs import call
 
 HERE = Path(__file__).resolve().parent
-#: What whole copies are compared with.
+#: The program that whole copies are compared with.
 NBDCOPY = "nbdcopy -S0"
 
 Sample = dict[str, Any]
@@ -33,7 +32,7 @@ about = {
     "module": nbd.__file__,
     "libnbd": nbd.NBD().get_version(),
 }
-if hasattr(nbd, "_binding"):  # libnbd's own module has none
+if hasattr(nbd, "open"):  # libnbd's own module has none
     import _cffi_backend
     about["backend"] = "cffi " + _cffi_backend.__version__
 try:
@@ -47,30 +46,32 @@ print(json.dumps(about))
 
 @dataclass(frozen=True)
 class Subject:
-    """One column of the table.  ``copies`` is the only kind of workload that an nbdcopy runs."""
+    """A program that is measured: a column of the tables."""
 
     name: str
     run: Runner
     about: dict[str, str]
-    copies: str = ""
+
+    @property
+    def is_nbdcopy(self) -> bool:
+        """Whether it runs whole copies and nothing else."""
+        return self.name == NBDCOPY
 
     def runs(self, workload: Workload) -> bool:
         """Whether the workload makes sense for this subject."""
-        if self.copies:
-            return workload.kind == self.copies
-        if workload.is_whole_copy:
-            return "backend" in self.about
+        if workload.is_whole_copy or self.is_nbdcopy:
+            return workload.is_whole_copy and ("backend" in self.about or self.is_nbdcopy)
         if workload.kind == UVLOOP:
             return "uvloop" in self.about
         return "python" in self.about or not (workload.kind == "import" or workload.is_ours)
 
 
 def interpreter(text: str) -> tuple[str, str]:
-    """NAME=PYTHON of a command line; absolute, as every run is in a folder of its own."""
+    """Parse NAME=PYTHON; the path is made absolute, because each run has a folder of its own."""
     name, _, python = text.partition("=")
     found = shutil.which(python)
     if found is None:
-        raise ArgumentTypeError(f"there is no program {python!r}; give NAME=PYTHON")
+        raise ArgumentTypeError(f"no program {python!r} was found; give NAME=PYTHON")
     return name, os.path.abspath(found)
 
 
@@ -80,7 +81,7 @@ def _measure_import(python: str, launches: int, folder: Path) -> Sample:
 
 
 def python_subject(name: str, python: str, folder: Path) -> Subject:
-    """A Python interpreter; its ``nbd`` is the one it finds outside of any source tree."""
+    """A Python interpreter, with the ``nbd`` that it imports outside of any source tree."""
 
     def run(workload: Workload, uris: dict[str, str]) -> Sample:
         if workload.kind == "import":
@@ -105,7 +106,7 @@ def compile_limit(folder: Path) -> Path:
 
 
 def limit_subject(folder: Path) -> Subject:
-    """The same in C."""
+    """The same workloads in C."""
     program = compile_limit(folder)
 
     def run(workload: Workload, uris: dict[str, str]) -> Sample:
@@ -116,28 +117,11 @@ def limit_subject(folder: Path) -> Subject:
 
 
 def nbdcopy_subjects() -> list[Subject]:
-    """The nbdcopy program with the settings of the copy workload, and with its own."""
+    """The program nbdcopy, if it is installed."""
     if not shutil.which("nbdcopy"):
         return []
-    version = call(["nbdcopy", "--version"]).split()[-1]
-    return [
-        _nbdcopy("nbdcopy", ["--connections=1", "--requests={depth}", "--request-size={size}"]),
-        _nbdcopy("nbdcopy-default", []),
-        Subject(NBDCOPY, _copy_whole, {"libnbd": version}, WHOLE_COPY),
-    ]
 
-
-def _copy_whole(workload: Workload, uris: dict[str, str]) -> Sample:
-    return copies.measure(["nbdcopy", "--sparse=0"], workload, uris)
-
-
-def _nbdcopy(name: str, options: list[str]) -> Subject:
     def run(workload: Workload, uris: dict[str, str]) -> Sample:
-        chosen = [o.format(depth=workload.depth, size=workload.size) for o in options]
-        start = time.perf_counter()
-        call(["nbdcopy", *chosen, *(uris[server] for server in workload.servers)])
-        blocks = max(workload.operations, workload.warm_up)
-        return {"operations": blocks, "wall": time.perf_counter() - start}
+        return copies.measure(["nbdcopy", "--sparse=0"], workload, uris)
 
-    version = call(["nbdcopy", "--version"]).split()[-1]
-    return Subject(name, run, {"libnbd": version}, "copy")
+    return [Subject(NBDCOPY, run, {"libnbd": call(["nbdcopy", "--version"]).split()[-1]})]

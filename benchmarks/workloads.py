@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""The workloads in Python: the program that ``run.py`` starts in each interpreter.
+"""The workloads in Python: ``run.py`` starts this program with each interpreter.
 
 Usage: workloads.py KIND OPERATIONS WARM-UP SIZE DEPTH [URI...]
 
-The loops are what a user of libnbd's own module would write, and use nothing that it lacks, so
-that one source serves every subject.  What only this package has is compared with what its users
-would write otherwise.  One handle is connected for each URI before the clock starts.  The outcome
-is one JSON object on standard output.
+The loops are those that a user of libnbd's own module would write, and use only what that module
+has, so that the same source runs with every subject.  An interface that only this package has is
+compared with the code that its users would write without it.  One handle is connected for each URI
+before the clock starts.  The outcome is printed as one JSON object.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ import hashlib
 import json
 import random
 import resource
-import select
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -30,13 +28,13 @@ import nbd
 
 EXTENTS = 100_000
 IS_OURS = hasattr(nbd, "open")
-#: What one pread of a loop reads where libnbd's own module has no file.
+#: Bytes in each pread of the loops that replace nbd.open with libnbd's own module.
 LOOP = 256 * 1024
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a workload is given: its connected handles and its numbers."""
+    """The parameters of a workload."""
 
     handles: Sequence[Any]
     operations: int
@@ -45,36 +43,36 @@ class Job:
 
     @property
     def handle(self) -> Any:
-        """The only handle of most workloads."""
+        """The first handle; most workloads have only one."""
         return self.handles[0]
 
     @property
     def offsets(self) -> range:
-        """Where each operation reads or writes."""
+        """The offset of each operation."""
         return range(0, self.operations * self.size, self.size)
 
 
 def check(error: Any) -> None:
-    """Stop the run if a command failed."""
+    """Raise if a command failed."""
     if error.value:
         raise OSError(error.value, "the command failed")
 
 
-def wait_for_room(h: Any, depth: int) -> None:
+def wait_below(h: Any, depth: int) -> None:
     """Wait until fewer than ``depth`` commands are in flight."""
     while h.aio_in_flight() >= depth:
         h.poll(-1)
 
 
 def getter(job: Job) -> None:
-    """Ask for the size of the export, which needs no round trip."""
+    """Get the size of the export, which takes no round trip."""
     h = job.handle
     for _ in range(job.operations):
         h.get_size()
 
 
 def debug_callback(job: Job) -> None:
-    """Receive debug messages: every call into libnbd makes two."""
+    """Receive debug messages; libnbd sends two for each call."""
     h = job.handle
     characters = 0
 
@@ -98,7 +96,7 @@ def pread(job: Job) -> None:
 
 
 def pread_into(job: Job) -> None:
-    """Read into one buffer, one command at a time; libnbd's module can only pread."""
+    """Read into one buffer, one command at a time; with libnbd's module, which cannot, pread."""
     h = job.handle
     if not hasattr(h, "pread_into"):
         return pread(job)
@@ -117,10 +115,10 @@ def pwrite(job: Job) -> None:
 
 
 def aio_pread(job: Job) -> None:
-    """Keep ``depth`` reads in flight, each with a buffer and a callback of its own."""
+    """Keep ``depth`` reads in flight, each with its own buffer and callback."""
     h = job.handle
     for offset in job.offsets:
-        wait_for_room(h, job.depth)
+        wait_below(h, job.depth)
         buffer = nbd.Buffer(job.size)
 
         def completed(error: Any, buffer: nbd.Buffer = buffer) -> int:
@@ -128,11 +126,11 @@ def aio_pread(job: Job) -> None:
             return 1
 
         h.aio_pread(buffer, offset, completed)
-    wait_for_room(h, 1)
+    wait_below(h, 1)
 
 
 def aio_pread_bytearray(job: Job) -> None:
-    """Keep ``depth`` reads in flight into bytearrays that are used again."""
+    """Keep ``depth`` reads in flight into bytearrays that are reused."""
     h = job.handle
     free = [bytearray(job.size) for _ in range(job.depth)]
     for offset in job.offsets:
@@ -146,7 +144,7 @@ def aio_pread_bytearray(job: Job) -> None:
             return 1
 
         h.aio_pread(buffer, offset, completed)
-    wait_for_room(h, 1)
+    wait_below(h, 1)
 
 
 def aio_pwrite(job: Job) -> None:
@@ -159,13 +157,13 @@ def aio_pwrite(job: Job) -> None:
         return 1
 
     for offset in job.offsets:
-        wait_for_room(h, job.depth)
+        wait_below(h, job.depth)
         h.aio_pwrite(data, offset, completed)
-    wait_for_room(h, 1)
+    wait_below(h, 1)
 
 
 def pread_structured(job: Job) -> None:
-    """Read with a callback for each chunk that arrives."""
+    """Read with a callback for each chunk."""
     h = job.handle
     received = 0
 
@@ -181,7 +179,7 @@ def pread_structured(job: Job) -> None:
 
 
 def block_status(job: Job) -> None:
-    """Ask for the extents of an export that has many, in one command."""
+    """Get the extents of an export that has many, by one command."""
     h = job.handle
     found = 0
 
@@ -198,7 +196,7 @@ def block_status(job: Job) -> None:
 
 
 def threads(job: Job) -> None:
-    """Read in as many threads as there are handles, each with a handle of its own."""
+    """Read in one thread for each handle."""
     operations = job.operations // len(job.handles)
     shares = [replace(job, handles=[h], operations=operations) for h in job.handles]
     with ThreadPoolExecutor(len(shares)) as pool:
@@ -207,69 +205,17 @@ def threads(job: Job) -> None:
 
 
 def create_and_close(job: Job) -> None:
-    """Create handles and drop them, which closes them; PyPy, which drops late, calls close."""
-    drops_late = sys.implementation.name == "pypy"
+    """Create handles and drop them, which closes them; on PyPy, where that is late, close them."""
+    finalizes_late = sys.implementation.name == "pypy"
     for _ in range(job.operations):
         h = nbd.NBD()
-        if drops_late:
+        if finalizes_late:
             h.close()
         del h
 
 
-def dispatch(h: Any, events: int) -> None:
-    """Tell libnbd what poll(2) has found out about its socket."""
-    direction = h.aio_get_direction()
-    if events & (select.POLLIN | select.POLLHUP) and direction & nbd.AIO_DIRECTION_READ:
-        h.aio_notify_read()
-    elif events & select.POLLOUT and direction & nbd.AIO_DIRECTION_WRITE:
-        h.aio_notify_write()
-
-
-def wait_for_any(handles: Sequence[Any]) -> None:
-    """Wait until one of the handles can go on, and let it."""
-    poller = select.poll()
-    by_fd = {h.aio_get_fd(): h for h in handles}
-    for fd, h in by_fd.items():
-        direction = h.aio_get_direction()
-        wanted = select.POLLIN if direction & nbd.AIO_DIRECTION_READ else 0
-        wanted |= select.POLLOUT if direction & nbd.AIO_DIRECTION_WRITE else 0
-        poller.register(fd, wanted)
-    for fd, events in poller.poll():
-        dispatch(by_fd[fd], events)
-
-
-def copy(job: Job) -> None:
-    """Copy from one server to another with ``depth`` blocks on their way."""
-    source, target = job.handles
-    todo = deque(job.offsets)
-    arrived: deque[tuple[int, nbd.Buffer]] = deque()
-    on_their_way = 0
-
-    def write_completed(error: Any) -> int:
-        nonlocal on_their_way
-        check(error)
-        on_their_way -= 1
-        return 1
-
-    while todo or on_their_way:
-        while todo and on_their_way < job.depth:
-            buffer, start = nbd.Buffer(job.size), todo.popleft()
-
-            def read_completed(error: Any, buffer: nbd.Buffer = buffer, start: int = start) -> int:
-                check(error)
-                arrived.append((start, buffer))
-                return 1
-
-            source.aio_pread(buffer, start, read_completed)
-            on_their_way += 1
-        while arrived:
-            start, buffer = arrived.popleft()
-            target.aio_pwrite(buffer, start, write_completed)
-        wait_for_any(job.handles)
-
-
 def fill(job: Job) -> None:
-    """Write blocks that all differ, each ``depth`` blocks after the last one."""
+    """Write one random block out of ``depth``."""
     for offset in job.offsets:
         place = offset * job.depth
         job.handle.pwrite(
@@ -278,7 +224,7 @@ def fill(job: Job) -> None:
 
 
 def read_queued(h: Any, offsets: Sequence[int], size: int, depth: int) -> None:
-    """Keep ``depth`` reads in flight with a queue, into buffers that are used again."""
+    """Keep ``depth`` reads in flight with a queue, into buffers that are reused."""
     todo = iter(offsets)
     with nbd.queue.Queue(h, depth=depth) as queue:
         buffers = {queue.read(b, next(todo)): b for b in [nbd.Buffer(size) for _ in range(depth)]}
@@ -292,7 +238,7 @@ def read_queued(h: Any, offsets: Sequence[int], size: int, depth: int) -> None:
 
 
 def check_request(request: Any) -> None:
-    """Stop the run if a request of a queue has failed."""
+    """Raise if a request of a queue failed."""
     if request.error is not None:
         raise request.error
 
@@ -305,7 +251,7 @@ def queue(job: Job) -> None:
 
 
 def random_reads(job: Job) -> None:
-    """Read in random places with a queue; with libnbd's module, in as many threads as handles."""
+    """Read at random offsets with a queue; with libnbd's module, in one thread for each handle."""
     offsets = list(job.offsets)
     random.Random(1).shuffle(offsets)
     if IS_OURS:
@@ -322,7 +268,7 @@ def random_reads(job: Job) -> None:
 
 
 def file(job: Job) -> None:
-    """Read in order from a file; with libnbd's module, a larger pread at a time."""
+    """Read a file sequentially; with libnbd's module, by larger preads."""
     end = job.operations * job.size
     if IS_OURS:
         with nbd.open(job.handle) as disk:
@@ -334,7 +280,7 @@ def file(job: Job) -> None:
 
 
 def checksum(job: Job) -> None:
-    """Hash the contents of a disk; with libnbd's module, with a pread at a time."""
+    """Hash the contents of a disk as a file; with libnbd's module, by preads."""
     digest = hashlib.sha256()
     end = job.operations * job.size
     if IS_OURS:
@@ -350,12 +296,12 @@ def checksum(job: Job) -> None:
 
 
 def awaited(job: Job) -> None:
-    """Keep ``depth`` tasks awaiting a read; with libnbd's module, over callbacks."""
+    """Keep ``depth`` tasks awaiting a read; with libnbd's module, by callbacks."""
     awaits.read_all(job.handle.get_uri(), job.offsets, job.size, job.depth, is_uvloop=False)
 
 
 def awaited_in_uvloop(job: Job) -> None:
-    """The same in uvloop's event loop."""
+    """Do the same in uvloop's event loop."""
     awaits.read_all(job.handle.get_uri(), job.offsets, job.size, job.depth, is_uvloop=True)
 
 
@@ -372,7 +318,6 @@ KINDS: dict[str, Callable[[Job], None]] = {
     "block-status": block_status,
     "threads": threads,
     "handles": create_and_close,
-    "copy": copy,
     "fill": fill,
     "queue": queue,
     "random": random_reads,
@@ -384,7 +329,7 @@ KINDS: dict[str, Callable[[Job], None]] = {
 
 
 def connect(uri: str) -> Any:
-    """A handle that can also answer block_status."""
+    """Connect a handle that can also answer block_status."""
     h = nbd.NBD()
     h.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
     h.connect_uri(uri)
@@ -392,7 +337,7 @@ def connect(uri: str) -> Any:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Connect, warm up, run and report."""
+    """Connect, warm up, run, and print the outcome."""
     kind, *numbers = arguments[:5]
     operations, warm_up, size, depth = map(int, numbers)
     handles = [connect(uri) for uri in arguments[5:]]
