@@ -1,26 +1,62 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""./run bench: benchmarks/run.py with our four environments and libnbd's own module."""
+"""./run bench: compare this tree with libnbd's own module and, by --base, with another commit.
+
+Other options are those of benchmarks/run.py.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
+import tempfile
+from pathlib import Path
 
-from console import ROOT, clean_environment, run
-from environments import ALL, ready
+from console import CACHE, ROOT, Failure, clean_environment, log_path, must, run, say
+from environments import ALL, ready, venv
 
-#: What benchmarks/run.py calls our environments.
+#: The names of our environments in the tables.
 NAMES = {"cpython-api": "api", "cpython-abi": "abi", "pypy-api": "pypy", "pypy-abi": "pypy-abi"}
 
 
+def base(commit: str) -> Path:
+    """Build a commit for CPython in API mode; returns the Python that has it installed."""
+    folder = CACHE / "environments" / "base"
+    venv(folder, os.environ["NBD_PYTHON"], "suite")
+    log = log_path("package-base")
+    log.unlink(missing_ok=True)
+    say(f"base: building the package of {commit}")
+    with tempfile.TemporaryDirectory(prefix="nbd-base-") as sources:
+        archive = ["git", "-C", str(ROOT), "archive", commit]
+        packed = subprocess.run(archive, stdout=subprocess.PIPE, check=False)
+        if packed.returncode != 0:
+            raise Failure(f"git cannot read the commit {commit}")
+        subprocess.run(["tar", "-xC", sources], input=packed.stdout, check=True)
+        pip = [folder / "bin" / "python", "-m", "pip", "install", "--no-deps", "--force-reinstall"]
+        must(
+            log,
+            [*pip, "--no-build-isolation", sources],
+            f"the package of {commit} does not build",
+            environ=clean_environment(NBD_CFFI_MODE="api"),
+        )
+    return folder / "bin" / "python"
+
+
 def main(arguments: list[str]) -> int:
-    """Measure; the options are those of benchmarks/run.py.  Returns its exit status."""
+    """Measure; returns the exit status of the benchmark."""
+    parser = argparse.ArgumentParser(prog="./run bench", add_help=False)
+    parser.add_argument("--base")
+    parser.add_argument("--instructions", action="store_true")
+    options, rest = parser.parse_known_args(arguments)
     for environment in ALL:
         ready(environment)
-    python = os.environ["NBD_PYTHON"]
-    ours = [f"{NAMES[environment.name]}={environment.python}" for environment in ALL]
-    script = ROOT / "benchmarks" / "run.py"
-    command = [python, str(script), *arguments, "libnbd=/usr/bin/python3", *ours]
+    subjects = [f"{NAMES[environment.name]}={environment.python}" for environment in ALL]
+    if options.instructions:
+        subjects = subjects[:2]  # CPython only: what PyPy compiles differs from run to run
+    if options.base:
+        subjects.insert(0, f"base={base(options.base)}")
+    script = ROOT / "benchmarks" / ("instructions.py" if options.instructions else "run.py")
+    command = [os.environ["NBD_PYTHON"], str(script), *rest, "libnbd=/usr/bin/python3", *subjects]
     return subprocess.run(command, env=clean_environment(), check=False).returncode
 
 
