@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""How the commands of ./run speak: short lines on the terminal, long output in log files."""
+"""Output of the commands of ./run: short lines on the terminal, everything else in log files."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ LAST_LINES = 25
 
 
 class Failure(Exception):
-    """A command cannot go on; one line that says what is missing and how to get it."""
+    """A command has to stop; the message is one line that says why, and what to do about it."""
 
 
 def say(text: str) -> None:
-    """Print a line at once, whatever standard output is."""
+    """Print a line and flush it."""
     print(text, flush=True)
 
 
 def log_path(name: str) -> Path:
-    """Where the output of a step goes."""
+    """The log file of a step."""
     LOGS.mkdir(parents=True, exist_ok=True)
     return LOGS / f"{name}.log"
 
 
 def shown(path: Path) -> str:
-    """A path as short as it can be."""
+    """A path relative to the checkout, if it is inside."""
     return str(path.relative_to(ROOT)) if ROOT in path.parents else str(path)
 
 
 def show_end(log: Path) -> None:
-    """Print the last lines of a log; if an interpreter crashed, the innermost frames instead."""
+    """Print the last lines of a log, or the innermost frames if an interpreter crashed."""
     lines = log.read_text(errors="replace").splitlines()
     crash = next((at for at, line in enumerate(lines) if "Fatal Python error" in line), len(lines))
     start = min(crash, max(len(lines) - LAST_LINES, 0))
@@ -53,7 +53,7 @@ def logged(
     cwd: Path | None = None,
     timeout: float | None = None,
 ) -> int:
-    """Run a command whose output is appended to a log; returns its exit status."""
+    """Run a command, append its output to a log, and return its exit status."""
     words = [str(word) for word in command]
     with log.open("a") as file:
         file.write(f"$ {shlex.join(words)}\n")
@@ -73,7 +73,7 @@ def logged(
             file.write(f"{missing}\n")
             return 127
         except subprocess.TimeoutExpired:
-            file.write(f"ended after {timeout} s\n")
+            file.write(f"stopped after {timeout} s\n")
             return 124
 
 
@@ -85,14 +85,14 @@ def must(
     environ: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> None:
-    """Run a logged command; Failure, after the end of its log, if it fails."""
+    """Run a logged command; if it fails, print the end of its log and raise Failure."""
     if logged(log, command, environ=environ, cwd=cwd) != 0:
         show_end(log)
         raise Failure(f"{failure} (log: {shown(log)})")
 
 
 def output(command: Sequence[object], failure: str) -> str:
-    """What a command prints, stripped; Failure if it cannot be run or fails."""
+    """Return what a command prints, stripped; Failure if it fails or does not exist."""
     try:
         done = subprocess.run(
             [str(word) for word in command], capture_output=True, text=True, check=True, cwd="/"
@@ -104,13 +104,13 @@ def output(command: Sequence[object], failure: str) -> str:
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    """The environment without what would lead Python to other modules than the installed ones."""
+    """The environment, without variables that make Python import other than installed modules."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     return {**kept, "PYTHONNOUSERSITE": "1", **more}
 
 
 def run(main: Callable[[list[str]], int]) -> None:
-    """Run a command of ./run, and exit as it says."""
+    """Run the main function of a command, and exit with its status."""
     try:
         sys.exit(main(sys.argv[1:]))
     except Failure as reason:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""./run ctest: the C tests of the shim (tests/c/run), by default under the sanitizers of memory.
+"""./run ctest: the C tests of the shim (tests/c/run), by default with AddressSanitizer.
 
 The options are those of tests/c/run: plain, asan (with UndefinedBehaviorSanitizer), tsan, valgrind.
 """
@@ -14,7 +14,7 @@ from environments import Environment, base_interpreter, venv
 
 
 def main(arguments: list[str]) -> int:
-    """Run them with a Python that has what the generator needs; returns their exit status."""
+    """Run them with a Python that has the generator's requirements; returns their exit status."""
     environment = Environment("cpython", "abi")
     venv(environment.folder, base_interpreter(environment.interpreter), "suite")
     environ = clean_environment(PYTHON=str(environment.python), CC=os.environ.get("CC", "gcc"))

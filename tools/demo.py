@@ -10,7 +10,7 @@ from environments import Environment, ready
 
 
 def main(arguments: list[str]) -> int:
-    """Run examples/hello.py; returns its exit status."""
+    """Run examples/hello.py and return its exit status."""
     environment = Environment("cpython", "api")
     ready(environment)
     say("running examples/hello.py")

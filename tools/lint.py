@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""./run lint: every linter and type checker, and both compilers with warnings as errors."""
+"""./run lint: the linters, the type checkers, and two compilers with warnings as errors."""
 
 from __future__ import annotations
 
@@ -9,24 +9,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from console import (
-    CACHE,
-    ROOT,
-    clean_environment,
-    log_path,
-    logged,
-    output,
-    run,
-    say,
-)
+from console import CACHE, ROOT, clean_environment, log_path, logged, must, output, run, say
 from environments import Environment, ready, tools
-from generated import generate
+
+GENERATED = CACHE / "generated-abi"
 
 WARNINGS = ("-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-O2", "-fsyntax-only")
 
 
 class Step(NamedTuple):
-    """One linter's run.  A search path makes mypy find the modules that stand beside a script."""
+    """The command of one linter, and where mypy searches for modules."""
 
     name: str
     command: Sequence[object]
@@ -34,12 +26,15 @@ class Step(NamedTuple):
 
 
 def c_files(pattern: str) -> list[Path]:
-    """The C files that people write."""
+    """The C files that are not generated."""
     return [f for name in ("csrc", "tests/c", "benchmarks") for f in (ROOT / name).glob(pattern)]
 
 
 def typed_copy(python: Path) -> Path:
-    """A copy of the package with the generated modules in it, so that mypy sees all of nbd."""
+    """Copy the package and add the generated modules, so that mypy sees all of nbd."""
+    generate = [python, ROOT / "build_nbd.py", GENERATED]
+    environ = clean_environment(NBD_CFFI_MODE="abi")
+    must(log_path("generate"), generate, "build_nbd.py failed", environ=environ)
     folder = CACHE / "typed"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -47,21 +42,20 @@ def typed_copy(python: Path) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for script in ROOT.glob("*.py"):
         shutil.copy(script, folder)
-    for module in generate(python, "abi").glob("*.py"):
+    for module in GENERATED.glob("*.py"):
         if module.name != "abi.py":
             shutil.copy(module, folder / "nbd" / "_binding")
     return folder
 
 
 def python_steps(bin_folder: Path) -> Iterator[Step]:
-    """The linters of the Python code, written or generated."""
+    """The linters of the Python code, including what is generated."""
     typed = typed_copy(bin_folder / "python")
     ruff = bin_folder / "ruff"
     yield Step("ruff check", [ruff, "check", ROOT])
     yield Step("ruff format", [ruff, "format", "--check", ROOT])
     config = ["--config", ROOT / "pyproject.toml"]
-    written = (CACHE / "generated-abi").glob("*.py")
-    generated = sorted(module for module in written if module.name != "abi.py")
+    generated = sorted(one for one in GENERATED.glob("*.py") if one.name != "abi.py")
     yield Step("ruff check, generated modules", [ruff, "check", *config, *generated])
     yield Step("ruff format, generated modules", [ruff, "format", "--check", *config, *generated])
     mypy = [bin_folder / "mypy", "--strict", "--config-file", ROOT / "setup.cfg"]
@@ -78,7 +72,7 @@ def python_steps(bin_folder: Path) -> Iterator[Step]:
 
 
 def stubtest(bin_folder: Path) -> Step:
-    """Whether the annotations that mypy reads are those of the package that runs."""
+    """Compare the annotations that mypy reads with the package that runs."""
     environment = Environment("cpython", "abi")
     ready(environment)
     (site,) = environment.folder.glob("lib/python3*/site-packages")
@@ -88,12 +82,11 @@ def stubtest(bin_folder: Path) -> Step:
 
 
 def c_steps() -> Iterator[Step]:
-    """The linters and compilers of the C code, written or generated."""
-    glue = CACHE / "generated-abi"
+    """The linters and compilers of the C code, including what is generated."""
     every = [*c_files("*.c"), *c_files("*.h")]
-    shim = [*(ROOT / "csrc").glob("*.c"), glue / "nbdglue.c"]
-    options = [f"-I{folder}" for folder in (ROOT / "csrc", glue)]
-    options.append("-DNBDSHIM_BUNDLED")  # all of the code, that of self-contained wheels too
+    shim = [*(ROOT / "csrc").glob("*.c"), GENERATED / "nbdglue.c"]
+    options = [f"-I{folder}" for folder in (ROOT / "csrc", GENERATED)]
+    options.append("-DNBDSHIM_BUNDLED")  # includes the code that only bundled wheels have
     library = output(["pkg-config", "--cflags", "libnbd"], "libnbd is missing").split()
     yield Step("clang-format", ["clang-format", "--dry-run", "--Werror", *every])
     checks = ["--enable=warning,style,performance,portability", "--error-exitcode=1", "--quiet"]
@@ -111,8 +104,8 @@ def shell_steps() -> Iterator[Step]:
     yield Step("shellcheck", ["shellcheck", *scripts])
 
 
-def carried_out(step: Step) -> bool:
-    """Run a linter and say what came of it; what it found is printed."""
+def is_clean(step: Step) -> bool:
+    """Run a linter, and print its findings and its outcome."""
     log = log_path("lint")
     log.unlink(missing_ok=True)
     paths = os.pathsep.join(map(str, step.search))
@@ -126,9 +119,9 @@ def carried_out(step: Step) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    """Run all of them; returns 1 if one found something."""
+    """Run every linter; returns 1 if one of them found something."""
     steps = [*python_steps(tools("lint")), *c_steps(), *shell_steps()]
-    results = [carried_out(step) for step in steps]
+    results = [is_clean(step) for step in steps]
     say(f"{sum(results)} passed, {results.count(False)} failed")
     return 0 if all(results) else 1
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
 """Debian roots: made once with debootstrap, kept outside the checkout, entered with chroot.
 
-SUITE-bare is what debootstrap makes.  Roots for a purpose start as copies of it.  Whatever is
-mounted in a root, and whatever still runs there, goes with the command that was run in it.
-The programs of a suite like "trixie-arm64", of another processor, are run by qemu.
+debootstrap makes SUITE-bare; the root for each purpose is a copy of it.  When a command in a root
+ends, its mounts and its remaining processes end with it.  Suites like "trixie-arm64" are for
+another processor, whose programs qemu runs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from console import ROOT, Failure, log_path, logged, must, output, say
 from environments import tools
 from suite import Outcome
 
-CHECKOUT = Path("srv/libnbd-cffi")  # where a root has the copy of this checkout
+CHECKOUT = Path("srv/libnbd-cffi")  # the copy of this checkout in a root
 NOT_COPIED = (".git", ".cache", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
 SCRIPTS = Path("/usr/share/debootstrap")
 FOREIGN_PROGRAMS = Path("/proc/sys/fs/binfmt_misc")
@@ -31,7 +31,7 @@ QEMU_NAMES = {"arm64": "aarch64"}
 
 AS_ROOT: tuple[str, ...] = () if os.geteuid() == 0 else ("sudo",)
 
-# The command runs in its own namespaces, so nobody else sees its mounts, and they end with it.
+# The command has its own namespaces: no other process sees its mounts, and they end with it.
 _ENTER = """
 mount -t proc proc "$0/proc" && mount --rbind /dev "$0/dev" && exec chroot "$0" "$@"
 """
@@ -39,7 +39,7 @@ _NAMESPACES = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
 
 
 def cache() -> Path:
-    """The folder of all roots."""
+    """The folder that contains the roots."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(base) / "libnbd-cffi" / "roots"
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def cache() -> Path:
 
 @contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Lock a root, so that a command of another checkout waits for it."""
+    """Lock a root against commands of other checkouts."""
     with (cache() / f"{name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -68,10 +68,10 @@ def entering(root: Path, command: Sequence[str]) -> list[str]:
 
 
 def network_settings(root: Path) -> dict[str, str]:
-    """Let a root reach what this machine reaches, in the way this machine does.
+    """Give a root this machine's access to the network.
 
-    The name servers, the proxies, pip's settings, and the authorities that this machine was told
-    to trust.  Settings of pip that name files here mean nothing there and are left out.
+    It gets the name servers, the proxies, pip's settings, and the certificate authorities that this
+    machine trusts.  Settings of pip that name files of this machine are left out.
     """
     copy_into(root, Path("/etc/resolv.conf"), Path("etc/resolv.conf"))
     proxies = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
@@ -88,11 +88,11 @@ def network_settings(root: Path) -> dict[str, str]:
 
 
 def pip_settings() -> dict[str, str]:
-    """What pip's configuration files and variables say here, as variables."""
+    """This machine's configuration of pip, as environment variables."""
     pip = tools("pip") / "pip"
-    listed = output([pip, "config", "list"], "pip does not say its configuration")
+    listed = output([pip, "config", "list"], "pip cannot list its configuration")
     settings: dict[str, str] = {}
-    # Variables come last, because they have precedence over files.
+    # Variables are last, because they override files.
     for line in sorted(listed.splitlines(), key=lambda line: line.startswith(":env:")):
         name, _, value = line.partition("=")
         section, _, key = name.rpartition(".")
@@ -108,10 +108,10 @@ def copy_into(root: Path, source: Path, target: Path) -> None:
 
 
 def able_to_run(suite: str) -> None:
-    """Let the kernel start qemu for the programs of another processor, until it is booted again.
+    """Register qemu with the kernel for the programs of another processor, until the next boot.
 
     Raises:
-        Failure: It cannot be had on this machine; the message says why.
+        Failure: This machine cannot run them; the message says why.
     """
     _, _, architecture = suite.partition("-")
     if not architecture:
@@ -128,11 +128,11 @@ def able_to_run(suite: str) -> None:
     register = f"cat {settings[0]} >{FOREIGN_PROGRAMS}/register"
     done = subprocess.run([*AS_ROOT, "sh", "-c", f"({mount}) && {register}"], check=False)
     if done.returncode != 0:
-        raise Failure(f"this machine's kernel does not let qemu run programs for {name}")
+        raise Failure(f"this machine's kernel cannot run programs for {name} with qemu")
 
 
 def bare(suite: str) -> Path:
-    """A root as debootstrap makes it, with the certificates that HTTPS needs."""
+    """Return a root that has only what debootstrap installs, and the certificates for HTTPS."""
     root = cache() / f"{suite}-bare"
     able_to_run(suite)
     with locked(root.name):
@@ -143,24 +143,24 @@ def bare(suite: str) -> Path:
 
 
 def bootstrap(suite: str, root: Path) -> None:
-    """Run debootstrap; what it leaves unfinished never gets the name of the root."""
+    """Run debootstrap in a temporary folder, which is renamed when it is complete."""
     log = log_path(f"root-{suite}")
     log.unlink(missing_ok=True)
     unfinished = root.with_name(root.name + ".unfinished")
     subprocess.run([*AS_ROOT, "rm", "-rf", str(unfinished)], check=True)
     release, _, architecture = suite.partition("-")
-    of = [f"--arch={architecture}"] if architecture else []
+    foreign = [f"--arch={architecture}"] if architecture else []
     with scripts_for(release) as folder:
         debootstrap = ["env", f"DEBOOTSTRAP_DIR={folder}", "debootstrap", "--variant=minbase"]
-        options = [*of, "--include=ca-certificates", release, str(unfinished)]
-        needs = "it needs Debian's mirror, and the rights to mount and to make devices"
+        options = [*foreign, "--include=ca-certificates", release, str(unfinished)]
+        needs = "it needs a Debian mirror, and permission to mount and to make devices"
         must(log, [*AS_ROOT, *debootstrap, *options], f"debootstrap {suite} failed; {needs}")
     subprocess.run([*AS_ROOT, "mv", str(unfinished), str(root)], check=True)
 
 
 @contextmanager
 def scripts_for(suite: str) -> Iterator[Path]:
-    """A folder of debootstrap's scripts that knows the suite: its own, or a copy with sid's."""
+    """Yield debootstrap's scripts; if they lack the suite, a copy that has sid's script for it."""
     if (SCRIPTS / "scripts" / suite).exists():
         yield SCRIPTS
         return
@@ -172,7 +172,7 @@ def scripts_for(suite: str) -> Iterator[Path]:
 
 
 def derived(suite: str, purpose: str, packages: Sequence[str] = ()) -> Path:
-    """A copy of a bare root for one purpose, with some more packages."""
+    """Return a copy of a bare root for one purpose, with more packages."""
     source = bare(suite)
     root = cache() / f"{suite}-{purpose}"
     with locked(root.name):
@@ -182,11 +182,15 @@ def derived(suite: str, purpose: str, packages: Sequence[str] = ()) -> Path:
         log.unlink(missing_ok=True)
         copy = root.with_name(root.name + ".unfinished")
         subprocess.run([*AS_ROOT, "rm", "-rf", str(copy)], check=True)
-        must(log, [*AS_ROOT, "cp", "-a", "--reflink=auto", source, copy], f"no copy of {source}")
+        must(
+            log,
+            [*AS_ROOT, "cp", "-a", "--reflink=auto", source, copy],
+            f"{source} cannot be copied",
+        )
         if packages:
             say(f"{root.name}: installing {' '.join(packages)}")
             install = ["apt-get", "install", "-y", "--no-install-recommends", *packages]
-            # The lists of debootstrap are there, if the mirror has no newer ones.
+            # If this fails, the package lists of debootstrap are still usable.
             logged(log, entering(copy, ["apt-get", "update"]))
             must(log, entering(copy, install), f"{root.name}: cannot install {packages}")
         subprocess.run([*AS_ROOT, "mv", str(copy), str(root)], check=True)
@@ -194,7 +198,7 @@ def derived(suite: str, purpose: str, packages: Sequence[str] = ()) -> Path:
 
 
 def lend_checkout(root: Path) -> None:
-    """Copy the sources into a root as they are now; what was built there is kept for reuse."""
+    """Copy the sources into a root; what was built there before is kept for reuse."""
     target = root / CHECKOUT
     subprocess.run([*AS_ROOT, "mkdir", "-p", str(target)], check=True)
     stale = ["-mindepth", "1", "-maxdepth", "1", "!", "-name", ".cache"]
@@ -210,7 +214,7 @@ def lend_checkout(root: Path) -> None:
 def check_in_root(
     suite: str, flags: Sequence[str], options: Sequence[str], wheel: Path | None
 ) -> list[Outcome]:
-    """Run the command of this checkout in a Debian root, and return its outcomes."""
+    """Run ./run check in a Debian root, and return the outcomes."""
     root = derived(suite, "check")
     with locked(root.name):
         lend_checkout(root)
@@ -223,7 +227,7 @@ def check_in_root(
         command = [f"/{CHECKOUT}/run", "check", f"--json=/{report}", *flags, "--", *options]
         run_showing(suite, entering(root, command))
         if not (root / report).is_file():
-            raise Failure(f"./run check failed in {root}, for the reason above")
+            raise Failure(f"./run check failed in {root}; the reason is above")
         outcomes = [Outcome(**fields) for fields in json.loads((root / report).read_text())]
     for outcome in outcomes:
         outcome.debian = suite
@@ -231,7 +235,7 @@ def check_in_root(
 
 
 def run_showing(suite: str, command: Sequence[str]) -> None:
-    """Run a command of ./run in a root, its lines marked as that root's; its sum is not shown."""
+    """Run a command of ./run in a root; prefix its lines with the suite, and drop its last line."""
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
