@@ -1,30 +1,27 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
 
-/* The workloads of workloads.py in C, with buffers that are reused: the time that libnbd and the
- * server need, whatever language calls libnbd.
+/* The workloads that read and write in C, with buffers that are reused: the time that libnbd and
+ * the server need, whatever language calls libnbd.
  *
- * Usage: limit KIND OPERATIONS WARM-UP SIZE DEPTH [URI...]
+ * Usage: limit KIND OPERATIONS WARM-UP SIZE DEPTH URI
  */
 
 #define _POSIX_C_SOURCE 200809L /* clock_gettime in a C11 build */
 
 #include <inttypes.h>
-#include <pthread.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/resource.h>
 #include <time.h>
 
 #include <libnbd.h>
 
-enum { MAX_HANDLES = 16, MAX_DEPTH = 256, EXTENTS = 100000 };
+enum { MAX_DEPTH = 256 };
 
 struct job {
-    struct nbd_handle *handles[MAX_HANDLES];
-    size_t nr_handles;
+    struct nbd_handle *h;
     uint64_t operations;
     size_t size;
     unsigned depth;
@@ -57,42 +54,16 @@ static void *allocate(size_t size)
 static void getter(struct job *job)
 {
     for (uint64_t i = 0; i < job->operations; i++)
-        check("get_size", nbd_get_size(job->handles[0]));
-}
-
-static int debug_message(void *user_data, const char *context, const char *text)
-{
-    (void)context;
-    *(size_t *)user_data += strlen(text);
-    return 0;
-}
-
-static void debug_callback(struct job *job)
-{
-    struct nbd_handle *h = job->handles[0];
-    size_t characters = 0;
-    nbd_debug_callback callback = {.callback = debug_message, .user_data = &characters};
-
-    check("set_debug_callback", nbd_set_debug_callback(h, callback));
-    check("set_debug", nbd_set_debug(h, true));
-    for (uint64_t i = 0; i < job->operations / 2; i++)
-        check("get_size", nbd_get_size(h));
-    check("set_debug", nbd_set_debug(h, false));
-    check("clear_debug_callback", nbd_clear_debug_callback(h));
-}
-
-static void read_with(struct nbd_handle *h, uint64_t operations, size_t size)
-{
-    void *buffer = allocate(size);
-
-    for (uint64_t i = 0; i < operations; i++)
-        check("pread", nbd_pread(h, buffer, size, i * size, 0));
-    free(buffer);
+        check("get_size", nbd_get_size(job->h));
 }
 
 static void sync_read(struct job *job)
 {
-    read_with(job->handles[0], job->operations, job->size);
+    void *buffer = allocate(job->size);
+
+    for (uint64_t i = 0; i < job->operations; i++)
+        check("pread", nbd_pread(job->h, buffer, job->size, i * job->size, 0));
+    free(buffer);
 }
 
 static void sync_write(struct job *job)
@@ -100,7 +71,7 @@ static void sync_write(struct job *job)
     void *buffer = allocate(job->size);
 
     for (uint64_t i = 0; i < job->operations; i++)
-        check("pwrite", nbd_pwrite(job->handles[0], buffer, job->size, i * job->size, 0));
+        check("pwrite", nbd_pwrite(job->h, buffer, job->size, i * job->size, 0));
     free(buffer);
 }
 
@@ -147,7 +118,7 @@ static void drain(struct nbd_handle *h)
 
 static void pipelined(struct job *job, bool writing)
 {
-    struct nbd_handle *h = job->handles[0];
+    struct nbd_handle *h = job->h;
     struct pool pool;
 
     fill_pool(&pool, job);
@@ -175,113 +146,17 @@ static void pipelined_write(struct job *job)
     pipelined(job, true);
 }
 
-static int count_bytes(void *user_data, const void *data, size_t count, uint64_t offset,
-                       unsigned status, int *error)
-{
-    (void)data, (void)offset, (void)status;
-    if (*error)
-        fail("chunk");
-    *(uint64_t *)user_data += count;
-    return 0;
-}
-
-static void structured_read(struct job *job)
-{
-    void *buffer = allocate(job->size);
-    uint64_t received = 0;
-
-    for (uint64_t i = 0; i < job->operations; i++) {
-        nbd_chunk_callback callback = {.callback = count_bytes, .user_data = &received};
-        check("pread_structured",
-              nbd_pread_structured(job->handles[0], buffer, job->size, i * job->size, callback, 0));
-    }
-    if (received != job->operations * job->size)
-        fail("pread_structured");
-    free(buffer);
-}
-
-static int count_extents(void *user_data, const char *context, uint64_t offset, uint32_t *entries,
-                         size_t nr_entries, int *error)
-{
-    (void)context, (void)offset, (void)entries;
-    if (*error)
-        fail("extents");
-    *(uint64_t *)user_data += nr_entries / 2;
-    return 0;
-}
-
-static void block_status(struct job *job)
-{
-    struct nbd_handle *h = job->handles[0];
-    int64_t count = nbd_get_size(h);
-    uint64_t found = 0;
-
-    check("get_size", count);
-    for (uint64_t i = 0; i < job->operations; i++) {
-        nbd_extent_callback callback = {.callback = count_extents, .user_data = &found};
-        check("block_status", nbd_block_status(h, (uint64_t)count, 0, callback, 0));
-    }
-    if (found != job->operations * EXTENTS)
-        fail("block_status");
-}
-
-struct share {
-    pthread_t thread;
-    struct nbd_handle *h;
-    uint64_t operations;
-    size_t size;
-};
-
-static void *read_share(void *data)
-{
-    struct share *share = data;
-
-    read_with(share->h, share->operations, share->size);
-    return NULL;
-}
-
-static void threads(struct job *job)
-{
-    struct share shares[MAX_HANDLES];
-
-    for (size_t i = 0; i < job->nr_handles; i++) {
-        shares[i] = (struct share){.h = job->handles[i],
-                                   .operations = job->operations / job->nr_handles,
-                                   .size = job->size};
-        if (pthread_create(&shares[i].thread, NULL, read_share, &shares[i]))
-            fail("pthread_create");
-    }
-    for (size_t i = 0; i < job->nr_handles; i++)
-        pthread_join(shares[i].thread, NULL);
-}
-
-static void create_and_close(struct job *job)
-{
-    for (uint64_t i = 0; i < job->operations; i++) {
-        struct nbd_handle *h = nbd_create();
-
-        if (!h)
-            fail("create");
-        nbd_close(h);
-    }
-}
-
 static const struct kind {
     const char *name;
     void (*run)(struct job *job);
 } kinds[] = {
     {"getter", getter},
-    {"debug-callback", debug_callback},
     {"pread", sync_read},
     {"pread-into", sync_read},
     {"pwrite", sync_write},
     {"aio-pread", pipelined_read},
     {"aio-pread-bytearray", pipelined_read},
     {"aio-pwrite", pipelined_write},
-    {"pread-structured", structured_read},
-    {"block-status", block_status},
-    {"threads", threads},
-    {"handles", create_and_close},
 };
 
 static const struct kind *find_kind(const char *name)
@@ -299,7 +174,6 @@ static struct nbd_handle *open_handle(const char *uri)
 
     if (!h)
         fail("create");
-    check("add_meta_context", nbd_add_meta_context(h, LIBNBD_CONTEXT_BASE_ALLOCATION));
     check("connect_uri", nbd_connect_uri(h, uri));
     return h;
 }
@@ -315,23 +189,20 @@ static double now(clockid_t clock)
 static void measure(const struct kind *kind, struct job *job)
 {
     double wall = now(CLOCK_MONOTONIC), cpu = now(CLOCK_PROCESS_CPUTIME_ID);
-    struct rusage usage;
 
     kind->run(job);
     wall = now(CLOCK_MONOTONIC) - wall;
     cpu = now(CLOCK_PROCESS_CPUTIME_ID) - cpu;
-    getrusage(RUSAGE_SELF, &usage);
-    printf("{\"operations\": %" PRIu64 ", \"wall\": %.9f, \"cpu\": %.9f, "
-           "\"max_rss_kib\": %ld, \"page_faults\": %ld}\n",
-           job->operations, wall, cpu, usage.ru_maxrss, usage.ru_minflt);
+    printf("{\"operations\": %" PRIu64 ", \"wall\": %.9f, \"cpu\": %.9f}\n", job->operations, wall,
+           cpu);
 }
 
 int main(int argc, char *argv[])
 {
-    struct job job = {.nr_handles = 0};
+    struct job job = {0};
 
-    if (argc < 6 || argc - 6 > MAX_HANDLES) {
-        fprintf(stderr, "usage: limit KIND OPERATIONS WARM-UP SIZE DEPTH [URI...]\n");
+    if (argc != 7) {
+        fprintf(stderr, "usage: limit KIND OPERATIONS WARM-UP SIZE DEPTH URI\n");
         return EXIT_FAILURE;
     }
     const struct kind *kind = find_kind(argv[1]);
@@ -341,13 +212,11 @@ int main(int argc, char *argv[])
     job.depth = (unsigned)strtoul(argv[5], NULL, 10);
     if (job.depth > MAX_DEPTH)
         fail("depth");
-    for (int i = 6; i < argc; i++)
-        job.handles[job.nr_handles++] = open_handle(argv[i]);
+    job.h = open_handle(argv[6]);
     job.operations = warm_up;
     kind->run(&job);
     job.operations = operations;
     measure(kind, &job);
-    for (size_t i = 0; i < job.nr_handles; i++)
-        nbd_close(job.handles[i]);
+    nbd_close(job.h);
     return EXIT_SUCCESS;
 }

@@ -29,8 +29,7 @@ class Workload:
     entry for each handle to connect.  ``warm_up`` operations run before the clock starts, for
     caches and just-in-time compilers.  ``clock`` is ``wall`` for elapsed time, or ``cpu`` for the
     client's processor time.  ``fresh`` workloads allocate memory for each operation: a buffer, or
-    the contents of a new target.  ``is_ours`` workloads use an interface that only this package
-    has: with libnbd's own module the same is done in another way, and C has no equivalent.
+    the contents of a new target.  ``python_only`` workloads are not measured in C.
     """
 
     name: str
@@ -42,7 +41,7 @@ class Workload:
     clock: str = "wall"
     warm_up: int = 0
     fresh: bool = False
-    is_ours: bool = False
+    python_only: bool = False
 
     @property
     def is_whole_copy(self) -> bool:
@@ -67,9 +66,9 @@ WHOLE_COPY = "whole-copy"
 UVLOOP = "await-uvloop"
 
 _ALL = (
-    Workload("import", "import", 10),
+    Workload("import", "import", 10, python_only=True),
     Workload("getter", "getter", 2_000_000, NULL),
-    Workload("debug-callback", "debug-callback", 600_000, NULL),
+    Workload("debug-callback", "debug-callback", 600_000, NULL, python_only=True),
     Workload("pread-512", "pread", 10_000, NULL, 512),
     Workload("pread-64k", "pread", 7_000, NULL, 64 * KIB),
     Workload("pread-1m", "pread", 1_000, NULL, MIB),
@@ -85,21 +84,21 @@ _ALL = (
     Workload("aio-pread-64k-bytearray", "aio-pread-bytearray", 10_000, NULL, 64 * KIB, 16),
     Workload("aio-pread-1m-bytearray", "aio-pread-bytearray", 1_200, NULL, MIB, 8),
     Workload("aio-pwrite-64k", "aio-pwrite", 10_000, NULL, 64 * KIB, 16),
-    Workload("pread-structured-1m", "pread-structured", 1_000, NULL, MIB),
+    Workload("pread-structured-1m", "pread-structured", 1_000, NULL, MIB, python_only=True),
     # nbdkit takes some 130 ms to send 100,000 extents, the client 1 to 10 ms to receive them:
     # elapsed time would measure nbdkit.
-    Workload("block-status-100k", "block-status", 8, ("extents",), clock="cpu"),
-    Workload("threads-8", "threads", 8_000, NULL * 8, 64 * KIB),
-    Workload("handles", "handles", 300_000),
-    Workload("queue-4k", "queue", 60_000, NULL, 4 * KIB, 64, is_ours=True),
-    Workload("queue-64k", "queue", 20_000, NULL, 64 * KIB, 16, is_ours=True),
-    Workload("random-4k-1ms", "random", 4_000, ("late",) * 8, 4 * KIB, 16, is_ours=True),
-    Workload("file-64k-1ms", "file", 4_096, ("late",), 64 * KIB, is_ours=True),
-    Workload("file-sha256", "checksum", 4_096, ("memory",), 256 * KIB, is_ours=True),
-    Workload("await-4k", "await", 30_000, NULL, 4 * KIB, 64, fresh=True, is_ours=True),
-    Workload("await-64k", "await", 20_000, NULL, 64 * KIB, 16, fresh=True, is_ours=True),
-    Workload("await-4k-uvloop", UVLOOP, 30_000, NULL, 4 * KIB, 64, fresh=True, is_ours=True),
-    Workload("await-64k-uvloop", UVLOOP, 20_000, NULL, 64 * KIB, 16, fresh=True, is_ours=True),
+    Workload("block-status-100k", "block-status", 8, ("extents",), clock="cpu", python_only=True),
+    Workload("threads-8", "threads", 8_000, NULL * 8, 64 * KIB, python_only=True),
+    Workload("handles", "handles", 300_000, python_only=True),
+    Workload("queue-4k", "queue", 60_000, NULL, 4 * KIB, 64, python_only=True),
+    Workload("queue-64k", "queue", 20_000, NULL, 64 * KIB, 16, python_only=True),
+    Workload("random-4k-1ms", "random", 4_000, ("late",) * 8, 4 * KIB, 16, python_only=True),
+    Workload("file-64k-1ms", "file", 4_096, ("late",), 64 * KIB, python_only=True),
+    Workload("file-sha256", "checksum", 4_096, ("memory",), 256 * KIB, python_only=True),
+    Workload("await-4k", "await", 30_000, NULL, 4 * KIB, 64, fresh=True, python_only=True),
+    Workload("await-64k", "await", 20_000, NULL, 64 * KIB, 16, fresh=True, python_only=True),
+    Workload("await-4k-uvloop", UVLOOP, 30_000, NULL, 4 * KIB, 64, fresh=True, python_only=True),
+    Workload("await-64k-uvloop", UVLOOP, 20_000, NULL, 64 * KIB, 16, fresh=True, python_only=True),
     Workload("copy-memory-null", WHOLE_COPY, 1, ("memory", "null"), GIB, fresh=True),
     Workload("copy-memory-memory", WHOLE_COPY, 1, ("memory", "target"), GIB, fresh=True),
     Workload("copy-sparse-memory", WHOLE_COPY, 1, ("sparse", "target"), GIB, fresh=True),

@@ -63,7 +63,7 @@ class Subject:
             return workload.is_whole_copy and ("backend" in self.about or self.is_nbdcopy)
         if workload.kind == UVLOOP:
             return "uvloop" in self.about
-        return "python" in self.about or not (workload.kind == "import" or workload.is_ours)
+        return "python" in self.about or not workload.python_only
 
 
 def interpreter(text: str) -> tuple[str, str]:
@@ -106,7 +106,7 @@ def compile_limit(folder: Path) -> Path:
 
 
 def limit_subject(folder: Path) -> Subject:
-    """The same workloads in C."""
+    """The program limit.c."""
     program = compile_limit(folder)
 
     def run(workload: Workload, uris: dict[str, str]) -> Sample:

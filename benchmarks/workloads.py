@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -352,8 +351,6 @@ def main(arguments: Sequence[str]) -> None:
         "wall": time.perf_counter() - wall,
         "cpu": time.process_time() - cpu,
     }
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    outcome |= {"max_rss_kib": usage.ru_maxrss, "page_faults": usage.ru_minflt}
     print(json.dumps(outcome))
 
 
