@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Self-contained wheels: libnbd and what it needs inside, with their licences and an SBOM."""
+"""Bundled wheels: they contain libnbd and its dependencies, their licences, and an SBOM."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ COMMON_LICENCE = re.compile(r"/usr/share/common-licenses/([A-Za-z]+[-.\w]*\w)")
 
 
 def build_bundled(sdist: Path, target: Target) -> Path:
-    """Make the self-contained wheel for a target."""
+    """Build the bundled wheel for a target."""
     log = log_path(f"dist-{target.platform}")
     log.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(prefix="nbd-contained-") as name:
+    with tempfile.TemporaryDirectory(prefix="nbd-bundled-") as name:
         folder = Path(name)
         found = libraries(target, folder / "libraries")
         plain = compiled(sdist, target, found, folder)
@@ -30,7 +30,7 @@ def build_bundled(sdist: Path, target: Target) -> Path:
         repair = [
             *(tools("dist") / "auditwheel", "repair", "--only-plat"),
             *("--ldpaths", ":".join(map(str, found.folders))),
-            *("--exclude", "libc.so"),  # musl, by the name that zig uses
+            *("--exclude", "libc.so"),  # zig's name for musl
             *("--wheel-dir", folder / "repaired", plain),
         ]
         must(log, repair, "auditwheel cannot repair the wheel", environ=environ)
@@ -42,12 +42,12 @@ def build_bundled(sdist: Path, target: Target) -> Path:
         must(log, [*program, "pack", "--dest-dir", DIST, unpacked], "the wheel cannot be packed")
     wheel = DIST / repaired.name
     if target.platform not in wheel.name:
-        raise Failure(f"{wheel.name} asks for another system than {target.platform}")
+        raise Failure(f"{wheel.name} is not for {target.platform}")
     return wheel
 
 
 def compiled(sdist: Path, target: Target, found: Libraries, folder: Path) -> Path:
-    """Build the wheel, not self-contained yet, with a compiler for the target."""
+    """Build the wheel for the target, before libraries are added."""
     compiler = folder / "cc"
     compiler.write_text(f'#!/bin/sh\nexec {zig()} cc -target {target.zig} "$@"\n')
     compiler.chmod(0o755)
@@ -58,7 +58,7 @@ def compiled(sdist: Path, target: Target, found: Libraries, folder: Path) -> Pat
         PKG_CONFIG_LIBDIR=str(found.pkgconfig),
         NBD_CFFI_MODE="abi",
         NBD_CFFI_BUNDLED="1",
-        # auditwheel does not see that what zig makes is for musl.
+        # auditwheel does not recognise that zig has linked with musl.
         _PYTHON_HOST_PLATFORM=target.platform if target.is_musl else f"linux-{target.architecture}",
     )
     pip = [tools("dist") / "python", "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
@@ -74,7 +74,7 @@ def compiled(sdist: Path, target: Target, found: Libraries, folder: Path) -> Pat
 
 
 def describe(unpacked: Path, found: Libraries) -> None:
-    """Put into a wheel's metadata which libraries it has, and their licences."""
+    """Add the SBOM and the licences of the libraries to a wheel's metadata."""
     (information,) = unpacked.glob("*.dist-info")
     files = sorted((unpacked / "libnbd_cffi.libs").iterdir())
     parts = {part.name: part for part in (owner(file, found.parts) for file in files)}
@@ -91,17 +91,17 @@ def describe(unpacked: Path, found: Libraries) -> None:
 
 
 def owner(library: Path, parts: list[Part]) -> Part:
-    """The package that a library in a wheel came from."""
-    # auditwheel has put a digest into the file's name.
+    """Return the package that a library in a wheel came from."""
+    # auditwheel adds a digest to the file's name.
     name = re.sub(r"-[0-9a-f]{8}$", "", library.name.partition(".so")[0])
     for part in parts:
         if name in part.libraries:
             return part
-    raise Failure(f"no package has {library.name}, which auditwheel has put into the wheel")
+    raise Failure(f"auditwheel added {library.name}, which is in none of the packages")
 
 
 def add_licences(part: Part, common: Path, target: Path) -> set[str]:
-    """Copy the licence of a package, and the texts that it refers to; returns the files' names."""
+    """Copy a package's licence and the texts that it refers to; returns the names of the files."""
     added = {f"{part.name}.txt"}
     shutil.copyfile(part.copyright, target / f"{part.name}.txt")
     text = part.copyright.read_text(encoding="utf-8", errors="replace")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""libnbd and what it needs from Debian: its packages of any architecture, or its sources."""
+"""libnbd and its dependencies from Debian: packages of any architecture, or sources."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SOURCES = {
 DOWNLOADS = CACHE / "downloads"
 LIBRARIES_SH = Path(__file__).resolve().with_name("libraries.sh")
 
-# The library by its path: compilers may have other folders before any that is given by -L.
+# The library is given by its path, because compilers may search other folders before those of -L.
 _LIBNBD_PC = """\
 includedir={include}
 Name: libnbd
@@ -42,13 +42,13 @@ Libs: {library}
 
 
 def libraries(target: Target, folder: Path) -> Libraries:
-    """libnbd and what it needs for a target; a new folder takes the files."""
+    """Get libnbd and its dependencies for a target, in a new folder."""
     folder.mkdir(parents=True)
     return (built if target.from_source else unpacked)(target, folder)
 
 
 def unpacked(target: Target, folder: Path) -> Libraries:
-    """Take them from Debian's packages, each unpacked into a folder of its own."""
+    """Unpack them from Debian's packages, each into its own folder."""
     parts: list[Part] = []
     folders: set[Path] = set()
     for package in sorted(packages(target).glob("*.deb")):
@@ -58,10 +58,14 @@ def unpacked(target: Target, folder: Path) -> Libraries:
         )
         if name != "base-files" and not name.startswith(("lib", "zlib")):
             continue
-        must(log(target), ["dpkg-deb", "--extract", package, folder / name], f"bad: {package}")
+        must(
+            log(target),
+            ["dpkg-deb", "--extract", package, folder / name],
+            f"{package} cannot be unpacked",
+        )
         purl = package_url(name, version, target.debian, target.suite)
         documents = folder / name / "usr" / "share" / "doc" / name
-        if documents.is_symlink():  # to those of a package of the same source
+        if documents.is_symlink():  # to the folder of another package of the same source
             other = os.readlink(documents)
             documents = folder / other / "usr" / "share" / "doc" / other
         files = list((folder / name).rglob("*.so.*"))
@@ -70,19 +74,19 @@ def unpacked(target: Target, folder: Path) -> Libraries:
         parts.append(Part(name, version, purl, names, documents / "copyright"))
     (libnbd,) = (folder / "libnbd0").rglob("libnbd.so.0")
     version = next(part.version for part in parts if part.name == "libnbd0")
-    pkgconfig = to_link_with(folder, folder / "libnbd-dev" / "usr" / "include", libnbd, version)
+    pkgconfig = write_pkgconfig(folder, folder / "libnbd-dev" / "usr" / "include", libnbd, version)
     common = folder / "base-files" / "usr" / "share" / "common-licenses"
     return Libraries(pkgconfig, sorted(folders), parts, common)
 
 
 def package_url(name: str, version: str, architecture: str, suite: str) -> str:
-    """The name of a package of Debian's for all the world, as SBOMs write it."""
+    """The package URL of a Debian package, for SBOMs."""
     quoted = urllib.parse.quote(version, safe="")
     return f"pkg:deb/debian/{name}@{quoted}?arch={architecture}&distro={suite}"
 
 
-def to_link_with(folder: Path, include: Path, library: Path, version: str) -> Path:
-    """A folder with a libnbd.pc."""
+def write_pkgconfig(folder: Path, include: Path, library: Path, version: str) -> Path:
+    """Write libnbd.pc, and return its folder."""
     pkgconfig = folder / "pkgconfig"
     pkgconfig.mkdir()
     upstream = version.rpartition("-")[0]
@@ -92,8 +96,8 @@ def to_link_with(folder: Path, include: Path, library: Path, version: str) -> Pa
 
 
 def packages(target: Target) -> Path:
-    """A folder with libnbd's packages and all that they depend on."""
-    say(f"getting the packages of libnbd, {target.suite}, {target.debian}")
+    """Download libnbd's packages and their dependencies; returns the folder."""
+    say(f"downloading libnbd and its dependencies for {target.debian}, Debian {target.suite}")
     folder = DOWNLOADS / f"{target.suite}-{target.debian}"
     with scripts_for(target.suite) as scripts:
         command = [
@@ -101,7 +105,7 @@ def packages(target: Target) -> Path:
             *("--variant=minbase", f"--arch={target.debian}", "--include=libnbd-dev"),
             *(target.suite, folder),
         ]
-        must(log(target), command, f"no packages for {target.debian}")
+        must(log(target), command, f"the packages for {target.debian} cannot be downloaded")
     return folder / "var" / "cache" / "apt" / "archives"
 
 
@@ -124,37 +128,39 @@ def built(target: Target, folder: Path) -> Libraries:
         parts.append(Part(name, version, purl, files, sources / name / "debian" / "copyright"))
     prefix = folder / "root" / "usr"
     libnbd = prefix / "lib" / "libnbd.so.0"
-    pkgconfig = to_link_with(folder, prefix / "include", libnbd, parts[-1].version)
+    pkgconfig = write_pkgconfig(folder, prefix / "include", libnbd, parts[-1].version)
     common = source_root(target.suite) / "usr" / "share" / "common-licenses"
     return Libraries(pkgconfig, [libnbd.parent], parts, common)
 
 
 def source_root(suite: str) -> Path:
-    """A root whose apt can know the sources of a Debian."""
+    """A root whose apt knows the source packages of a suite."""
     root = derived(suite, "sources")
     known = root / "etc" / "apt" / "sources.list.d" / "sources.list"
     with locked(root.name):
         if not known.is_file():
             _, mirror, *_ = (root / "etc" / "apt" / "sources.list").read_text().split()
-            # What is repaired comes by way of the security archive, beside the archive itself.
+            # Security updates are in an archive of their own.
             lines = [
                 f"deb-src {mirror} {suite} main",
                 f"deb-src {mirror.rstrip('/')}-security {suite}-security main",
             ]
             write = ["sh", "-c", f'printf "%s\\n" "$@" >/{known.relative_to(root)}', "sh", *lines]
-            must(log_path(f"root-{root.name}"), entering(root, write), f"{root} is read only")
+            must(
+                log_path(f"root-{root.name}"), entering(root, write), f"{root} cannot be written to"
+            )
     return root
 
 
 def unpacked_sources(suite: str) -> Path:
-    """A folder with the sources, Debian's patches applied: NAME/ and NAME.dsc for each."""
+    """Download and patch the sources; returns a folder with NAME/ and NAME.dsc for each."""
     folder = DOWNLOADS / f"{suite}-sources"
     root = source_root(suite)
     with locked(folder.name):
         if not folder.is_dir():
-            say(f"getting the sources of {', '.join(SOURCES)}, {suite}")
+            say(f"downloading the sources of {', '.join(SOURCES)}, Debian {suite}")
             update = entering(root, ["apt-get", "update"])
-            must(log_path(f"root-{root.name}"), update, f"{suite} has no list of its sources")
+            must(log_path(f"root-{root.name}"), update, f"apt cannot list the sources of {suite}")
             unfinished = folder.with_name(f"{folder.name}.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
@@ -167,33 +173,33 @@ def unpacked_sources(suite: str) -> Path:
 
 
 def forget() -> None:
-    """Remove what was got from Debian earlier: something may have been repaired since."""
+    """Remove earlier downloads, because Debian may have published security updates since."""
     subprocess.run([*AS_ROOT, "rm", "-rf", str(DOWNLOADS)], check=True)
 
 
 def unpack_source(name: str, listed: Iterable[str], folder: Path) -> None:
-    """Get the files of a source package that apt has listed, and unpack them."""
+    """Download the files of a source package that apt has listed, and unpack them."""
     for line in listed:
         uri, file, _, checksum = shlex.split(line)
-        if file.endswith(".asc"):  # apt has the archive's signature, which is for all files
+        if file.endswith(".asc"):  # not needed: apt has verified the checksums
             continue
         fetch(uri, folder / file, checksum.partition(":")[2])
         if file.endswith(".dsc"):
             (folder / file).rename(folder / f"{name}.dsc")
-    # The signature of the one who packed it is not checked: his key need not be on this machine.
+    # --no-check: the maintainer's key may not be on this machine.
     unpack = ["dpkg-source", "--no-check", "--extract", folder / f"{name}.dsc", folder / name]
     must(log_path(f"source-{name}"), unpack, f"{name} cannot be unpacked")
 
 
 def fetch(uri: str, target: Path, sha256: str) -> None:
-    """Get a file that must have a checksum."""
+    """Download a file and compare its checksum."""
     with urllib.request.urlopen(uri) as response, target.open("wb") as file:
         shutil.copyfileobj(response, file)
     found = hashlib.sha256(target.read_bytes()).hexdigest()
     if found != sha256:
-        raise Failure(f"{uri} has the SHA-256 {found}, apt says {sha256}; try again")
+        raise Failure(f"{uri} has the SHA-256 {found} instead of {sha256}; try again")
 
 
 def log(target: Target) -> Path:
-    """Where the making of the libraries for a target is written down."""
+    """The log of the libraries for a target."""
     return log_path(f"libraries-{target.platform}")

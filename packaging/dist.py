@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""./run dist: build every distribution into dist/, verify each of them, and print a table."""
+"""./run dist: build the sdist and all wheels into dist/, verify each of them, and print a table."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 import time
-import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,21 +26,20 @@ from wheels import DIST, FOR_SYSTEM, build_sdist, build_wheel, set_time
 EMULATED = "trixie-arm64"
 PYTHON, PYPY = "/usr/bin/python3", "/usr/bin/pypy3"
 
-# Where the self-contained wheels are verified: the roots, and the interpreters there.
+# The roots and interpreters that verify each bundled wheel.
 VERIFIED_IN = {
     "manylinux_2_38_x86_64": (("trixie", PYTHON), ("trixie", PYPY), ("forky", PYTHON)),
     "manylinux_2_38_aarch64": ((EMULATED, PYTHON),),
     "manylinux_2_17_x86_64": (("bullseye", PYTHON), ("bookworm", PYTHON), ("bookworm", PYPY)),
     "manylinux_2_17_aarch64": ((EMULATED, PYTHON),),
 }
-HEADINGS = ("file", "tag", "size", "glibc", "verified on", "mode", "libnbd", "GnuTLS")
-GLIBC = re.compile(rb"\bGLIBC_(\d+)\.(\d+)")
+HEADINGS = ("file", "tag", "size", "verified on", "mode", "libnbd", "GnuTLS")
 
 Row = tuple[Path, list[Found]]
 
 
 def builder(interpreter: str, mode: str) -> Environment:
-    """An environment that can build wheels; the package itself need not be in it."""
+    """An environment that can build wheels; the package is not installed there."""
     environment = Environment(interpreter, mode)
     base = os.environ["NBD_PYTHON" if interpreter == "cpython" else "NBD_PYPY"]
     venv(environment.folder, base, "suite")
@@ -50,7 +47,7 @@ def builder(interpreter: str, mode: str) -> Environment:
 
 
 def here(distribution: Path, interpreters: Iterable[str], mode: str) -> Row:
-    """Verify a distribution with some interpreters of this machine."""
+    """Verify a distribution with interpreters of this machine."""
     found = []
     for python in interpreters:
         found.append(verify_here(distribution, python, mode))
@@ -59,11 +56,11 @@ def here(distribution: Path, interpreters: Iterable[str], mode: str) -> Row:
 
 
 def in_roots(target: Target, wheels: dict[Target, Path]) -> Row:
-    """Verify a self-contained wheel in Debian roots, where pip may take any that fits."""
+    """Verify a bundled wheel in Debian roots, where pip chooses among all bundled wheels."""
     wheel = wheels[target]
-    # Programs of another processor have a new root only; an old wheel is the only one offered.
-    is_only = target.architecture == "aarch64" and target.from_source
-    offered = [wheel] if is_only else list(wheels.values())
+    # The one root for aarch64 is new.  There pip would never choose the wheel for old systems.
+    is_alone = target.architecture == "aarch64" and target.from_source
+    offered = [wheel] if is_alone else list(wheels.values())
     if target.is_musl:
         return wheel, [Found("not run: Debian has no Python for musl")]
     found = []
@@ -73,12 +70,12 @@ def in_roots(target: Target, wheels: dict[Target, Path]) -> Row:
             found.append(Found(f"{suite}: not run, {reason}"))
         else:
             found.append(verify_in_root(suite, wheel, offered, python))
-        say(f"  {wheel.name}: {found[-1].where}: {found[-1].note}")
+        say(f"  {wheel.name}: {found[-1].where}")
     return wheel, found
 
 
 def obstacle(suite: str) -> str:
-    """Why programs of a root cannot be run on this machine; nothing if they can."""
+    """Why this machine cannot run the programs of a root; empty if it can."""
     try:
         able_to_run(suite)
     except Failure as reason:
@@ -91,22 +88,12 @@ def tag(path: Path) -> str:
     return "-".join(path.stem.split("-")[2:]) if path.suffix == ".whl" else "sdist"
 
 
-def oldest_glibc(path: Path) -> str:
-    """The oldest glibc that has all functions that a wheel asks for."""
-    if path.suffix != ".whl":
-        return "-"
-    with zipfile.ZipFile(path) as wheel:
-        names = [name for name in wheel.namelist() if ".so" in name]
-        versions = [tuple(map(int, v)) for n in names for v in GLIBC.findall(wheel.read(n))]
-    return "{}.{}".format(*max(versions)) if versions else "-"
-
-
 def table(rows: list[Row]) -> list[str]:
-    """A line for each distribution and each interpreter that it was verified with."""
+    """A row for each distribution and interpreter."""
     cells: list[tuple[str, ...]] = [HEADINGS]
     for path, found in rows:
         size = f"{path.stat().st_size / 1024:.0f} KiB"
-        head = (path.name.split("-")[0], tag(path), size, oldest_glibc(path))
+        head = (path.name.split("-")[0], tag(path), size)
         for number, one in enumerate(found):
             first = head if number == 0 else ("",) * len(head)
             cells.append((*first, one.where, one.mode, one.libnbd, one.gnutls))
@@ -115,7 +102,7 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Build, verify, print."""
+    """Build and verify everything; a failure of either ends the command."""
     started = time.monotonic()
     shutil.rmtree(DIST, ignore_errors=True)
     FOR_SYSTEM.mkdir(parents=True)
@@ -130,24 +117,22 @@ def main(arguments: list[str]) -> int:
     say("building")
     sdist = build_sdist()
     with ThreadPoolExecutor(max_workers=2) as pool:
-        # The slowest first: a root of another processor is made by a processor that is emulated.
+        # First, because it takes longest: qemu runs the programs of this root.
         root = None if obstacle(EMULATED) else pool.submit(installable, EMULATED)
         building = {one: pool.submit(build_bundled, sdist, one) for one in reversed(TARGETS)}
         api = build_wheel(sdist, builder("cpython", "api"))
         api_pypy = build_wheel(sdist, builder("pypy", "api"))
         abi = build_wheel(sdist, builder("cpython", "abi"))
-        contained = {target: building[target].result() for target in TARGETS}
+        bundled = {target: building[target].result() for target in TARGETS}
         if root:
             root.result()
-    public = [sdist, *contained.values()]
+    public = [sdist, *bundled.values()]
     check = [programs / "twine", "check", "--strict", *public, *FOR_SYSTEM.iterdir()]
-    must(log, check, "twine objects")
+    must(log, check, "twine check failed")
     write_index(DIST, public)
-    say(f"built after {time.monotonic() - started:.0f} s")
-
-    say("verifying: fresh environments, from another folder")
+    say(f"verifying in fresh environments, after {time.monotonic() - started:.0f} s")
     with ThreadPoolExecutor(max_workers=2) as pool:
-        verifying = {one: pool.submit(in_roots, one, contained) for one in TARGETS}
+        verifying = {one: pool.submit(in_roots, one, bundled) for one in TARGETS}
         rows = [
             here(sdist, [os.environ["NBD_PYTHON"], pypy], "API"),
             here(api, every, "API"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""A package index of what is in dist/, for pip on a file share or a web server (PEP 503)."""
+"""A package index of dist/ for a file share or a web server (PEP 503)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PAGE = """<!DOCTYPE html>
 
 
 def write_index(folder: Path, distributions: Iterable[Path]) -> Path:
-    """Write FOLDER/simple, which refers to distributions in the folder; returns it."""
+    """Write FOLDER/simple, which links to the distributions in the folder; returns its path."""
     simple = folder / "simple"
     (simple / PROJECT).mkdir(parents=True)
     top = f'<a href="{PROJECT}/">{PROJECT}</a>'
@@ -39,7 +39,7 @@ def write_index(folder: Path, distributions: Iterable[Path]) -> Path:
 
 
 def link(distribution: Path) -> str:
-    """The line of a file, with its checksum."""
+    """The link to a file, with its checksum."""
     name = html.escape(distribution.name)
     digest = hashlib.sha256(distribution.read_bytes()).hexdigest()
     where = f"../../{name}#sha256={digest}"

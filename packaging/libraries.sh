@@ -1,9 +1,9 @@
 #!/bin/bash
 # SPDX-License-Identifier: LGPL-2.0-or-later
-# Build libnbd and what it needs from the sources in SOURCES/NAME, for a target, into ./root/usr.
+# Build libnbd and its dependencies from the sources in SOURCES/NAME for a target, into ./root/usr.
 # Usage, in a folder of its own: libraries.sh SOURCES ZIG ARCHITECTURE ZIG-TARGET
 #
-# Only what libnbd uses: TLS without the system's tokens, and of libxml2 the part that reads URIs.
+# Only what libnbd uses is built: GnuTLS without PKCS#11 tokens, and the URI parser of libxml2.
 set -euo pipefail
 sources=$1 zig=$2 architecture=$3 target=$4
 here=$PWD
@@ -18,8 +18,8 @@ for tool in cc ar ranlib; do
 done
 export CC=$here/bin/cc AR=$here/bin/ar RANLIB=$here/bin/ranlib
 export CFLAGS="-O2 -g0 -fPIC -ffile-prefix-map=$here=." CPPFLAGS="-I$root/usr/include"
-# Version scripts name functions that are left out here; GNU's linker does not mind.
-# libtool would lose a plain -s.
+# Version scripts name functions that are not built here, which only GNU's linker accepts by default.
+# libtool drops a plain -s.
 export LDFLAGS="-Wl,-s -Wl,--undefined-version -L$root/usr/lib"
 export PKG_CONFIG_SYSROOT_DIR=$root PKG_CONFIG_LIBDIR=$root/usr/lib/pkgconfig
 
@@ -27,7 +27,7 @@ export PKG_CONFIG_SYSROOT_DIR=$root PKG_CONFIG_LIBDIR=$root/usr/lib/pkgconfig
 configure() {
     cp -a "$sources/$1" "$here/$1"
     cd "$here/$1"
-    # What comes made with a source must not be made again, although Debian's patches are newer.
+    # Generated files are part of the source.  Debian's patches are newer, but must not rebuild them.
     find . -name aclocal.m4 -exec touch {} +
     find . \( -name configure -o -name '*.in' -o -name '*.info' \) -exec touch {} +
     ./configure --host="$architecture-linux-gnu" --prefix=/usr --libdir=/usr/lib \
@@ -35,13 +35,13 @@ configure() {
         --disable-dependency-tracking "${@:2}"
 }
 
-# into_root TARGET...: make, and install into our root.  The files of libtool would lead to /usr.
+# into_root TARGET...: make, and install into our root.  libtool's .la files would refer to /usr.
 into_root() {
     make DESTDIR="$root" "$@"
     find "$root" -name '*.la' -delete
 }
 
-# Debian leaves the manual out, which is not free.
+# Debian removes the manual, which is not free, but the build expects its Makefile.
 mkdir -p "$sources/gmp/doc"
 printf 'all install:\n' >"$sources/gmp/doc/Makefile.in"
 configure gmp

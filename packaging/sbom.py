@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""What a self-contained wheel has inside, as CycloneDX writes it (PEP 770 says where it lies)."""
+"""The SBOM of a bundled wheel, in CycloneDX's format; PEP 770 defines its place in the wheel."""
 
 from __future__ import annotations
 
@@ -9,34 +9,22 @@ from collections.abc import Iterable
 from targets import Part
 
 
+def component(name: str, version: str, purl: str) -> dict[str, str]:
+    """Describe one library."""
+    return {"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl}
+
+
 def bill_of_materials(wheel: str, parts: Iterable[Part]) -> str:
-    """The text for a wheel NAME-VERSION; the same parts give the same text."""
-    name, _, version = wheel.partition("-")
-    ours = f"pkg:pypi/{name.replace('_', '-')}@{version}"
+    """Return the text for a wheel NAME-VERSION; it is the same whenever the parts are the same."""
+    name, _, version = wheel.replace("_", "-").rpartition("-")
+    ours = f"pkg:pypi/{name}@{version}"
     ordered = sorted(parts, key=lambda part: part.name)
     document = {
         "bomFormat": "CycloneDX",
         "specVersion": "1.4",
         "version": 1,
-        "metadata": {
-            "component": {
-                "type": "library",
-                "bom-ref": ours,
-                "name": name.replace("_", "-"),
-                "version": version,
-                "purl": ours,
-            }
-        },
-        "components": [
-            {
-                "type": "library",
-                "bom-ref": part.purl,
-                "name": part.name,
-                "version": part.version,
-                "purl": part.purl,
-            }
-            for part in ordered
-        ],
+        "metadata": {"component": component(name, version, ours)},
+        "components": [component(part.name, part.version, part.purl) for part in ordered],
         "dependencies": [
             {"ref": ours, "dependsOn": [part.purl for part in ordered]},
             *({"ref": part.purl} for part in ordered),

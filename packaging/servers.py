@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Servers for the verification of a wheel: they run in a root of their own, with newer servers."""
+"""Servers for the verification of a wheel; they run in a root of their own, of a newer Debian."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from console import log_path, must
 from roots import AS_ROOT, derived, entering
 
-# A server takes a listening socket as descriptor 3 if LISTEN_PID is its own number: exec keeps it.
+# The server inherits its socket as descriptor 3.  LISTEN_PID must be its process id: exec keeps it.
 ACTIVATE = 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<&0 </dev/null'
 
 _PREPARE = """
@@ -35,16 +35,16 @@ chmod -R a+rX .
 """
 
 
-class Outside(NamedTuple):
-    """What a program in a root can reach."""
+class Servers(NamedTuple):
+    """The servers that a program in a root can connect to."""
 
     uris: dict[str, str]  # tcp, unix, psk, x509 of nbdkit, and qemu
-    authority: str  # the file of the authority that has signed the certificate of x509
+    authority: str  # the certificate of the authority that signed that of x509
 
 
 @contextmanager
 def serving(root: Path, sock: socket.socket, command: Sequence[str]) -> Iterator[None]:
-    """Run a server of a root on a socket."""
+    """Run a server in a root on a socket."""
     with sock:
         sock.listen()
         with log_path("verify-servers").open("a") as log:
@@ -62,21 +62,21 @@ def serving(root: Path, sock: socket.socket, command: Sequence[str]) -> Iterator
 
 
 def new_folder(root: Path) -> Path:
-    """A new folder in a root for temporary files."""
+    """Make a temporary folder in a root."""
     folder = Path(tempfile.mkdtemp(prefix="nbd-", dir=root / "tmp"))
     folder.chmod(0o755)
     return folder
 
 
 def on_tcp() -> tuple[socket.socket, str]:
-    """A socket, and its address for a URI."""
+    """Return a socket, and its address for a URI."""
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     return sock, f"127.0.0.1:{sock.getsockname()[1]}"
 
 
 @contextmanager
-def servers(root: Path) -> Iterator[Outside]:
+def servers(root: Path) -> Iterator[Servers]:
     """Run servers for a program that runs in a root."""
     home = derived("trixie", "servers", ("gnutls-bin", "nbdkit", "qemu-utils"))
     with ExitStack() as stack:
@@ -92,7 +92,7 @@ def servers(root: Path) -> Iterator[Outside]:
         shutil.copyfile(theirs / "ca-cert.pem", inside / "ca-cert.pem")
 
         local = socket.socket(socket.AF_UNIX)
-        # A path inside a root can be too long for a socket's address.  One by a descriptor is not.
+        # A path inside a root can be too long for a socket's address; one by a descriptor is short.
         descriptor = os.open(inside, os.O_PATH)
         local.bind(f"/proc/self/fd/{descriptor}/sock")
         os.close(descriptor)
@@ -118,4 +118,4 @@ def servers(root: Path) -> Iterator[Outside]:
             "x509": f"nbds://{x509}",
             "qemu": f"nbd://{qemu}",
         }
-        yield Outside(uris, f"{visible}/ca-cert.pem")
+        yield Servers(uris, f"{visible}/ca-cert.pem")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""The systems that self-contained wheels are for, and zig as the compiler for all of them."""
+"""The systems that bundled wheels are built for; zig is the compiler for all of them."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ DEBIAN_NAMES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
 class Target(NamedTuple):
-    """A kind of system, and which libnbd its wheel has."""
+    """A kind of system, and the libnbd of its wheel."""
 
-    architecture: str  # as uname -m says it
-    libc: str  # the oldest that the wheel works with, as zig writes it
-    tag: str  # what the wheel's tag says of that
-    suite: str  # Debian's, whose libnbd it is
-    from_source: bool  # built from Debian's sources, else from Debian's packages
+    architecture: str  # as printed by uname -m
+    libc: str  # the oldest libc that the wheel works with, as zig writes it
+    tag: str  # the same in the wheel's platform tag
+    suite: str  # the Debian release that libnbd is from
+    from_source: bool  # built from Debian's sources, not taken from its packages
 
     @property
     def platform(self) -> str:
-        """The tag for pip."""
+        """The platform tag of the wheel."""
         return f"{self.tag}_{self.architecture}"
 
     @property
     def is_musl(self) -> bool:
-        """Whether it has musl in place of glibc."""
+        """Whether the libc is musl and not glibc."""
         return self.libc == "musl"
 
     @property
     def zig(self) -> str:
-        """The target in zig's words."""
+        """The target as zig writes it."""
         return f"{self.architecture}-linux-{self.libc}"
 
     @property
     def debian(self) -> str:
-        """The architecture in Debian's words."""
+        """The architecture as Debian writes it."""
         return DEBIAN_NAMES[self.architecture]
 
 
@@ -49,7 +49,7 @@ TARGETS = (*CURRENT, *OLDER, *MUSL)
 
 
 class Part(NamedTuple):
-    """A package of Debian's, or a source package, that a wheel has libraries of."""
+    """A Debian binary or source package that provides libraries of a wheel."""
 
     name: str
     version: str
@@ -59,16 +59,16 @@ class Part(NamedTuple):
 
 
 class Libraries(NamedTuple):
-    """libnbd and what it needs, for a target."""
+    """libnbd and its dependencies, for a target."""
 
     pkgconfig: Path  # the folder of libnbd.pc
-    folders: list[Path]  # where the shared libraries are
+    folders: list[Path]  # those of the shared libraries
     parts: list[Part]
     common_licences: Path  # the texts that copyright files refer to
 
 
 def zig() -> Path:
-    """The program zig."""
+    """The path of zig."""
     python = tools("dist") / "python"
     where = [python, "-c", "import ziglang; print(ziglang.__path__[0])"]
     return Path(output(where, "zig is missing"), "zig")

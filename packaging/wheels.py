@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""The distributions that use the system's libnbd: the sdist, and wheels that are built from it."""
+"""The distributions that use the system's libnbd: the sdist, and wheels built from it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from console import ROOT, clean_environment, log_path, must
 from environments import Environment, tools
 
 DIST = ROOT / "dist"
-# Wheels without libnbd, apart: pip would prefer them, and they fit systems like this one only.
+# A folder apart for wheels without libnbd: pip would prefer them, and they only fit this system.
 FOR_SYSTEM = DIST / "this-system"
 NOT_IN_SDIST = shutil.ignore_patterns(
     ".git", ".cache", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "*.so"
 )
-# Debug information has the names of temporary folders.
+# Without debug information, which contains the names of temporary folders.
 SAME_BYTES = {"CFLAGS": "-g0"}
 
 
 def set_time() -> None:
-    """Give the files in distributions the time of the commit, so that their bytes depend on it."""
+    """Set the time of all files in distributions to that of the commit, for reproducible builds."""
     if "SOURCE_DATE_EPOCH" not in os.environ:
         command = ["git", "-C", str(ROOT), "log", "-1", "--format=%ct"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -34,7 +34,7 @@ def set_time() -> None:
 
 
 def build_sdist() -> Path:
-    """Build the sdist as anybody's tool does, in an isolated environment."""
+    """Build the sdist in an isolated environment."""
     log = log_path("dist-sdist")
     log.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="nbd-sdist-") as name:
@@ -48,7 +48,7 @@ def build_sdist() -> Path:
 
 
 def with_one_time(archive: Path) -> bytes:
-    """An archive of setuptools, whose bytes depend on nothing but what is in it and the time."""
+    """Rewrite an archive so that it depends only on the contents of its files and on the time."""
     now = int(os.environ["SOURCE_DATE_EPOCH"])
     target = io.BytesIO()
     with (
@@ -64,7 +64,7 @@ def with_one_time(archive: Path) -> bytes:
 
 
 def build_wheel(sdist: Path, environment: Environment) -> Path:
-    """Build a wheel from the sdist alone, with an interpreter and in a mode."""
+    """Build a wheel from the sdist, for an interpreter and a mode."""
     log = log_path(f"dist-wheel-{environment.name}")
     log.unlink(missing_ok=True)
     before = set(FOR_SYSTEM.glob("*.whl"))
