@@ -12,10 +12,9 @@ from typing import Any, Callable
 
 import pytest
 from support import figures, servers
+from support.sizes import MIB
 
 import nbd
-
-MIB = 1 << 20
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -76,7 +75,7 @@ def tmp_sock(short_path: Path) -> str:
 
 
 @pytest.fixture
-def nbdkit() -> Iterator[Callable[..., servers.Server]]:
+def nbdkit() -> Iterator[servers.StartServer]:
     """Start nbdkit: nbdkit("memory", "1M", "--filter=error", "error=EIO").
 
     Keyword arguments: tcp=True (on 127.0.0.1, or on host=...), tls="require" with psk=FILE or
@@ -104,7 +103,7 @@ def nbdkit() -> Iterator[Callable[..., servers.Server]]:
 
 
 @pytest.fixture
-def qemu_nbd() -> Iterator[Callable[..., servers.Server]]:
+def qemu_nbd() -> Iterator[servers.StartServer]:
     """Start qemu-nbd: qemu_nbd(image, "--format=qcow2", "--bitmap=bitmap0"), or with tcp=True."""
     started: list[servers.Server] = []
 
@@ -165,7 +164,7 @@ def h() -> Iterator[nbd.NBD]:
 
 
 @pytest.fixture
-def disk(nbdkit: Callable[..., servers.Server], h: nbd.NBD) -> nbd.NBD:
+def disk(nbdkit: servers.StartServer, h: nbd.NBD) -> nbd.NBD:
     """Return a handle that is connected to an empty disk of 1 MiB, with base:allocation."""
     h.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
     h.connect_unix(nbdkit("memory", "1M").socket)
@@ -173,7 +172,7 @@ def disk(nbdkit: Callable[..., servers.Server], h: nbd.NBD) -> nbd.NBD:
 
 
 @pytest.fixture
-def opt(nbdkit: Callable[..., servers.Server], h: nbd.NBD) -> nbd.NBD:
+def opt(nbdkit: servers.StartServer, h: nbd.NBD) -> nbd.NBD:
     """Return a handle that is negotiating with an nbdkit that has a disk of 1 MiB."""
     h.set_opt_mode(True)
     h.connect_unix(nbdkit("memory", "1M").socket)

@@ -8,22 +8,21 @@ import inspect
 import os
 import random
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 from support.asyncs import commands, needs_task_group, outcome, run, sent, until
-from support.servers import Server, library_has
+from support.servers import Server, StartServer, library_has
+from support.sizes import KIB, MIB
 from support.waits import paused
 
 import nbd
 
-KIB, MIB = 1 << 10, 1 << 20
-Nbdkit = Callable[..., Server]
 Client = nbd.aio.Client
 
 
 @pytest.fixture
-def server(nbdkit: Nbdkit) -> Server:
+def server(nbdkit: StartServer) -> Server:
     """Return a server with an empty disk of 1 MiB."""
     return nbdkit("memory", "1M")
 
@@ -87,7 +86,7 @@ def test_zero_trim_cache_and_flush_are_done(server: Server) -> None:
     assert read[512 * KIB : 576 * KIB] == bytes(64 * KIB)
 
 
-def test_a_read_larger_than_a_command_is_cut_up(nbdkit: Nbdkit) -> None:
+def test_a_read_larger_than_a_command_is_cut_up(nbdkit: StartServer) -> None:
     server = nbdkit("pattern", "64M")
 
     async def main() -> bytearray:
@@ -151,7 +150,7 @@ def test_block_status_64_has_tuples(server: Server) -> None:
     assert run(main()) == [(MIB, nbd.STATE_HOLE | nbd.STATE_ZERO)]
 
 
-def test_extents_are_those_of_nbd_extents(nbdkit: Nbdkit) -> None:
+def test_extents_are_those_of_nbd_extents(nbdkit: StartServer) -> None:
     server = nbdkit("data", "1 @1048576 2 @5000000 3 @9000000 4", "size=16M")
 
     async def main(start: int = 0, end: int | None = None) -> list[nbd.Extent]:
@@ -165,7 +164,7 @@ def test_extents_are_those_of_nbd_extents(nbdkit: Nbdkit) -> None:
         )
 
 
-def test_extents_of_several_contexts(qemu_nbd: Callable[..., Server], dirty_qcow2: Path) -> None:
+def test_extents_of_several_contexts(qemu_nbd: StartServer, dirty_qcow2: Path) -> None:
     server = qemu_nbd(dirty_qcow2, "--format=qcow2", "--bitmap=bitmap0")
     contexts = [nbd.CONTEXT_BASE_ALLOCATION, "qemu:dirty-bitmap:bitmap0"]
 
@@ -229,7 +228,7 @@ def test_the_parameters_are_those_of_the_handle(name: str) -> None:
     assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
 
 
-def test_hundreds_of_tasks_get_their_own_data(nbdkit: Nbdkit) -> None:
+def test_hundreds_of_tasks_get_their_own_data(nbdkit: StartServer) -> None:
     server = nbdkit("memory", "1M")
     image = random.Random(1).randbytes(MIB)
     places = [random.Random(n).randrange(MIB - 5000) for n in range(500)]
@@ -243,7 +242,7 @@ def test_hundreds_of_tasks_get_their_own_data(nbdkit: Nbdkit) -> None:
     assert run(main()) == [image[at : at + 5000] for at in places]
 
 
-def test_no_more_commands_are_in_flight_than_the_depth_allows(nbdkit: Nbdkit) -> None:
+def test_no_more_commands_are_in_flight_than_the_depth_allows(nbdkit: StartServer) -> None:
     server = nbdkit("--filter=delay", "memory", "1M", "rdelay=1ms")
 
     async def main() -> int:
@@ -298,7 +297,7 @@ def test_several_connections_are_used(server: Server) -> None:
     assert run(main()) == [2, 2, 2]
 
 
-def test_one_connection_is_made_where_the_server_allows_no_more(nbdkit: Nbdkit) -> None:
+def test_one_connection_is_made_where_the_server_allows_no_more(nbdkit: StartServer) -> None:
     server = nbdkit("--filter=multi-conn", "memory", "1M", "multi-conn-mode=disable")
 
     async def main() -> int:
@@ -308,7 +307,7 @@ def test_one_connection_is_made_where_the_server_allows_no_more(nbdkit: Nbdkit) 
     assert run(main()) == 1
 
 
-def test_several_clients_share_a_loop(nbdkit: Nbdkit) -> None:
+def test_several_clients_share_a_loop(nbdkit: StartServer) -> None:
     uris = [nbdkit("pattern", f"{n}M").uri for n in range(1, 5)]
 
     async def size_of(uri: str) -> int:
@@ -341,7 +340,7 @@ def test_a_range_past_the_end_fails(server: Server, call: Any, expected: str) ->
     assert error.errno == expected
 
 
-def test_an_error_of_the_server_is_raised_and_the_client_goes_on(nbdkit: Nbdkit) -> None:
+def test_an_error_of_the_server_is_raised_and_the_client_goes_on(nbdkit: StartServer) -> None:
     server = nbdkit("--filter=error", "memory", "1M", "error-pwrite=EIO", "error-pwrite-rate=1")
 
     async def main() -> None:
@@ -356,7 +355,7 @@ def test_an_error_of_the_server_is_raised_and_the_client_goes_on(nbdkit: Nbdkit)
     run(main())
 
 
-def test_a_write_to_a_read_only_server_fails(nbdkit: Nbdkit) -> None:
+def test_a_write_to_a_read_only_server_fails(nbdkit: StartServer) -> None:
     server = nbdkit("-r", "memory", "1M")
 
     async def main() -> Any:
@@ -497,7 +496,7 @@ def test_who_waits_in_line_is_late_too(server: Server) -> None:
     run(main())
 
 
-def test_a_slow_server_does_not_hold_up_the_loop(nbdkit: Nbdkit) -> None:
+def test_a_slow_server_does_not_hold_up_the_loop(nbdkit: StartServer) -> None:
     server = nbdkit("--filter=delay", "memory", "1M", "rdelay=200ms")
 
     async def main() -> int:
@@ -512,7 +511,7 @@ def test_a_slow_server_does_not_hold_up_the_loop(nbdkit: Nbdkit) -> None:
     assert run(main()) > 20
 
 
-def test_unaligned_ranges_are_merged_where_the_server_has_blocks(nbdkit: Nbdkit) -> None:
+def test_unaligned_ranges_are_merged_where_the_server_has_blocks(nbdkit: StartServer) -> None:
     policy = "blocksize-minimum=4096", "blocksize-error-policy=error"
     server = nbdkit("--filter=blocksize-policy", "memory", "1M", *policy)
 

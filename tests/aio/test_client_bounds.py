@@ -11,20 +11,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 from support.asyncs import outcome, run
 from support.hostile import Wire
 from support.programs import run_program
-from support.servers import Server, children, listening_unix, program
+from support.servers import StartServer, children, listening_unix, program
+from support.sizes import MIB
 from support.usage import descriptors
 from support.waits import paused
 
 import nbd
 
-Nbdkit = Callable[..., Server]
-MIB = 1 << 20
 HUGE = [float("inf"), 1e12, 1e300, 10**15]
 SECONDS = 10  # within which something bounded has to end on a busy machine
 
@@ -163,14 +162,16 @@ asyncio.run(main(sys.argv[1]))
 
 
 @pytest.mark.parametrize("call", ["connect", "pread", "line", "block_status"])
-def test_a_process_that_was_suspended_is_not_late(nbdkit: Nbdkit, call: str) -> None:
+def test_a_process_that_was_suspended_is_not_late(nbdkit: StartServer, call: str) -> None:
     delay = {"connect": "delay-open=500ms", "block_status": "delay-extents=500ms"}
     options = delay.get(call, "rdelay=5ms" if call == "line" else "rdelay=500ms")
     done = run_program(SUSPENDED, nbdkit("--filter=delay", "memory", "1M", options).uri, call)
     assert (done.stdout, done.stderr) == ("in time\n", "")
 
 
-def test_a_loop_that_stood_still_for_longer_than_the_timeout_is_not_late(nbdkit: Nbdkit) -> None:
+def test_a_loop_that_stood_still_for_longer_than_the_timeout_is_not_late(
+    nbdkit: StartServer,
+) -> None:
     async def main() -> None:
         async with nbd.aio.connect(nbdkit("memory", "16M").uri, timeout=0.5) as disk:
             read = asyncio.ensure_future(disk.pread(8 * MIB, 0))
@@ -182,7 +183,7 @@ def test_a_loop_that_stood_still_for_longer_than_the_timeout_is_not_late(nbdkit:
 
 
 @pytest.mark.parametrize("seconds", HUGE)
-def test_huge_and_infinite_numbers_are_for_ever(nbdkit: Nbdkit, seconds: Any) -> None:
+def test_huge_and_infinite_numbers_are_for_ever(nbdkit: StartServer, seconds: Any) -> None:
     async def main() -> None:
         async with nbd.aio.connect(uri, timeout=seconds, retry_for=seconds) as disk:
             assert await disk.pread(512, 0) == bytes(512)
@@ -246,7 +247,7 @@ def test_a_host_that_is_no_name_is_an_error() -> None:
         assert isinstance(error, nbd.Error), (host, error)
 
 
-def test_a_second_use_of_a_connect_is_refused_while_the_first_is_open(nbdkit: Nbdkit) -> None:
+def test_a_second_use_of_a_connect_is_refused_while_the_first_is_open(nbdkit: StartServer) -> None:
     async def main() -> None:
         connecting = nbd.aio.connect(nbdkit("memory", "1M").uri)
         async with connecting as disk:
@@ -270,7 +271,7 @@ def test_a_second_use_of_a_connect_is_refused_while_the_first_is_open(nbdkit: Nb
     assert descriptors() == before
 
 
-def test_a_second_use_at_the_same_time_is_refused(nbdkit: Nbdkit) -> None:
+def test_a_second_use_at_the_same_time_is_refused(nbdkit: StartServer) -> None:
     async def main() -> None:
         connecting = nbd.aio.connect(nbdkit("memory", "1M").uri)
         ended = await asyncio.gather(*(outcome(connecting) for _ in range(3)))
@@ -286,7 +287,7 @@ def test_a_second_use_at_the_same_time_is_refused(nbdkit: Nbdkit) -> None:
     run(main())
 
 
-def test_a_connect_that_has_failed_can_be_used_again(tmp_sock: str, nbdkit: Nbdkit) -> None:
+def test_a_connect_that_has_failed_can_be_used_again(tmp_sock: str, nbdkit: StartServer) -> None:
     async def main() -> None:
         server = nbdkit("memory", "1M")
         connecting = nbd.aio.connect(server.uri, timeout=0.2)
@@ -298,7 +299,7 @@ def test_a_connect_that_has_failed_can_be_used_again(tmp_sock: str, nbdkit: Nbdk
     run(main())
 
 
-def test_a_client_of_a_loop_that_has_ended_does_not_keep_its_connect(nbdkit: Nbdkit) -> None:
+def test_a_client_of_a_loop_that_has_ended_does_not_keep_its_connect(nbdkit: StartServer) -> None:
     connecting = nbd.aio.connect(nbdkit("memory", "1M").uri)
 
     async def main() -> nbd.aio.Client:
@@ -334,7 +335,7 @@ print("all")
 """
 
 
-def test_closed_clients_keep_no_descriptor_until_garbage_is_collected(nbdkit: Nbdkit) -> None:
+def test_closed_clients_keep_no_descriptor_until_garbage_is_collected(nbdkit: StartServer) -> None:
     done = run_program(DESCRIPTORS, nbdkit("memory", "1M").uri)
     assert (done.stdout, done.stderr) == ("all\n", "")
 
@@ -367,6 +368,6 @@ asyncio.run(main(sys.argv[1]))
 """
 
 
-def test_no_descriptor_left_is_emfile(nbdkit: Nbdkit) -> None:
+def test_no_descriptor_left_is_emfile(nbdkit: StartServer) -> None:
     done = run_program(NO_DESCRIPTORS, nbdkit("memory", "1M").uri)
     assert (done.stdout, done.stderr) == ("connected\n", "")

@@ -11,19 +11,18 @@ from typing import Any, Callable
 import pytest
 from support.asyncs import commands, needs_task_group, outcome, run, sent, until
 from support.figures import Figure
-from support.servers import Server, children, program
+from support.servers import Server, StartServer, children, program
+from support.sizes import KIB, MIB
 from support.usage import collect_garbage, descriptors, registered, resident
 from support.waits import paused
 
 import nbd
 
-KIB, MIB = 1 << 10, 1 << 20
-Nbdkit = Callable[..., Server]
 Client = nbd.aio.Client
 
 
 @pytest.fixture
-def server(nbdkit: Nbdkit) -> Server:
+def server(nbdkit: StartServer) -> Server:
     """Return a server with an empty disk of 64 MiB."""
     return nbdkit("memory", "64M")
 
@@ -310,7 +309,7 @@ class Storm:
             self.ended["data"] += 1
 
 
-def test_in_a_storm_of_tasks_each_ends_once(nbdkit: Nbdkit, figure: Figure) -> None:
+def test_in_a_storm_of_tasks_each_ends_once(nbdkit: StartServer, figure: Figure) -> None:
     server = nbdkit(*UNRELIABLE, "--threads=16")
     storm, began = Storm(server.uri), time.monotonic()
     run(storm.run())

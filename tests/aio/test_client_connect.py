@@ -6,18 +6,16 @@ import asyncio
 import socket
 import subprocess
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 from support.asyncs import outcome, run
-from support.servers import Server, listening_unix, program
+from support.servers import StartServer, listening_unix, program
+from support.sizes import MIB
 from support.usage import descriptors
 from support.waits import paused
 
 import nbd
-
-Nbdkit = Callable[..., Server]
-MIB = 1 << 20
 
 
 async def size_of(uri: str | list[str], **options: Any) -> int:
@@ -52,24 +50,24 @@ def looked_up(uri: str, **options: Any) -> tuple[Any, list[Any]]:
     return run(outcome(size_of(uri, **options)), new_loop), loops[0].asked
 
 
-def test_a_server_on_tcp(nbdkit: Nbdkit) -> None:
+def test_a_server_on_tcp(nbdkit: StartServer) -> None:
     assert run(size_of(nbdkit("memory", "1M", tcp=True).uri)) == MIB
 
 
-def test_a_server_on_ipv6(nbdkit: Nbdkit) -> None:
+def test_a_server_on_ipv6(nbdkit: StartServer) -> None:
     assert run(size_of(nbdkit("memory", "1M", tcp=True, host="::1").uri)) == MIB
 
 
-def test_an_address_is_not_looked_up(nbdkit: Nbdkit) -> None:
+def test_an_address_is_not_looked_up(nbdkit: StartServer) -> None:
     assert looked_up(nbdkit("memory", "1M", tcp=True).uri) == (MIB, [])
 
 
-def test_a_name_is_looked_up_by_the_loop(nbdkit: Nbdkit) -> None:
+def test_a_name_is_looked_up_by_the_loop(nbdkit: StartServer) -> None:
     port = nbdkit("memory", "1M", tcp=True).port
     assert looked_up(f"nbd://disk.example:{port}") == (MIB, [("disk.example", port)])
 
 
-def test_the_next_address_of_a_name_is_tried(nbdkit: Nbdkit) -> None:
+def test_the_next_address_of_a_name_is_tried(nbdkit: StartServer) -> None:
     port = nbdkit("memory", "1M", tcp=True).port  # localhost may be ::1 first
     assert looked_up(f"nbd://localhost:{port}")[0] == MIB
 
@@ -81,7 +79,7 @@ def test_a_name_that_nobody_knows_is_an_error() -> None:
     assert asked == [("nobody.invalid", 10809)]
 
 
-def test_the_export_name_of_a_uri_is_kept(nbdkit: Nbdkit) -> None:
+def test_the_export_name_of_a_uri_is_kept(nbdkit: StartServer) -> None:
     server = nbdkit(
         "eval",
         "open=echo /$3",
@@ -92,7 +90,7 @@ def test_the_export_name_of_a_uri_is_kept(nbdkit: Nbdkit) -> None:
     assert looked_up(f"nbd://disk.example:{server.port}/the-export")[0] == 2 * MIB
 
 
-def test_tls_with_a_name_is_verified(nbdkit: Nbdkit, certificates: Path) -> None:
+def test_tls_with_a_name_is_verified(nbdkit: StartServer, certificates: Path) -> None:
     server = nbdkit("memory", "1M", tcp=True, tls="require", certificates=certificates)
 
     def prepare(h: nbd.NBD) -> None:
@@ -103,7 +101,7 @@ def test_tls_with_a_name_is_verified(nbdkit: Nbdkit, certificates: Path) -> None
 
 
 def test_tls_with_a_name_is_verified_however_it_is_asked_for(
-    nbdkit: Nbdkit, certificates: Path
+    nbdkit: StartServer, certificates: Path
 ) -> None:
     server = nbdkit("memory", "1M", tcp=True, tls="require", certificates=certificates)
 
@@ -117,7 +115,7 @@ def test_tls_with_a_name_is_verified_however_it_is_asked_for(
     assert isinstance(error, nbd.Error)
 
 
-def test_tls_with_a_key(nbdkit: Nbdkit, psk: Path) -> None:
+def test_tls_with_a_key(nbdkit: StartServer, psk: Path) -> None:
     server = nbdkit("memory", "1M", tls="require", psk=psk)
 
     def prepare(h: nbd.NBD) -> None:
@@ -162,7 +160,7 @@ def test_a_uri_that_is_none_is_an_error(uri: str) -> None:
         ({"contexts": "base:allocation"}, TypeError),
     ],
 )
-def test_bad_options_are_refused(nbdkit: Nbdkit, options: Any, kind: type[Exception]) -> None:
+def test_bad_options_are_refused(nbdkit: StartServer, options: Any, kind: type[Exception]) -> None:
     uri = nbdkit("memory", "1M").uri
 
     async def main() -> None:
@@ -222,7 +220,7 @@ def test_a_server_that_hangs_up_is_an_error(tmp_sock: str) -> None:
     assert isinstance(error, nbd.Error)
 
 
-def test_what_prepare_raises_comes_out(nbdkit: Nbdkit) -> None:
+def test_what_prepare_raises_comes_out(nbdkit: StartServer) -> None:
     def prepare(h: nbd.NBD) -> None:
         raise LookupError
 
@@ -231,7 +229,7 @@ def test_what_prepare_raises_comes_out(nbdkit: Nbdkit) -> None:
     )
 
 
-def test_connections_that_fail_leave_no_descriptor(nbdkit: Nbdkit, tmp_sock: str) -> None:
+def test_connections_that_fail_leave_no_descriptor(nbdkit: StartServer, tmp_sock: str) -> None:
     async def main() -> None:
         for _ in range(10):
             await outcome(size_of(f"nbd+unix:///?socket={tmp_sock}"))

@@ -15,14 +15,12 @@ from typing import Any, Callable
 import pytest
 from support.asyncs import commands, outcome, run, until
 from support.programs import run_program
-from support.servers import Server, children, program
+from support.servers import StartServer, children, program
+from support.sizes import KIB, MIB
 from support.usage import descriptors
 from support.waits import paused
 
 import nbd
-
-KIB, MIB = 1 << 10, 1 << 20
-Nbdkit = Callable[..., Server]
 
 
 @pytest.fixture
@@ -37,7 +35,7 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-def test_from_a_file_to_a_server_and_back(nbdkit: Nbdkit, image: Path, tmp_path: Path) -> None:
+def test_from_a_file_to_a_server_and_back(nbdkit: StartServer, image: Path, tmp_path: Path) -> None:
     uri = nbdkit("memory", "20M").uri
 
     async def main() -> nbd.Copied:
@@ -49,14 +47,14 @@ def test_from_a_file_to_a_server_and_back(nbdkit: Nbdkit, image: Path, tmp_path:
     assert (tmp_path / "copy").read_bytes() == image.read_bytes()
 
 
-def test_from_a_server_to_another(nbdkit: Nbdkit, image: Path) -> None:
+def test_from_a_server_to_another(nbdkit: StartServer, image: Path) -> None:
     source, target = nbdkit("file", str(image)), nbdkit("memory", "20M")
     assert sum(run(nbd.aio.copy(source.uri, target.uri))) == 20 * MIB
     with nbd.open(target.uri) as file:
         assert file.read() == image.read_bytes()
 
 
-def test_clients_are_copied_over_their_own_connections(nbdkit: Nbdkit, image: Path) -> None:
+def test_clients_are_copied_over_their_own_connections(nbdkit: StartServer, image: Path) -> None:
     async def main() -> bytearray:
         kit = program("nbdkit")
         async with (
@@ -69,7 +67,7 @@ def test_clients_are_copied_over_their_own_connections(nbdkit: Nbdkit, image: Pa
     assert run(main()) == image.read_bytes()
 
 
-def test_a_client_may_be_used_meanwhile(nbdkit: Nbdkit, image: Path) -> None:
+def test_a_client_may_be_used_meanwhile(nbdkit: StartServer, image: Path) -> None:
     slow = nbdkit("--filter=delay", "file", str(image), "rdelay=5ms")
 
     async def main() -> int:
@@ -86,7 +84,9 @@ def test_a_client_may_be_used_meanwhile(nbdkit: Nbdkit, image: Path) -> None:
     assert run(main()) > 0
 
 
-def test_a_copy_of_a_client_that_is_closed_meanwhile_fails(nbdkit: Nbdkit, tmp_path: Path) -> None:
+def test_a_copy_of_a_client_that_is_closed_meanwhile_fails(
+    nbdkit: StartServer, tmp_path: Path
+) -> None:
     server = nbdkit("--filter=delay", "memory", "1M", "rdelay=200ms")
 
     async def main() -> Any:
@@ -101,7 +101,7 @@ def test_a_copy_of_a_client_that_is_closed_meanwhile_fails(nbdkit: Nbdkit, tmp_p
     assert error.errno in ("ENOTCONN", "ECONNRESET", "EPIPE", "ESHUTDOWN")
 
 
-def test_to_and_from_a_stream(nbdkit: Nbdkit, image: Path, tmp_path: Path) -> None:
+def test_to_and_from_a_stream(nbdkit: StartServer, image: Path, tmp_path: Path) -> None:
     uri, stream = nbdkit("memory", "20M").uri, io.BytesIO()
 
     async def main() -> None:
@@ -157,13 +157,13 @@ def test_what_cannot_be_copied_fails_as_with_nbd_copy(
     assert isinstance(run(outcome(nbd.aio.copy(source, target))), kind)
 
 
-def test_a_smaller_target_is_refused(nbdkit: Nbdkit, image: Path) -> None:
+def test_a_smaller_target_is_refused(nbdkit: StartServer, image: Path) -> None:
     error = run(outcome(nbd.aio.copy(image, nbdkit("memory", "1M").uri)))
     assert isinstance(error, nbd.Error)
     assert error.errno == "ENOSPC"
 
 
-def test_an_error_of_the_server_names_its_side(nbdkit: Nbdkit, tmp_path: Path) -> None:
+def test_an_error_of_the_server_names_its_side(nbdkit: StartServer, tmp_path: Path) -> None:
     server = nbdkit("--filter=error", "memory", "1M", "error-pread=EIO", "error-pread-rate=1")
     error = run(outcome(nbd.aio.copy(server.uri, tmp_path / "copy", sparse=False)))
     assert isinstance(error, nbd.Error)
@@ -186,7 +186,7 @@ def copies() -> list[threading.Thread]:
 
 @pytest.mark.parametrize("is_client", [False, True])
 def test_a_copy_that_is_cancelled_ends_at_once(
-    nbdkit: Nbdkit, tmp_path: Path, is_client: bool
+    nbdkit: StartServer, tmp_path: Path, is_client: bool
 ) -> None:
     # The client's commands stay in flight, and are answered in parallel.  Those of a connection
     # that is closed are left behind: see servers.nbdkit_argv.
@@ -228,7 +228,9 @@ def test_a_copy_that_is_cancelled_does_not_wait_for_the_end_of_its_server(tmp_pa
     assert run(main()) < 2  # seconds: the server ends after 3
 
 
-def test_a_copy_from_a_stream_that_is_cancelled_ends_with_the_next_bytes(nbdkit: Nbdkit) -> None:
+def test_a_copy_from_a_stream_that_is_cancelled_ends_with_the_next_bytes(
+    nbdkit: StartServer,
+) -> None:
     uri = nbdkit("memory", "64M").uri
 
     async def main() -> None:
@@ -244,7 +246,7 @@ def test_a_copy_from_a_stream_that_is_cancelled_ends_with_the_next_bytes(nbdkit:
     run(main())
 
 
-def test_a_connect_of_a_copy_that_is_cancelled_leaves_nothing(nbdkit: Nbdkit) -> None:
+def test_a_connect_of_a_copy_that_is_cancelled_leaves_nothing(nbdkit: StartServer) -> None:
     server = nbdkit("memory", "1M")
 
     async def main() -> None:
@@ -283,7 +285,7 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("side", ["source", "target"])
 def test_a_program_ends_whose_copy_of_a_fifo_was_cancelled(
-    nbdkit: Nbdkit, tmp_path: Path, side: str
+    nbdkit: StartServer, tmp_path: Path, side: str
 ) -> None:
     os.mkfifo(tmp_path / "fifo")
     sides = (str(tmp_path / "fifo"), nbdkit("memory", "1M").uri)
@@ -293,7 +295,7 @@ def test_a_program_ends_whose_copy_of_a_fifo_was_cancelled(
 
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_a_program_ends_whose_copy_from_a_server_that_hangs_was_cancelled(
-    nbdkit: Nbdkit, tmp_path: Path, is_stream: bool
+    nbdkit: StartServer, tmp_path: Path, is_stream: bool
 ) -> None:
     server = nbdkit("--filter=delay", "pattern", "64M", "rdelay=100ms")
     target = str(tmp_path / "copy")
@@ -307,9 +309,7 @@ def test_a_program_ends_whose_copy_from_a_server_that_hangs_was_cancelled(
     assert (done.stdout, done.returncode) == ("True\n", 0)
 
 
-def test_the_copy_begins_on_the_first_connection(
-    qemu_nbd: Callable[..., Server], tmp_path: Path
-) -> None:
+def test_the_copy_begins_on_the_first_connection(qemu_nbd: StartServer, tmp_path: Path) -> None:
     image = tmp_path / "disk"
     image.write_bytes(b"x" * (20 * MIB))
     server = qemu_nbd(image, "--format=raw", "--shared=2")
@@ -336,7 +336,7 @@ BAD = (
 BLOCKS = ("blocksize-minimum=65536", "blocksize-preferred=65536", "blocksize-maximum=16M")
 
 
-def test_on_error_is_asked_in_the_event_loop(nbdkit: Nbdkit, tmp_path: Path) -> None:
+def test_on_error_is_asked_in_the_event_loop(nbdkit: StartServer, tmp_path: Path) -> None:
     told: list[tuple[Any, int, int, str | None]] = []
 
     def on_error(offset: int, length: int, error: nbd.Error) -> bool:
@@ -352,7 +352,7 @@ def test_on_error_is_asked_in_the_event_loop(nbdkit: Nbdkit, tmp_path: Path) -> 
     assert data == b"x" * MIB + bytes(MIB) + b"x" * (2 * MIB)
 
 
-def test_on_error_may_refuse_or_raise(nbdkit: Nbdkit, tmp_path: Path) -> None:
+def test_on_error_may_refuse_or_raise(nbdkit: StartServer, tmp_path: Path) -> None:
     def refuse(*_: object) -> bool:
         return False
 

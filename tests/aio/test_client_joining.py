@@ -15,13 +15,12 @@ from typing import Any, Callable
 import pytest
 from support.asyncs import outcome, run, until
 from support.hostile import FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, HungUp, Wire, export_info
-from support.servers import Server, program
+from support.servers import StartServer, program
+from support.sizes import MIB
 from support.usage import descriptors, registered
 
 import nbd
 
-Nbdkit = Callable[..., Server]
-MIB = 1 << 20
 CAN_MULTI_CONN = 0x100
 FLAGS = 0x01 | CAN_MULTI_CONN
 
@@ -107,7 +106,7 @@ def one_at_a_time(others: Callable[[Wire], None] | None = None) -> Iterator[OneA
         server.close()
 
 
-def test_the_others_join(nbdkit: Nbdkit) -> None:
+def test_the_others_join(nbdkit: StartServer) -> None:
     async def main() -> None:
         async with nbd.aio.connect(nbdkit("memory", "1M").uri, connections=4) as disk:
             assert len(disk.handles) == 1
@@ -120,7 +119,7 @@ def test_the_others_join(nbdkit: Nbdkit) -> None:
     run(main())
 
 
-def test_one_that_joins_is_watched(nbdkit: Nbdkit) -> None:
+def test_one_that_joins_is_watched(nbdkit: StartServer) -> None:
     async def main() -> None:
         async with nbd.aio.connect(nbdkit("memory", "1M").uri, connections=2) as disk:
             await until(lambda: len(disk.handles) == 2)
@@ -132,7 +131,7 @@ def test_one_that_joins_is_watched(nbdkit: Nbdkit) -> None:
 
 
 def test_qemu_that_has_no_room_for_a_second_connection(
-    qemu_nbd: Callable[..., Server], tmp_path: Path
+    qemu_nbd: StartServer, tmp_path: Path
 ) -> None:
     image = tmp_path / "disk"
     image.write_bytes(bytes(MIB))
@@ -225,7 +224,7 @@ def test_a_client_that_is_dropped_ends_what_would_join() -> None:
         run(main(server))
 
 
-def test_what_prepare_raises_for_another_connection_is_told(nbdkit: Nbdkit) -> None:
+def test_what_prepare_raises_for_another_connection_is_told(nbdkit: StartServer) -> None:
     told: list[dict[str, Any]] = []
     calls: list[nbd.NBD] = []
 

@@ -16,20 +16,18 @@ from typing import Any, Callable
 
 import pytest
 from support.asyncs import Loop, commands, outcome, run, sent, until
-from support.servers import Server
+from support.servers import TIMEOUT, Server, StartServer
 from support.usage import collect_garbage, descriptors, registered
 from support.waits import paused
 
 import nbd
 
-Nbdkit = Callable[..., Server]
 Client = nbd.aio.Client
 LOST = {"ENOTCONN", "ECONNRESET", "EPIPE", "ESHUTDOWN"}
-PATIENCE = 20  # seconds
 
 
 @pytest.fixture
-def server(nbdkit: Nbdkit) -> Server:
+def server(nbdkit: StartServer) -> Server:
     """Return a server with an empty disk of 1 MiB."""
     return nbdkit("memory", "1M")
 
@@ -84,9 +82,9 @@ def test_a_server_that_is_killed_fails_all_that_waits(
             tasks.append(asyncio.ensure_future(status))
             await until(sent(disk))
             server.kill()
-            ended = await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE)
-            ended.append(await asyncio.wait_for(outcome(disk.pread(512, 0)), PATIENCE))
-            ended.append(await asyncio.wait_for(outcome(disk.flush()), PATIENCE))
+            ended = await asyncio.wait_for(asyncio.gather(*tasks), TIMEOUT)
+            ended.append(await asyncio.wait_for(outcome(disk.pread(512, 0)), TIMEOUT))
+            ended.append(await asyncio.wait_for(outcome(disk.flush()), TIMEOUT))
             return ended
 
     ended = run(main(), new_loop)
@@ -94,7 +92,7 @@ def test_a_server_that_is_killed_fails_all_that_waits(
     assert {one.errno for one in ended} <= LOST
 
 
-def test_one_of_two_connections_may_be_lost(nbdkit: Nbdkit) -> None:
+def test_one_of_two_connections_may_be_lost(nbdkit: StartServer) -> None:
     server = nbdkit("memory", "1M")
 
     async def main() -> None:
@@ -287,7 +285,7 @@ PROGRAM = """
 """
 
 
-def test_ctrl_c_ends_asyncio_run_at_once(nbdkit: Nbdkit) -> None:
+def test_ctrl_c_ends_asyncio_run_at_once(nbdkit: StartServer) -> None:
     server = nbdkit("--filter=delay", "memory", "1M", "rdelay=60")
     program = [sys.executable, "-X", "dev", "-W", "error", "-c", textwrap.dedent(PROGRAM)]
     with subprocess.Popen(
@@ -297,7 +295,7 @@ def test_ctrl_c_ends_asyncio_run_at_once(nbdkit: Nbdkit) -> None:
             assert process.stdout is not None
             assert process.stdout.readline() == "waiting\n"
             process.send_signal(signal.SIGINT)
-            out, errors = process.communicate(timeout=PATIENCE)
+            out, errors = process.communicate(timeout=TIMEOUT)
         finally:
             process.kill()
     assert (out.split(), errors) == (["left", "interrupted"], "")

@@ -22,12 +22,11 @@ from support.hostile import (
     Wire,
     export_info,
 )
-from support.servers import Server
+from support.servers import StartServer
+from support.sizes import KIB, MIB
 
 import nbd
 
-Nbdkit = Callable[..., Server]
-KIB, MIB = 1 << 10, 1 << 20
 CMD_WRITE_ZEROES = 6
 
 
@@ -148,7 +147,7 @@ def test_a_read_behind_a_stopped_write_sees_it_whole() -> None:
         assert run(main(server)) == b"x" * 4096
 
 
-def test_random_calls_do_what_they_do_to_a_bytearray(nbdkit: Nbdkit) -> None:
+def test_random_calls_do_what_they_do_to_a_bytearray(nbdkit: StartServer) -> None:
     chance = random.Random(11)
     model = bytearray(256 * KIB)
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Callable
 
 import pytest
 from support.asyncs import run
-from support.servers import Server
+from support.servers import StartServer
+from support.sizes import MIB
 
 import nbd
 import nbd.aio
-
-MIB = 1 << 20
 
 
 async def everything(uri: str, path: Path) -> list[object]:
@@ -67,13 +65,13 @@ async def everything(uri: str, path: Path) -> list[object]:
     return seen
 
 
-def test_a_program_that_uses_everything_runs(nbdkit: Callable[..., Server], tmp_path: Path) -> None:
+def test_a_program_that_uses_everything_runs(nbdkit: StartServer, tmp_path: Path) -> None:
     seen = run(everything(nbdkit("memory", "1M").uri, tmp_path / "copy"))
     assert seen[:2] == [MIB, True]
     assert len(seen) == 12
 
 
-def test_a_str_for_a_number_is_found_wrong_by_mypy(nbdkit: Callable[..., Server]) -> None:
+def test_a_str_for_a_number_is_found_wrong_by_mypy(nbdkit: StartServer) -> None:
     async def main() -> None:
         async with nbd.aio.connect(nbdkit("memory", "1M").uri) as disk:
             with pytest.raises(TypeError):

@@ -8,11 +8,11 @@ from typing import Any, Callable
 
 import pytest
 from support.handles import drain, finish, poll, retired, run_until
-from support.servers import Server
+from support.servers import StartServer
+from support.sizes import MIB
 
 import nbd
 
-MIB = 1 << 20
 BASE = nbd.CONTEXT_BASE_ALLOCATION
 
 # Every command that has an aio form, as a call that takes further arguments.
@@ -33,7 +33,7 @@ every_command = pytest.mark.parametrize("name", list(COMMANDS))
 
 
 @pytest.fixture
-def slow(nbdkit: Callable[..., Server], h: nbd.NBD) -> nbd.NBD:
+def slow(nbdkit: StartServer, h: nbd.NBD) -> nbd.NBD:
     """Return a handle whose reads are never answered; writes are."""
     answering = "--threads=2", "memory", "1M"  # one thread sleeps on the read
     h.connect_unix(nbdkit(*answering, "--filter=delay", "rdelay=600").socket)
@@ -41,7 +41,7 @@ def slow(nbdkit: Callable[..., Server], h: nbd.NBD) -> nbd.NBD:
 
 
 @pytest.fixture
-def failing(nbdkit: Callable[..., Server], h: nbd.NBD) -> nbd.NBD:
+def failing(nbdkit: StartServer, h: nbd.NBD) -> nbd.NBD:
     """Return a handle to a server at which every command fails with EIO."""
     h.add_meta_context(BASE)
     h.connect_unix(nbdkit("memory", "1M", "--filter=error", "error=EIO", "error-rate=1").socket)
@@ -208,7 +208,7 @@ def run_by_hand(handle: nbd.NBD, reached: Callable[[], bool]) -> None:
             handle.aio_notify_write()
 
 
-def test_a_loop_of_ones_own_connects_and_reads(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_a_loop_of_ones_own_connects_and_reads(nbdkit: StartServer, h: nbd.NBD) -> None:
     h.aio_connect_unix(nbdkit("memory", "1M").socket)
     run_by_hand(h, h.aio_is_ready)
     cookie = h.aio_pwrite(b"x" * MIB, 0)
@@ -219,7 +219,7 @@ def test_a_loop_of_ones_own_connects_and_reads(nbdkit: Callable[..., Server], h:
     assert buf == b"x" * MIB
 
 
-def test_many_commands_in_flight(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_many_commands_in_flight(nbdkit: StartServer, h: nbd.NBD) -> None:
     h.connect_unix(nbdkit("pattern", "1M").socket)
     buffers = {offset: nbd.Buffer(4096) for offset in range(0, MIB, 4096)}
     errors: list[int] = []
@@ -275,7 +275,7 @@ def test_aio_disconnect_closes(disk: nbd.NBD) -> None:
     assert not disk.aio_is_dead()
 
 
-def test_the_states_of_a_connection(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_the_states_of_a_connection(nbdkit: StartServer, h: nbd.NBD) -> None:
     states = ["created", "connecting", "negotiating", "ready", "processing", "closed", "dead"]
 
     def current() -> list[str]:

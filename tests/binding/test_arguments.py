@@ -14,7 +14,7 @@ from typing import Any, Callable
 
 import pytest
 from support.handles import drain, finish, retired
-from support.servers import Server, program
+from support.servers import StartServer, program
 
 import nbd
 
@@ -121,7 +121,7 @@ def test_uri_with_nul_is_value_error(h: nbd.NBD) -> None:
 @pytest.mark.parametrize("convert", [str, os.fsencode, Path])
 @pytest.mark.parametrize("method", ["connect_unix", "aio_connect_unix"])
 def test_unixsocket_takes_every_kind_of_path(
-    nbdkit: Callable[..., Server], h: nbd.NBD, convert: Callable[[str], Any], method: str
+    nbdkit: StartServer, h: nbd.NBD, convert: Callable[[str], Any], method: str
 ) -> None:
     getattr(h, method)(convert(nbdkit("memory", "1M").socket))
     assert not h.aio_is_created()
@@ -154,7 +154,7 @@ def test_unixsocket_refuses_everything_else(h: nbd.NBD, path: Any) -> None:
 
 @pytest.mark.parametrize("convert", [str, os.fsencode, Path])
 def test_filename_takes_every_kind_of_path(
-    nbdkit: Callable[..., Server], h: nbd.NBD, psk: Path, convert: Callable[[Path], Any]
+    nbdkit: StartServer, h: nbd.NBD, psk: Path, convert: Callable[[Path], Any]
 ) -> None:
     h.set_tls(nbd.TLS_REQUIRE)
     h.set_tls_username("alice")
@@ -165,7 +165,7 @@ def test_filename_takes_every_kind_of_path(
 
 @pytest.mark.parametrize("convert", [str, os.fsencode, Path])
 def test_dir_takes_every_kind_of_path(
-    nbdkit: Callable[..., Server],
+    nbdkit: StartServer,
     h: nbd.NBD,
     certificates: Path,
     convert: Callable[[Path], Any],

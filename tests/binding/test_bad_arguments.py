@@ -27,6 +27,7 @@ import pytest
 from support.figures import Figure, pass_on, show
 from support.forms import SOAK
 from support.programs import finds_support
+from support.servers import StartServer
 
 import nbd
 
@@ -418,7 +419,7 @@ def how_it_ended(status: int) -> str:
 
 
 def test_any_argument_in_any_state_gets_a_documented_answer(
-    nbdkit: Callable[..., Any], tmp_path: Path, figure: Figure
+    nbdkit: StartServer, tmp_path: Path, figure: Figure
 ) -> None:
     (tmp_path / SOCKET).symlink_to(nbdkit("memory", "1M").socket)
     log, errors = tmp_path / "call", tmp_path / "stderr"

@@ -12,7 +12,7 @@ from typing import Any, Callable
 
 import pytest
 from support.handles import finish
-from support.servers import Server
+from support.servers import StartServer
 
 import nbd
 
@@ -59,7 +59,7 @@ def test_an_old_buffer_never_shows_through() -> None:
 
 @pytest.mark.parametrize("initialize", [True, False])
 def test_a_failed_read_does_not_show_old_bytes(
-    nbdkit: Callable[..., Server], h: nbd.NBD, initialize: bool
+    nbdkit: StartServer, h: nbd.NBD, initialize: bool
 ) -> None:
     server = nbdkit("memory", "8M", "--filter=error", "error-pread=EIO", "error-pread-rate=1")
     h.set_pread_initialize(initialize)
@@ -406,7 +406,7 @@ def test_writing_a_buffer_that_was_never_written_writes_zeroes(disk: nbd.NBD) ->
     assert disk.pread(200_000, 0) == bytes(200_000)
 
 
-def test_a_buffer_copies_between_two_handles(disk: nbd.NBD, nbdkit: Callable[..., Server]) -> None:
+def test_a_buffer_copies_between_two_handles(disk: nbd.NBD, nbdkit: StartServer) -> None:
     with nbd.NBD() as target:
         target.connect_unix(nbdkit("memory", "1M").socket)
         disk.pwrite(b"moved", 0)

@@ -16,12 +16,12 @@ from typing import Any, Callable
 
 import pytest
 from support.handles import drain, finish, poll, raiser, retired, run_until
-from support.servers import Server
+from support.servers import StartServer
+from support.sizes import MIB
 
 import nbd
 from nbd._binding import errors
 
-MIB = 1 << 20
 BASE = nbd.CONTEXT_BASE_ALLOCATION
 
 Callback = Callable[..., Any]
@@ -141,7 +141,7 @@ def test_an_error_is_true_if_it_is_one(disk: nbd.NBD) -> None:
     assert seen == [False, True]
 
 
-def test_list_gets_name_and_description(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_list_gets_name_and_description(nbdkit: StartServer, h: nbd.NBD) -> None:
     exports = r"list_exports=printf 'INTERLEAVED\nname\ntext\n'"
     h.set_opt_mode(True)
     h.connect_unix(nbdkit("eval", "get_size=echo 1M", "pread=exit 1", exports).socket)
@@ -171,7 +171,7 @@ def test_debug_is_silent_once_it_is_cleared(h: nbd.NBD, capfd: Any) -> None:
 
 @pytest.mark.parametrize("raw", [b"\xff", b"caf\xe9", "größe".encode()])
 def test_names_of_any_bytes_arrive_and_can_be_given_back(
-    nbdkit: Callable[..., Server], h: nbd.NBD, raw: bytes
+    nbdkit: StartServer, h: nbd.NBD, raw: bytes
 ) -> None:
     octal = "".join(f"\\{byte:03o}" for byte in raw)
     exports = f"list_exports=printf 'INTERLEAVED\\n{octal}\\n{octal}\\n'"
@@ -186,7 +186,7 @@ def test_names_of_any_bytes_arrive_and_can_be_given_back(
 
 
 def test_extents_of_two_contexts_are_two_calls(
-    nbdkit: Callable[..., Server], h: nbd.NBD, qemu_nbd: Any, dirty_qcow2: Any
+    nbdkit: StartServer, h: nbd.NBD, qemu_nbd: Any, dirty_qcow2: Any
 ) -> None:
     h.add_meta_context(BASE)
     h.add_meta_context("qemu:dirty-bitmap:bitmap0")
@@ -539,7 +539,7 @@ def test_a_stop_is_not_raised_twice(disk: nbd.NBD) -> None:
 # where they run
 
 
-def test_a_callback_may_use_another_handle(disk: nbd.NBD, nbdkit: Callable[..., Server]) -> None:
+def test_a_callback_may_use_another_handle(disk: nbd.NBD, nbdkit: StartServer) -> None:
     with nbd.NBD() as other:
         other.connect_unix(nbdkit("memory", "1M").socket)
         other.pwrite(b"other", 0)

@@ -11,23 +11,23 @@ from typing import Any, Callable
 
 import pytest
 from support.handles import run_until
-from support.servers import NbdServer, Server, program
+from support.servers import NbdServer, Server, StartServer, program
+from support.sizes import MIB
 
 import nbd
 
-MIB = 1 << 20
 NOBODY = 3  # a vsock address at which no machine is, or at least no server
 MEMORY = ["--exit-with-parent", "memory", "1M"]
 
 
 @pytest.fixture
-def server(nbdkit: Callable[..., Server]) -> Server:
+def server(nbdkit: StartServer) -> Server:
     """Return an nbdkit with an empty disk of 1 MiB on a Unix socket."""
     return nbdkit("memory", "1M")
 
 
 @pytest.fixture
-def tcp_server(nbdkit: Callable[..., Server]) -> Server:
+def tcp_server(nbdkit: StartServer) -> Server:
     """Return an nbdkit with an empty disk of 1 MiB on a TCP port of 127.0.0.1."""
     return nbdkit("memory", "1M", tcp=True)
 
@@ -73,7 +73,7 @@ def test_connect_tcp_by_name(tcp_server: Server, h: nbd.NBD) -> None:
     assert h.get_size() == MIB
 
 
-def test_connect_tcp_by_ipv6(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_connect_tcp_by_ipv6(nbdkit: StartServer, h: nbd.NBD) -> None:
     h.connect_tcp("::1", str(nbdkit("memory", "1M", tcp=True, host="::1").port))
     assert h.get_size() == MIB
 
@@ -179,7 +179,7 @@ def test_aio_connect_takes_host_and_port(tcp_server: Server, h: nbd.NBD) -> None
     assert h.get_size() == MIB
 
 
-def test_aio_connect_takes_an_ipv6_address(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_aio_connect_takes_an_ipv6_address(nbdkit: StartServer, h: nbd.NBD) -> None:
     server = nbdkit("memory", "1M", tcp=True, host="::1")
     h.aio_connect(("::1", server.port, 0, 0))
     run_until(h, h.aio_is_ready)
@@ -275,7 +275,7 @@ def test_uri_tls_can_be_forbidden(server: Server, h: nbd.NBD) -> None:
 
 
 def test_uri_local_files_are_forbidden_by_default(
-    nbdkit: Callable[..., Server], h: nbd.NBD, psk: Path
+    nbdkit: StartServer, h: nbd.NBD, psk: Path
 ) -> None:
     server = nbdkit("memory", "1M", tls="require", psk=psk)
     with pytest.raises(nbd.Error) as caught:
@@ -283,9 +283,7 @@ def test_uri_local_files_are_forbidden_by_default(
     assert caught.value.errnum == errno.EPERM
 
 
-def test_uri_with_keys_from_a_local_file(
-    nbdkit: Callable[..., Server], h: nbd.NBD, psk: Path
-) -> None:
+def test_uri_with_keys_from_a_local_file(nbdkit: StartServer, h: nbd.NBD, psk: Path) -> None:
     server = nbdkit("memory", "1M", tls="require", psk=psk)
     h.set_uri_allow_local_file(True)
     h.connect_uri(f"nbds+unix://alice@/?socket={server.socket}&tls-psk-file={psk}")
@@ -293,7 +291,7 @@ def test_uri_with_keys_from_a_local_file(
     assert h.get_tls_username() == "alice"
 
 
-def test_tls_by_pre_shared_key(nbdkit: Callable[..., Server], h: nbd.NBD, psk: Path) -> None:
+def test_tls_by_pre_shared_key(nbdkit: StartServer, h: nbd.NBD, psk: Path) -> None:
     h.set_tls(nbd.TLS_REQUIRE)
     h.set_tls_username("alice")
     h.set_tls_psk_file(str(psk))
@@ -302,7 +300,7 @@ def test_tls_by_pre_shared_key(nbdkit: Callable[..., Server], h: nbd.NBD, psk: P
     assert h.pread(512, 0) == bytes(512)
 
 
-def test_tls_by_certificate(nbdkit: Callable[..., Server], h: nbd.NBD, certificates: Path) -> None:
+def test_tls_by_certificate(nbdkit: StartServer, h: nbd.NBD, certificates: Path) -> None:
     server = nbdkit("memory", "1M", tls="require", certificates=certificates, tcp=True)
     h.set_tls(nbd.TLS_REQUIRE)
     h.set_tls_certificates(str(certificates))
@@ -312,7 +310,7 @@ def test_tls_by_certificate(nbdkit: Callable[..., Server], h: nbd.NBD, certifica
 
 
 def test_a_certificate_for_another_host_is_refused(
-    nbdkit: Callable[..., Server], h: nbd.NBD, certificates: Path
+    nbdkit: StartServer, h: nbd.NBD, certificates: Path
 ) -> None:
     server = nbdkit("memory", "1M", tls="require", certificates=certificates, tcp=True)
     h.set_tls(nbd.TLS_REQUIRE)
@@ -322,7 +320,7 @@ def test_a_certificate_for_another_host_is_refused(
 
 
 def test_peer_verification_can_be_switched_off(
-    nbdkit: Callable[..., Server], h: nbd.NBD, certificates: Path
+    nbdkit: StartServer, h: nbd.NBD, certificates: Path
 ) -> None:
     server = nbdkit("memory", "1M", tls="require", certificates=certificates)
     h.set_tls(nbd.TLS_REQUIRE)
@@ -349,7 +347,7 @@ def test_tls_that_is_allowed_and_not_offered_is_not_used(
 
 
 def test_no_tls_where_the_server_requires_it_fails(
-    nbdkit: Callable[..., Server], h: nbd.NBD, psk: Path
+    nbdkit: StartServer, h: nbd.NBD, psk: Path
 ) -> None:
     with pytest.raises(nbd.Error):
         h.connect_unix(nbdkit("memory", "1M", tls="require", psk=psk).socket)

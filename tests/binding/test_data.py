@@ -8,11 +8,11 @@ from typing import Any, Callable
 
 import pytest
 from support.handles import extents
-from support.servers import NbdServer, Server
+from support.servers import NbdServer, StartServer
+from support.sizes import MIB
 
 import nbd
 
-MIB = 1 << 20
 HOLE = nbd.STATE_HOLE | nbd.STATE_ZERO
 BASE = nbd.CONTEXT_BASE_ALLOCATION
 
@@ -60,7 +60,7 @@ def test_what_was_read_can_be_resized(disk: nbd.NBD, count: int) -> None:
     assert read == b"\1" * (count - 1) + b"more"
 
 
-def test_a_large_read(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_a_large_read(nbdkit: StartServer, h: nbd.NBD) -> None:
     h.connect_unix(nbdkit("pattern", "64M").socket)
     data = h.pread(32 * MIB, 8 * MIB)
     assert len(data) == 32 * MIB
@@ -68,25 +68,25 @@ def test_a_large_read(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
     assert data[-4096:] == pattern(4096, 40 * MIB - 4096)
 
 
-def test_a_large_write(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_a_large_write(nbdkit: StartServer, h: nbd.NBD) -> None:
     h.connect_unix(nbdkit("memory", "64M").socket)
     data = pattern(MIB, 0) * 32
     h.pwrite(data, MIB)
     assert h.pread(32 * MIB, MIB) == data
 
 
-def test_the_offset_counts(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_the_offset_counts(nbdkit: StartServer, h: nbd.NBD) -> None:
     h.connect_unix(nbdkit("pattern", str(1 << 62)).socket)
     for offset in (0, 512, 1 << 32, (1 << 62) - 512):
         assert h.pread(512, offset) == pattern(512, offset)
 
 
-def test_the_data_of_a_server(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_the_data_of_a_server(nbdkit: StartServer, h: nbd.NBD) -> None:
     h.connect_unix(nbdkit("data", '( "hello" @0x100 0x55 0xaa )').socket)
     assert h.pread(h.get_size(), 0) == b"hello" + bytes(251) + b"\x55\xaa"
 
 
-def test_sparse_data_is_the_same_twice(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_sparse_data_is_the_same_twice(nbdkit: StartServer, h: nbd.NBD) -> None:
     arguments = ["sparse-random", "4M", "seed=3", "percent=50", "runlength=65536"]
     h.connect_unix(nbdkit(*arguments).socket)
     with nbd.NBD() as other:
@@ -94,7 +94,7 @@ def test_sparse_data_is_the_same_twice(nbdkit: Callable[..., Server], h: nbd.NBD
         assert h.pread(4 * MIB, 0) == other.pread(4 * MIB, 0) != bytes(4 * MIB)
 
 
-def test_data_and_extents_of_a_sparse_disk_agree(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_data_and_extents_of_a_sparse_disk_agree(nbdkit: StartServer, h: nbd.NBD) -> None:
     h.add_meta_context(BASE)
     h.connect_unix(nbdkit("sparse-random", "4M", "seed=3", "percent=50", "runlength=65536").socket)
     data = h.pread(4 * MIB, 0)
@@ -139,7 +139,7 @@ def test_write_with_fua(disk: nbd.NBD) -> None:
     assert disk.pread(1, 0) == b"x"
 
 
-def test_what_one_handle_writes_another_reads(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_what_one_handle_writes_another_reads(nbdkit: StartServer, h: nbd.NBD) -> None:
     server = nbdkit("memory", "1M")
     h.connect_unix(server.socket)
     with nbd.NBD() as other:
@@ -165,9 +165,7 @@ def test_block_status_with_req_one_tells_one_extent(disk: nbd.NBD) -> None:
     assert extents(disk, 98304, 0, nbd.CMD_FLAG_REQ_ONE)[0][2] == [65536, HOLE]
 
 
-def test_block_status_without_a_meta_context_fails(
-    nbdkit: Callable[..., Server], h: nbd.NBD
-) -> None:
+def test_block_status_without_a_meta_context_fails(nbdkit: StartServer, h: nbd.NBD) -> None:
     h.connect_unix(nbdkit("memory", "1M").socket)
     with pytest.raises(nbd.Error):
         extents(h, MIB)
@@ -187,7 +185,7 @@ def test_a_structured_read_must_not_be_fragmented_with_df(disk: nbd.NBD) -> None
 
 
 def test_a_structured_read_works_without_structured_replies(
-    nbdkit: Callable[..., Server], h: nbd.NBD
+    nbdkit: StartServer, h: nbd.NBD
 ) -> None:
     h.set_request_structured_replies(False)
     h.connect_unix(nbdkit("pattern", "1M").socket)
@@ -233,7 +231,7 @@ def test_strict_mode_off_leaves_the_refusal_to_the_server(disk: nbd.NBD) -> None
     ],
 )
 def test_a_read_only_server_refuses_changes(
-    nbdkit: Callable[..., Server], h: nbd.NBD, command: Callable[[nbd.NBD], object]
+    nbdkit: StartServer, h: nbd.NBD, command: Callable[[nbd.NBD], object]
 ) -> None:
     h.connect_unix(nbdkit("-r", "memory", "1M").socket)
     with pytest.raises(nbd.Error) as caught:
@@ -243,7 +241,7 @@ def test_a_read_only_server_refuses_changes(
 
 @pytest.mark.parametrize("name", ["EPERM", "EIO", "ENOMEM", "EINVAL", "ENOSPC", "ESHUTDOWN"])
 def test_an_error_of_the_server_arrives_as_it_is(
-    nbdkit: Callable[..., Server], h: nbd.NBD, name: str
+    nbdkit: StartServer, h: nbd.NBD, name: str
 ) -> None:
     h.connect_unix(nbdkit("memory", "1M", "--filter=error", f"error={name}", "error-rate=1").socket)
     for command in (lambda: h.pread(512, 0), lambda: h.pwrite(b"x", 0), lambda: h.trim(1, 0)):
@@ -252,9 +250,7 @@ def test_an_error_of_the_server_arrives_as_it_is(
         assert caught.value.errnum == getattr(errno, name)
 
 
-def test_the_handle_works_after_an_error_of_the_server(
-    nbdkit: Callable[..., Server], h: nbd.NBD
-) -> None:
+def test_the_handle_works_after_an_error_of_the_server(nbdkit: StartServer, h: nbd.NBD) -> None:
     server = nbdkit("memory", "1M", "--filter=error", "error-pwrite=EIO", "error-pwrite-rate=1")
     h.connect_unix(server.socket)
     with pytest.raises(nbd.Error):
@@ -284,9 +280,7 @@ def test_a_second_shutdown_fails(disk: nbd.NBD) -> None:
         disk.shutdown()
 
 
-def test_the_server_logs_what_was_asked(
-    nbdkit: Callable[..., Server], h: nbd.NBD, tmp_path: Any
-) -> None:
+def test_the_server_logs_what_was_asked(nbdkit: StartServer, h: nbd.NBD, tmp_path: Any) -> None:
     log = tmp_path / "log"
     server = nbdkit("memory", "1M", "--filter=log", f"logfile={log}")
     h.connect_unix(server.socket)

@@ -9,7 +9,7 @@ import threading
 from typing import Any, Callable
 
 import pytest
-from support.servers import Server
+from support.servers import StartServer
 
 import nbd
 
@@ -141,7 +141,7 @@ def test_a_call_in_the_wrong_state_tells_function_and_errno(h: nbd.NBD) -> None:
     assert str(caught.value).endswith(" (ENOTCONN)")
 
 
-def test_an_error_of_the_server_keeps_its_errno(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_an_error_of_the_server_keeps_its_errno(nbdkit: StartServer, h: nbd.NBD) -> None:
     server = nbdkit("memory", "1M", "--filter=error", "error-pread=ENOSPC", "error-rate=1")
     h.connect_unix(server.socket)
     with pytest.raises(nbd.Error) as caught:

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from support.servers import PATIENCE, program
+from support.servers import TIMEOUT, program
 from test_reference import SYSTEM_PYTHON, system
 
 PROGRAM = """
@@ -134,7 +134,7 @@ print(json.dumps(out))
 def failures(python: str) -> dict[str, Any]:
     """Run the program with a Python's module, and return how each call failed."""
     done = subprocess.run(
-        [python, "-I", "-c", PROGRAM], capture_output=True, text=True, timeout=3 * PATIENCE
+        [python, "-I", "-c", PROGRAM], capture_output=True, text=True, timeout=3 * TIMEOUT
     )
     assert done.returncode == 0, done.stderr
     # nbdkit has a folder for each script, with a random name.

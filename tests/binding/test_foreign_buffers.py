@@ -14,7 +14,7 @@ from typing import Any, Callable
 import pytest
 from support.handles import drain, finish
 from support.programs import run_program
-from support.servers import Server
+from support.servers import StartServer
 
 import nbd
 
@@ -191,7 +191,7 @@ def test_an_empty_buffer_is_an_error_of_libnbd(disk: nbd.NBD, make: Make) -> Non
     assert disk.aio_in_flight() == 0
 
 
-def test_shared_memory_is_read_and_written_in_place(nbdkit: Callable[..., Server]) -> None:
+def test_shared_memory_is_read_and_written_in_place(nbdkit: StartServer) -> None:
     # By itself, because the module leaves a process of its own running.
     program = """
 import nbd, sys

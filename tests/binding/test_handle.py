@@ -13,7 +13,7 @@ from support import usage
 from support.handles import closed, poll
 from support.methods import METHODS, call_with_anything
 from support.programs import run_program
-from support.servers import Server
+from support.servers import StartServer
 
 import nbd
 
@@ -35,7 +35,7 @@ def test_a_handle_takes_attributes(h: Any) -> None:
     assert h.note == "mine"
 
 
-def test_a_subclass_works(nbdkit: Callable[..., Server]) -> None:
+def test_a_subclass_works(nbdkit: StartServer) -> None:
     class Disk(nbd.NBD):
         def __init__(self, socket: str) -> None:
             super().__init__()
@@ -80,7 +80,7 @@ def test_a_handle_whose_init_was_not_called_goes_in_silence(unraisable: list[Any
     assert unraisable == []
 
 
-def test_a_second_init_leaves_no_connection_behind(nbdkit: Callable[..., Server]) -> None:
+def test_a_second_init_leaves_no_connection_behind(nbdkit: StartServer) -> None:
     h = nbd.NBD()
     h.connect_unix(nbdkit("memory", "1M").socket)
     before = usage.descriptors()
@@ -107,7 +107,7 @@ def test_a_second_close_raises_closed_handle() -> None:
         handle.close()
 
 
-def test_close_ends_the_connection(nbdkit: Callable[..., Server]) -> None:
+def test_close_ends_the_connection(nbdkit: StartServer) -> None:
     server = nbdkit("memory", "1M", "--filter=exitlast")
     handle = nbd.NBD()
     handle.connect_unix(server.socket)
@@ -115,7 +115,7 @@ def test_close_ends_the_connection(nbdkit: Callable[..., Server]) -> None:
     assert server.wait() == 0
 
 
-def test_close_with_a_command_in_flight(nbdkit: Callable[..., Server]) -> None:
+def test_close_with_a_command_in_flight(nbdkit: StartServer) -> None:
     server = nbdkit("memory", "1M", "--filter=delay", "rdelay=60")
     handle = nbd.NBD()
     handle.connect_unix(server.socket)
@@ -124,7 +124,7 @@ def test_close_with_a_command_in_flight(nbdkit: Callable[..., Server]) -> None:
     assert closed(handle)
 
 
-def test_close_during_the_handshake(nbdkit: Callable[..., Server]) -> None:
+def test_close_during_the_handshake(nbdkit: StartServer) -> None:
     handle = nbd.NBD()
     handle.aio_connect_unix(nbdkit("memory", "1M").socket)
     poll(handle)
@@ -165,7 +165,7 @@ def test_with_a_handle_closes_after_keyboard_interrupt() -> None:
     assert closed(handle)
 
 
-def test_a_dropped_handle_closes_the_connection(nbdkit: Callable[..., Server]) -> None:
+def test_a_dropped_handle_closes_the_connection(nbdkit: StartServer) -> None:
     server = nbdkit("memory", "1M", "--filter=exitlast")
     handle = nbd.NBD()
     handle.connect_unix(server.socket)
@@ -174,7 +174,7 @@ def test_a_dropped_handle_closes_the_connection(nbdkit: Callable[..., Server]) -
     assert server.wait() == 0
 
 
-def test_a_dropped_handle_in_a_cycle_closes_the_connection(nbdkit: Callable[..., Server]) -> None:
+def test_a_dropped_handle_in_a_cycle_closes_the_connection(nbdkit: StartServer) -> None:
     server = nbdkit("memory", "1M", "--filter=exitlast")
     handle: Any = nbd.NBD()
     handle.itself = handle

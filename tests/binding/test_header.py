@@ -18,7 +18,7 @@ from typing import Any, Callable
 
 import pytest
 from support.handles import OWN_METHODS, drain
-from support.servers import Server, program
+from support.servers import Server, StartServer, program
 
 import nbd
 from nbd._binding.build import BUNDLED
@@ -345,7 +345,7 @@ def test_a_function_of_a_new_handle(h: nbd.NBD, name: str, call: Call) -> None:
 
 @each(READY)
 def test_a_function_of_a_connected_handle(
-    nbdkit: Callable[..., Server], h: nbd.NBD, name: str, call: Call
+    nbdkit: StartServer, h: nbd.NBD, name: str, call: Call
 ) -> None:
     if name in ("get_canonical_export_name", "get_export_description"):
         h.set_full_info(True)
@@ -362,7 +362,7 @@ def test_a_function_of_a_connected_handle(
 
 @each(BUSY)
 def test_a_function_of_a_busy_handle(
-    nbdkit: Callable[..., Server], h: nbd.NBD, name: str, call: Call
+    nbdkit: StartServer, h: nbd.NBD, name: str, call: Call
 ) -> None:
     h.connect_unix(nbdkit("memory", "1M", "--filter=delay", "rdelay=600").socket)
     h.aio_pread(bytearray(512), 0)
@@ -373,7 +373,7 @@ def test_a_function_of_a_busy_handle(
 
 @each(NEGOTIATING)
 def test_a_function_of_a_negotiating_handle(
-    nbdkit: Callable[..., Server], h: nbd.NBD, name: str, call: Call
+    nbdkit: StartServer, h: nbd.NBD, name: str, call: Call
 ) -> None:
     h.set_opt_mode(True)
     h.connect_unix(nbdkit("memory", "1M").socket)
@@ -384,7 +384,7 @@ def test_a_function_of_a_negotiating_handle(
 
 @each(UNIX)
 def test_a_function_that_connects_to_a_unix_socket(
-    nbdkit: Callable[..., Server], h: nbd.NBD, name: str, call: Callable[[Any, Server], object]
+    nbdkit: StartServer, h: nbd.NBD, name: str, call: Callable[[Any, Server], object]
 ) -> None:
     called = Called(h)
     call(called, nbdkit("memory", "1M"))
@@ -394,7 +394,7 @@ def test_a_function_that_connects_to_a_unix_socket(
 
 @each(TCP)
 def test_a_function_that_connects_to_a_tcp_port(
-    nbdkit: Callable[..., Server], h: nbd.NBD, name: str, call: Callable[[Any, Server], object]
+    nbdkit: StartServer, h: nbd.NBD, name: str, call: Callable[[Any, Server], object]
 ) -> None:
     called = Called(h)
     call(called, nbdkit("memory", "1M", tcp=True))

@@ -13,12 +13,11 @@ from typing import Any, Callable
 
 import pytest
 from support.handles import closed, drain, drain_dying, finish
-from support.servers import Server
+from support.servers import StartServer
+from support.sizes import MIB
 from support.usage import registered
 
 import nbd
-
-MIB = 1 << 20
 
 refuses_to_resize = pytest.mark.skipif(
     sys.implementation.name == "pypy",
@@ -63,7 +62,7 @@ def gone(reference: weakref.ref[Any]) -> bool:
 
 
 @pytest.fixture
-def stuck(nbdkit: Callable[..., Server], h: nbd.NBD) -> Iterator[nbd.NBD]:
+def stuck(nbdkit: StartServer, h: nbd.NBD) -> Iterator[nbd.NBD]:
     """Return a handle whose reads and writes are never answered."""
     options = ["--filter=delay", "rdelay=600", "wdelay=600"]
     h.connect_unix(nbdkit("memory", "1M", *options).socket)
@@ -176,7 +175,7 @@ def test_callables_are_let_go_when_the_handle_is_closed(stuck: nbd.NBD) -> None:
     assert registered() == 0
 
 
-def test_callables_are_let_go_when_the_handle_is_dropped(nbdkit: Callable[..., Server]) -> None:
+def test_callables_are_let_go_when_the_handle_is_dropped(nbdkit: StartServer) -> None:
     handle = nbd.NBD()
     handle.connect_unix(nbdkit("memory", "1M", "--filter=delay", "rdelay=600").socket)
     completion = Completion()
@@ -187,9 +186,7 @@ def test_callables_are_let_go_when_the_handle_is_dropped(nbdkit: Callable[..., S
     assert registered() == 0
 
 
-def test_callables_are_let_go_when_the_server_died(
-    nbdkit: Callable[..., Server], h: nbd.NBD
-) -> None:
+def test_callables_are_let_go_when_the_server_died(nbdkit: StartServer, h: nbd.NBD) -> None:
     server = nbdkit("memory", "1M", "--filter=delay", "rdelay=600")
     h.connect_unix(server.socket)
     completion = Completion()
@@ -328,7 +325,7 @@ def test_a_shared_bytearray_in_flight_cannot_be_resized(stuck: nbd.NBD) -> None:
 
 @pytest.mark.parametrize("shared", [False, True], ids=["bytearray", "shared"])
 def test_a_resize_in_flight_is_harmless(
-    nbdkit: Callable[..., Server], h: nbd.NBD, unraisable: list[Any], shared: bool
+    nbdkit: StartServer, h: nbd.NBD, unraisable: list[Any], shared: bool
 ) -> None:
     # CPython and PyPy 8 refuse to resize it.  PyPy 7 resizes it.  Then libnbd must not write to
     # where the bytes were, and what was read is lost.

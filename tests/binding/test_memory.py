@@ -15,7 +15,8 @@ import pytest
 from support.figures import Figure
 from support.forms import SOAK
 from support.handles import drain, finish
-from support.servers import Server
+from support.servers import StartServer
+from support.sizes import MIB
 
 import nbd
 import nbd.memory
@@ -23,7 +24,6 @@ from nbd._binding import memory, shim
 
 FEW, MANY = 10_000, 1_000_000 if SOAK else 40_000
 BLOCK = 4096
-MIB = 1 << 20
 # The bound that README and set_pool_limit give.
 POOL = (32 if sys.implementation.name == "pypy" else 64) * MIB
 NURSERY = 4 * MIB  # PyPy would make it as large as half of the processor's cache
@@ -140,7 +140,7 @@ def growth(program: str, *arguments: str, nursery: int = NURSERY) -> int:
 
 
 def test_new_buffers_without_end_need_no_more_memory_than_some(
-    nbdkit: Callable[..., Server], figure: Figure
+    nbdkit: StartServer, figure: Figure
 ) -> None:
     grown = growth(READ_INTO_NEW_BUFFERS, nbdkit("null", "1M").uri, str(FEW), str(MANY))
     figure(f"{MANY} reads with new Buffers: peak above that of {FEW}, KiB", grown >> 10)
@@ -148,16 +148,14 @@ def test_new_buffers_without_end_need_no_more_memory_than_some(
 
 
 @frees
-def test_what_is_read_and_dropped_leaves_no_memory(nbdkit: Callable[..., Server]) -> None:
+def test_what_is_read_and_dropped_leaves_no_memory(nbdkit: StartServer) -> None:
     assert growth(READ, nbdkit("null", "1M").uri) < 64 * MIB
 
 
 @frees
 @drops_late
 @pytest.mark.parametrize("program", [READ, READ_INTO_BUFFERS], ids=["pread", "aio_pread"])
-def test_a_large_nursery_lets_pypy_take_little_more(
-    nbdkit: Callable[..., Server], program: str
-) -> None:
+def test_a_large_nursery_lets_pypy_take_little_more(nbdkit: StartServer, program: str) -> None:
     nursery = 64 * MIB
     grown = growth(program, nbdkit("null", "1M").uri, nursery=nursery)
     assert grown < 64 * MIB + nursery
@@ -165,20 +163,20 @@ def test_a_large_nursery_lets_pypy_take_little_more(
 
 @frees
 @drops_late
-def test_a_lower_bound_lets_pypy_take_less(nbdkit: Callable[..., Server]) -> None:
+def test_a_lower_bound_lets_pypy_take_less(nbdkit: StartServer) -> None:
     server = nbdkit("null", "1M")
     more = growth(READ, server.uri) - growth(KEEP_NOTHING + READ, server.uri)
     assert more > 4 * MIB
 
 
 @frees
-def test_reads_that_fail_leave_no_memory(nbdkit: Callable[..., Server]) -> None:
+def test_reads_that_fail_leave_no_memory(nbdkit: StartServer) -> None:
     server = nbdkit("memory", "8M", "--filter=error", "error=EIO", "error-rate=100%")
     assert growth(FAIL_TO_READ, server.uri) < 40 * 8 * MIB // 2
 
 
 @frees
-def test_a_large_buffer_gives_its_memory_back(nbdkit: Callable[..., Server]) -> None:
+def test_a_large_buffer_gives_its_memory_back(nbdkit: StartServer) -> None:
     assert growth(GIVE_BACK, nbdkit("null", "1M").uri) < 16 * MIB
 
 
@@ -244,9 +242,7 @@ def test_used_memory_reads_as_zeroes_in_the_next_buffer(disk: nbd.NBD) -> None:
         assert bytes(nbd.Buffer(3072)) == bytes(3072)
 
 
-def test_a_failed_read_shows_nothing_of_used_memory(
-    nbdkit: Callable[..., Server], h: nbd.NBD
-) -> None:
+def test_a_failed_read_shows_nothing_of_used_memory(nbdkit: StartServer, h: nbd.NBD) -> None:
     h.connect_unix(nbdkit("data", "size=1M", "data=(0xff)*4096").socket)
     for _ in range(8):
         used = nbd.Buffer(BLOCK)
@@ -284,7 +280,7 @@ def test_memory_that_can_still_be_seen_is_not_used_again(disk: nbd.NBD) -> None:
 
 
 def test_a_read_in_a_debug_callback_of_another_read_has_its_own_memory(
-    disk: nbd.NBD, nbdkit: Callable[..., Server]
+    disk: nbd.NBD, nbdkit: StartServer
 ) -> None:
     inner: list[bytearray] = []
     with nbd.NBD() as other:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 from support.handles import run_until
-from support.servers import Server
+from support.servers import Server, StartServer
+from support.sizes import MIB
 
 import nbd
 
-MIB = 1 << 20
 BASE = nbd.CONTEXT_BASE_ALLOCATION
 
 # An nbdkit that offers two exports; each has a description, a size and a name of its own.
@@ -27,7 +27,7 @@ EXPORTS = [
 
 
 @pytest.fixture
-def exports(nbdkit: Callable[..., Server]) -> Server:
+def exports(nbdkit: StartServer) -> Server:
     """Return a server with exports "one" (1 MiB) and "two" (2 MiB)."""
     return nbdkit(*EXPORTS)
 
@@ -121,16 +121,14 @@ def test_the_protocol_is_fixed_newstyle(disk: nbd.NBD) -> None:
     assert disk.get_protocol() == "newstyle-fixed"
 
 
-def test_the_protocol_is_newstyle_without_the_flag(
-    nbdkit: Callable[..., Server], h: nbd.NBD
-) -> None:
+def test_the_protocol_is_newstyle_without_the_flag(nbdkit: StartServer, h: nbd.NBD) -> None:
     h.set_handshake_flags(0)
     h.connect_unix(nbdkit("memory", "1M").socket)
     assert h.get_protocol() == "newstyle"
 
 
 def test_the_protocol_is_oldstyle_if_the_server_speaks_that(
-    nbdkit: Callable[..., Server], h: nbd.NBD
+    nbdkit: StartServer, h: nbd.NBD
 ) -> None:
     h.connect_unix(nbdkit("-o", "memory", "1M").socket)
     assert h.get_protocol() == "oldstyle"
@@ -141,14 +139,14 @@ def test_structured_replies_are_negotiated(disk: nbd.NBD) -> None:
     assert disk.can_df()
 
 
-def test_structured_replies_can_be_declined(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_structured_replies_can_be_declined(nbdkit: StartServer, h: nbd.NBD) -> None:
     h.set_request_structured_replies(False)
     h.connect_unix(nbdkit("memory", "1M").socket)
     assert not h.get_structured_replies_negotiated()
     assert not h.can_df()
 
 
-def test_a_server_without_structured_replies(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_a_server_without_structured_replies(nbdkit: StartServer, h: nbd.NBD) -> None:
     h.connect_unix(nbdkit("--no-sr", "memory", "1M").socket)
     assert not h.get_structured_replies_negotiated()
 
@@ -158,14 +156,14 @@ def test_a_meta_context_that_the_server_knows_is_available(disk: nbd.NBD) -> Non
 
 
 def test_a_meta_context_that_the_server_does_not_know_is_not_available(
-    nbdkit: Callable[..., Server], h: nbd.NBD
+    nbdkit: StartServer, h: nbd.NBD
 ) -> None:
     h.add_meta_context("x:unknown")
     h.connect_unix(nbdkit("memory", "1M").socket)
     assert not h.can_meta_context("x:unknown")
 
 
-def test_a_read_only_server_says_so(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_a_read_only_server_says_so(nbdkit: StartServer, h: nbd.NBD) -> None:
     h.connect_unix(nbdkit("-r", "memory", "1M").socket)
     assert h.is_read_only()
 
@@ -188,29 +186,27 @@ def test_a_disk_can_what_nbdkit_memory_can(disk: nbd.NBD) -> None:
     }
 
 
-def test_a_server_without_trim_says_so(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_a_server_without_trim_says_so(nbdkit: StartServer, h: nbd.NBD) -> None:
     h.connect_unix(nbdkit("--filter=nozero", "memory", "1M").socket)
     assert not h.can_zero()
     assert not h.can_fast_zero()
 
 
-def test_a_rotational_disk_says_so(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_a_rotational_disk_says_so(nbdkit: StartServer, h: nbd.NBD) -> None:
     h.connect_unix(
         nbdkit("eval", "get_size=echo 1M", "pread=exit 1", "is_rotational=exit 0").socket
     )
     assert h.is_rotational()
 
 
-def test_block_sizes_are_those_of_the_server(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_block_sizes_are_those_of_the_server(nbdkit: StartServer, h: nbd.NBD) -> None:
     policy = ["blocksize-minimum=512", "blocksize-preferred=4096", "blocksize-maximum=65536"]
     h.connect_unix(nbdkit("--filter=blocksize-policy", "memory", "1M", *policy).socket)
     sizes = [nbd.SIZE_MINIMUM, nbd.SIZE_PREFERRED, nbd.SIZE_MAXIMUM]
     assert [h.get_block_size(size) for size in sizes] == [512, 4096, 65536]
 
 
-def test_block_sizes_are_zero_if_the_server_tells_none(
-    nbdkit: Callable[..., Server], h: nbd.NBD
-) -> None:
+def test_block_sizes_are_zero_if_the_server_tells_none(nbdkit: StartServer, h: nbd.NBD) -> None:
     h.set_request_block_size(False)
     policy = ["blocksize-minimum=512", "blocksize-preferred=4096", "blocksize-maximum=65536"]
     h.connect_unix(nbdkit("--filter=blocksize-policy", "memory", "1M", *policy).socket)
@@ -223,7 +219,7 @@ def test_an_unknown_block_size_type_is_einval(disk: nbd.NBD) -> None:
     assert caught.value.errnum == errno.EINVAL
 
 
-def test_the_size_of_a_huge_export(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_the_size_of_a_huge_export(nbdkit: StartServer, h: nbd.NBD) -> None:
     h.connect_unix(nbdkit("memory", str((1 << 63) - 1)).socket)
     assert h.get_size() == (1 << 63) - 1
 
@@ -400,9 +396,7 @@ def test_aio_opt_list_meta_context(opt: nbd.NBD) -> None:
     assert BASE in found
 
 
-def test_tls_can_be_negotiated_in_opt_mode(
-    nbdkit: Callable[..., Server], h: nbd.NBD, psk: Path
-) -> None:
+def test_tls_can_be_negotiated_in_opt_mode(nbdkit: StartServer, h: nbd.NBD, psk: Path) -> None:
     h.set_tls(nbd.TLS_REQUIRE)
     h.set_tls_username("alice")
     h.set_tls_psk_file(str(psk))

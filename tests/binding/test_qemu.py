@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 from support.handles import extents, finish
-from support.servers import Server, run
+from support.servers import StartServer, run
+from support.sizes import KIB, MIB
 
 import nbd
 
-KIB = 1 << 10
-MIB = 1 << 20
 BITMAP = "qemu:dirty-bitmap:bitmap0"
 DEPTH = "qemu:allocation-depth"
 DIRTY = 1
 
 
 @pytest.fixture
-def bitmap(qemu_nbd: Callable[..., Server], dirty_qcow2: Path, h: nbd.NBD) -> nbd.NBD:
+def bitmap(qemu_nbd: StartServer, dirty_qcow2: Path, h: nbd.NBD) -> nbd.NBD:
     """Return a handle with base:allocation and the dirty bitmap of an image."""
     h.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
     h.add_meta_context(BITMAP)
@@ -64,7 +63,7 @@ def test_the_dirty_bitmap_by_aio(bitmap: nbd.NBD) -> None:
 
 
 def test_the_dirty_bitmap_is_listed_while_negotiating(
-    qemu_nbd: Callable[..., Server], dirty_qcow2: Path, h: nbd.NBD
+    qemu_nbd: StartServer, dirty_qcow2: Path, h: nbd.NBD
 ) -> None:
     h.set_opt_mode(True)
     h.connect_unix(qemu_nbd(dirty_qcow2, "--format=qcow2", "--bitmap=bitmap0").socket)
@@ -75,7 +74,7 @@ def test_the_dirty_bitmap_is_listed_while_negotiating(
 
 
 def test_allocation_depth_tells_the_layer(
-    qemu_nbd: Callable[..., Server], dirty_qcow2: Path, tmp_path: Path, h: nbd.NBD
+    qemu_nbd: StartServer, dirty_qcow2: Path, tmp_path: Path, h: nbd.NBD
 ) -> None:
     overlay = tmp_path / "overlay.qcow2"
     backing = ["-b", str(dirty_qcow2), "-F", "qcow2"]
@@ -117,7 +116,7 @@ def test_a_chunk_of_a_hole_is_a_view_of_zeroes(bitmap: nbd.NBD) -> None:
 
 
 def test_the_export_has_a_name_and_a_description(
-    qemu_nbd: Callable[..., Server], dirty_qcow2: Path, h: nbd.NBD
+    qemu_nbd: StartServer, dirty_qcow2: Path, h: nbd.NBD
 ) -> None:
     options = ["--format=qcow2", "--export-name=disk", "--description=a disk"]
     h.set_opt_mode(True)
@@ -127,13 +126,13 @@ def test_the_export_has_a_name_and_a_description(
     assert found == [("disk", "a disk")]
 
 
-def test_a_read_only_server(qemu_nbd: Callable[..., Server], dirty_qcow2: Path, h: nbd.NBD) -> None:
+def test_a_read_only_server(qemu_nbd: StartServer, dirty_qcow2: Path, h: nbd.NBD) -> None:
     h.connect_unix(qemu_nbd(dirty_qcow2, "--format=qcow2", "--read-only").socket)
     assert h.is_read_only()
 
 
 def test_what_is_written_is_in_the_image(
-    qemu_nbd: Callable[..., Server], dirty_qcow2: Path, h: nbd.NBD
+    qemu_nbd: StartServer, dirty_qcow2: Path, h: nbd.NBD
 ) -> None:
     server = qemu_nbd(dirty_qcow2, "--format=qcow2", tcp=True)
     h.connect_uri(server.uri)
@@ -145,7 +144,7 @@ def test_what_is_written_is_in_the_image(
 
 
 def test_a_missing_export_is_told_while_negotiating(
-    qemu_nbd: Callable[..., Server], dirty_qcow2: Path, h: nbd.NBD
+    qemu_nbd: StartServer, dirty_qcow2: Path, h: nbd.NBD
 ) -> None:
     h.set_opt_mode(True)
     h.connect_unix(qemu_nbd(dirty_qcow2, "--format=qcow2", "--export-name=disk").socket)

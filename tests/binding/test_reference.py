@@ -14,7 +14,7 @@ from typing import Any, Optional
 
 import pytest
 from support.handles import OWN_METHODS
-from support.servers import PATIENCE
+from support.servers import TIMEOUT
 
 SYSTEM_PYTHON = "/usr/bin/python3"
 
@@ -68,7 +68,7 @@ def describe(python: str) -> dict[str, Any] | None:
     """Return what a Python's nbd module has, or None if it has no such module."""
     # -I keeps the folder of this run off the path, so that nothing shadows what is installed.
     done = subprocess.run(
-        [python, "-I", "-c", DESCRIBE], capture_output=True, text=True, timeout=PATIENCE
+        [python, "-I", "-c", DESCRIBE], capture_output=True, text=True, timeout=TIMEOUT
     )
     if "ModuleNotFoundError" in done.stderr:
         return None

@@ -7,11 +7,9 @@ from typing import Any, Callable
 
 import pytest
 from support.programs import run_program
-from support.servers import Server
+from support.servers import StartServer
 
 import nbd
-
-StartServer = Callable[..., Server]
 
 SIZE = 1 << 20
 

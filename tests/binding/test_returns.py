@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any, Callable
 
 import pytest
-from support.servers import Server
+from support.servers import Server, StartServer
 
 import nbd
-
-MIB = 1 << 20
 
 TRUTHS = [
     "aio_is_closed",
@@ -137,7 +135,7 @@ CONNECTS: list[tuple[str, Callable[[nbd.NBD, Server], object]]] = [
 
 @pytest.mark.parametrize(("name", "call"), CONNECTS, ids=[name for name, _ in CONNECTS])
 def test_connecting_returns_none(
-    nbdkit: Callable[..., Server],
+    nbdkit: StartServer,
     h: nbd.NBD,
     name: str,
     call: Callable[[nbd.NBD, Server], object],
@@ -146,20 +144,20 @@ def test_connecting_returns_none(
 
 
 @pytest.mark.parametrize("option", ["opt_go", "opt_info", "opt_abort", "aio_opt_go"])
-def test_an_option_returns_none(nbdkit: Callable[..., Server], h: nbd.NBD, option: str) -> None:
+def test_an_option_returns_none(nbdkit: StartServer, h: nbd.NBD, option: str) -> None:
     h.set_opt_mode(True)
     h.connect_unix(nbdkit("memory", "1M").socket)
     assert getattr(h, option)() is None
 
 
-def test_opt_list_returns_a_count(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_opt_list_returns_a_count(nbdkit: StartServer, h: nbd.NBD) -> None:
     h.set_opt_mode(True)
     h.connect_unix(nbdkit("memory", "1M").socket)
     count = h.opt_list(lambda name, description: 0)
     assert (type(count), count) == (int, 1)
 
 
-def test_aio_opt_list_returns_none(nbdkit: Callable[..., Server], h: Any) -> None:
+def test_aio_opt_list_returns_none(nbdkit: StartServer, h: Any) -> None:
     h.set_opt_mode(True)
     h.connect_unix(nbdkit("memory", "1M").socket)
     assert h.aio_opt_list(lambda name, description: 0) is None

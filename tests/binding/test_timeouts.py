@@ -10,12 +10,10 @@ from fractions import Fraction
 from typing import Any, Callable
 
 import pytest
-from support.servers import Server
+from support.servers import StartServer
 from support.waits import BLOCK, paused
 
 import nbd
-
-StartServer = Callable[..., Server]
 
 
 def test_there_is_no_timeout_at_first(h: nbd.NBD) -> None:

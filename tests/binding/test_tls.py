@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import faulthandler
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import servers, tls
 from support.hostile import FATAL
+from support.servers import StartServer
 
 import nbd
 
 SIZE = 1 << 20
 DISK = "memory", str(SIZE)
 
-StartServer = Callable[..., servers.Server]
 
 # Before 1.20 libnbd looks at the server's certificate only if it was given a folder with
 # certificates, and a host name (CVE-2024-7383).

@@ -5,11 +5,12 @@ A `type: ignore` says what mypy must find wrong: one that is not needed is an er
 
 from __future__ import annotations
 
-from typing import Any, Callable, Protocol, cast
+from typing import Any, Protocol, cast
 
 import pytest
 from support.handles import drain, finish, run_until
-from support.servers import Server
+from support.servers import StartServer
+from support.sizes import MIB
 
 import nbd
 from nbd.types import (
@@ -23,8 +24,6 @@ from nbd.types import (
     ExtentCallback,
     ListCallback,
 )
-
-MIB = 1 << 20
 
 
 class BlockStatus64(Protocol):
@@ -131,7 +130,7 @@ def test_a_list_callback_is_called_as_it_is_annotated(opt: nbd.NBD, seen: Seen) 
     assert seen.types == [str, str]
 
 
-def test_an_address_is_taken_as_it_is_annotated(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_an_address_is_taken_as_it_is_annotated(nbdkit: StartServer, h: nbd.NBD) -> None:
     address: Address = nbdkit("memory", "1M").socket
     h.aio_connect(address)
     run_until(h, h.aio_is_ready)

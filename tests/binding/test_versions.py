@@ -5,25 +5,25 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 from support.handles import drain, finish, run_until
-from support.servers import Server, program
+from support.servers import StartServer, program
+from support.sizes import MIB
 
 import nbd
 
 # A type checker sees the methods of one libnbd only.
 Handle = Any
 
-MIB = 1 << 20
 BASE = nbd.CONTEXT_BASE_ALLOCATION
 HOLE = nbd.STATE_HOLE | nbd.STATE_ZERO
 BITMAP = "qemu:dirty-bitmap:bitmap0"
 
 
 @pytest.fixture
-def opt(nbdkit: Callable[..., Server], h: Handle) -> Handle:
+def opt(nbdkit: StartServer, h: Handle) -> Handle:
     """Return a handle that is negotiating; nothing was negotiated automatically."""
     h.set_opt_mode(True)
     h.set_request_structured_replies(False)
@@ -32,7 +32,7 @@ def opt(nbdkit: Callable[..., Server], h: Handle) -> Handle:
 
 
 @pytest.fixture
-def extended(qemu_nbd: Callable[..., Server], dirty_qcow2: Path, h: Handle) -> Handle:
+def extended(qemu_nbd: StartServer, dirty_qcow2: Path, h: Handle) -> Handle:
     """Return a handle with extended headers, base:allocation and a dirty bitmap; or skip."""
     h.add_meta_context(BASE)
     h.add_meta_context(BITMAP)
@@ -103,9 +103,7 @@ def test_a_stop_comes_out_of_block_status_64(disk: Handle) -> None:
 
 
 @pytest.mark.needs("block_status_64")
-def test_an_extent_of_more_than_32_bits(
-    qemu_nbd: Callable[..., Server], tmp_path: Path, h: Handle
-) -> None:
+def test_an_extent_of_more_than_32_bits(qemu_nbd: StartServer, tmp_path: Path, h: Handle) -> None:
     image = tmp_path / "huge.raw"
     with image.open("wb") as file:
         file.truncate(6 << 30)
@@ -122,7 +120,7 @@ def test_an_extent_of_more_than_32_bits(
 
 @pytest.mark.needs("get_extended_headers_negotiated")
 def test_extended_headers_can_be_declined(
-    qemu_nbd: Callable[..., Server], dirty_qcow2: Path, h: Handle
+    qemu_nbd: StartServer, dirty_qcow2: Path, h: Handle
 ) -> None:
     h.set_request_extended_headers(False)
     h.connect_unix(qemu_nbd(dirty_qcow2, "--format=qcow2").socket)
@@ -188,7 +186,7 @@ def test_opt_extended_headers_answers_whether(opt: Handle) -> None:
 
 
 @pytest.mark.needs("opt_starttls")
-def test_opt_starttls_negotiates_tls(nbdkit: Callable[..., Server], h: Handle, psk: Path) -> None:
+def test_opt_starttls_negotiates_tls(nbdkit: StartServer, h: Handle, psk: Path) -> None:
     h.set_opt_mode(True)
     h.set_tls_username("alice")
     h.set_tls_psk_file(str(psk))
@@ -250,7 +248,7 @@ def test_queries_refuse_what_is_no_list_of_str(opt: Handle, queries: Any) -> Non
 
 
 @pytest.mark.needs("set_request_meta_context")
-def test_meta_contexts_can_be_left_out(nbdkit: Callable[..., Server], h: Handle) -> None:
+def test_meta_contexts_can_be_left_out(nbdkit: StartServer, h: Handle) -> None:
     h.set_request_meta_context(False)
     h.add_meta_context(BASE)
     h.connect_unix(nbdkit("memory", "1M").socket)
@@ -295,7 +293,7 @@ def test_the_server_sees_the_socket_activation_name(h: Handle, tmp_path: Path) -
 
 @pytest.mark.needs("set_tls_hostname")
 def test_the_tls_hostname_is_what_the_certificate_is_for(
-    nbdkit: Callable[..., Server], h: Handle, certificates: Path
+    nbdkit: StartServer, h: Handle, certificates: Path
 ) -> None:
     h.set_tls(nbd.TLS_REQUIRE)
     h.set_tls_certificates(str(certificates))
@@ -333,7 +331,7 @@ def test_statistics_are_ints(disk: Handle) -> None:
     assert type(disk.stats_chunks_received()) is int
 
 
-def test_get_uri_leads_back(nbdkit: Callable[..., Server], h: Handle) -> None:
+def test_get_uri_leads_back(nbdkit: StartServer, h: Handle) -> None:
     server = nbdkit("memory", "1M")
     h.connect_uri(server.uri)
     with nbd.NBD() as other:
@@ -401,7 +399,7 @@ def test_poll2_moves_the_handle(disk: Handle) -> None:
 
 
 @pytest.mark.needs("poll2")
-def test_poll2_wakes_up_for_another_descriptor(nbdkit: Callable[..., Server], h: Handle) -> None:
+def test_poll2_wakes_up_for_another_descriptor(nbdkit: StartServer, h: Handle) -> None:
     h.connect_unix(nbdkit("memory", "1M", "--filter=delay", "rdelay=600").socket)
     h.aio_pread(bytearray(512), 0)
     reading, writing = os.pipe()

@@ -16,18 +16,19 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 from support import hostile, servers
 from support.programs import run_program
-from support.servers import Server
+from support.servers import StartServer
+from support.signals import Stop, alarm, handling, stop
+from support.sizes import KIB, MIB
+from support.waits import paused
 
 import nbd
+import nbd._disks.engine
 from nbd._disks.threads import running
-
-KIB, MIB = 1 << 10, 1 << 20
-Nbdkit = Callable[..., Server]
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def empty(tmp_path: Path, image: Path) -> Path:
     return path
 
 
-def served(nbdkit: Nbdkit, path: Path, *options: str) -> str:
+def served(nbdkit: StartServer, path: Path, *options: str) -> str:
     """Return the URI of an nbdkit on a file."""
     return nbdkit("--threads=8", "file", str(path), *options).uri
 
@@ -62,21 +63,21 @@ def holes_read(image: Path, result: nbd.Copied) -> bool:
     return result == (image.stat().st_size, 0)
 
 
-def test_a_disk_is_copied_to_a_disk(nbdkit: Nbdkit, image: Path, empty: Path) -> None:
+def test_a_disk_is_copied_to_a_disk(nbdkit: StartServer, image: Path, empty: Path) -> None:
     result = nbd.copy(served(nbdkit, image), served(nbdkit, empty))
     assert empty.read_bytes() == image.read_bytes()
     assert sum(result) == image.stat().st_size
     assert result.zeroed > 3 * MIB
 
 
-def test_a_disk_is_copied_to_a_new_file(nbdkit: Nbdkit, image: Path, tmp_path: Path) -> None:
+def test_a_disk_is_copied_to_a_new_file(nbdkit: StartServer, image: Path, tmp_path: Path) -> None:
     copied = tmp_path / "copied"
     nbd.copy(served(nbdkit, image), copied)
     assert copied.read_bytes() == image.read_bytes()
 
 
 def test_a_new_file_has_holes_where_the_source_has(
-    nbdkit: Nbdkit, image: Path, tmp_path: Path
+    nbdkit: StartServer, image: Path, tmp_path: Path
 ) -> None:
     copied = tmp_path / "copied"
     nbd.copy(served(nbdkit, image), str(copied))
@@ -84,7 +85,7 @@ def test_a_new_file_has_holes_where_the_source_has(
 
 
 def test_a_file_that_was_larger_has_the_size_of_the_source(
-    nbdkit: Nbdkit, image: Path, tmp_path: Path
+    nbdkit: StartServer, image: Path, tmp_path: Path
 ) -> None:
     copied = tmp_path / "copied"
     copied.write_bytes(b"x" * 6 * MIB)
@@ -92,7 +93,7 @@ def test_a_file_that_was_larger_has_the_size_of_the_source(
     assert copied.read_bytes() == image.read_bytes()
 
 
-def test_a_file_is_copied_to_a_disk(nbdkit: Nbdkit, image: Path, empty: Path) -> None:
+def test_a_file_is_copied_to_a_disk(nbdkit: StartServer, image: Path, empty: Path) -> None:
     result = nbd.copy(image, served(nbdkit, empty))
     assert empty.read_bytes() == image.read_bytes()
     assert result.zeroed > 3 * MIB
@@ -130,7 +131,7 @@ def test_a_copy_does_not_fill_the_cache_of_the_system(tmp_path: Path) -> None:
     assert cached(target) <= 64 * MIB
 
 
-def test_a_larger_disk_keeps_what_follows(nbdkit: Nbdkit, image: Path, tmp_path: Path) -> None:
+def test_a_larger_disk_keeps_what_follows(nbdkit: StartServer, image: Path, tmp_path: Path) -> None:
     larger = tmp_path / "larger"
     larger.write_bytes(b"\xff" * 6 * MIB)
     nbd.copy(image, served(nbdkit, larger))
@@ -138,7 +139,7 @@ def test_a_larger_disk_keeps_what_follows(nbdkit: Nbdkit, image: Path, tmp_path:
     assert larger.read_bytes() == image.read_bytes() + b"\xff" * (6 * MIB - size)
 
 
-def test_without_sparse_everything_is_read(nbdkit: Nbdkit, image: Path, empty: Path) -> None:
+def test_without_sparse_everything_is_read(nbdkit: StartServer, image: Path, empty: Path) -> None:
     result = nbd.copy(served(nbdkit, image), served(nbdkit, empty), sparse=False)
     assert holes_read(image, result)
     assert empty.read_bytes() == image.read_bytes()
@@ -146,7 +147,7 @@ def test_without_sparse_everything_is_read(nbdkit: Nbdkit, image: Path, empty: P
 
 @pytest.mark.parametrize("lacking", ["noextents", "nozero", "noparallel", "nocache"])
 def test_a_server_may_lack_something(
-    nbdkit: Nbdkit, image: Path, empty: Path, lacking: str
+    nbdkit: StartServer, image: Path, empty: Path, lacking: str
 ) -> None:
     without = f"--filter={lacking}"
     source = nbdkit(without, "file", str(image)).uri
@@ -155,7 +156,7 @@ def test_a_server_may_lack_something(
     assert empty.read_bytes() == image.read_bytes()
 
 
-def test_a_target_may_have_no_flush(nbdkit: Nbdkit, image: Path, tmp_path: Path) -> None:
+def test_a_target_may_have_no_flush(nbdkit: StartServer, image: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.write_bytes(bytes(image.stat().st_size))
     plugin = nbdkit(
@@ -169,7 +170,7 @@ def test_a_target_may_have_no_flush(nbdkit: Nbdkit, image: Path, tmp_path: Path)
 
 
 def test_a_handle_is_copied_and_stays_open(
-    nbdkit: Nbdkit, image: Path, empty: Path, h: nbd.NBD
+    nbdkit: StartServer, image: Path, empty: Path, h: nbd.NBD
 ) -> None:
     h.connect_uri(served(nbdkit, image))
     with nbd.connect(served(nbdkit, empty)) as target:
@@ -189,7 +190,7 @@ def test_a_command_is_a_source(image: Path, tmp_path: Path) -> None:
     assert copied.read_bytes() == image.read_bytes()
 
 
-def test_qcow2_is_copied_both_ways(qemu_nbd: Callable[..., Server], tmp_path: Path) -> None:
+def test_qcow2_is_copied_both_ways(qemu_nbd: StartServer, tmp_path: Path) -> None:
     raw, qcow2, back = (tmp_path / name for name in ("raw", "qcow2", "back"))
     with raw.open("wb") as file:
         file.truncate(64 * MIB)
@@ -206,7 +207,7 @@ def test_qcow2_is_copied_both_ways(qemu_nbd: Callable[..., Server], tmp_path: Pa
     assert back.read_bytes() == raw.read_bytes()
 
 
-def test_a_server_has_a_block_size(nbdkit: Nbdkit, image: Path, tmp_path: Path) -> None:
+def test_a_server_has_a_block_size(nbdkit: StartServer, image: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.write_bytes(b"\xff" * 6 * MIB)
     policy = ("blocksize-minimum=4096", "blocksize-maximum=64K", "blocksize-error-policy=error")
@@ -217,21 +218,21 @@ def test_a_server_has_a_block_size(nbdkit: Nbdkit, image: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("is_sparse", [True, False])
-def test_a_disk_is_copied_to_an_object(nbdkit: Nbdkit, image: Path, is_sparse: bool) -> None:
+def test_a_disk_is_copied_to_an_object(nbdkit: StartServer, image: Path, is_sparse: bool) -> None:
     target = io.BytesIO()
     result = nbd.copy(served(nbdkit, image), target, sparse=is_sparse)
     assert target.getvalue() == image.read_bytes()
     assert holes_read(image, result) != is_sparse
 
 
-def test_an_object_is_copied_to_a_disk(nbdkit: Nbdkit, image: Path, empty: Path) -> None:
+def test_an_object_is_copied_to_a_disk(nbdkit: StartServer, image: Path, empty: Path) -> None:
     result = nbd.copy(io.BytesIO(image.read_bytes()), served(nbdkit, empty))
     assert holes_read(image, result)
     assert empty.read_bytes() == image.read_bytes()
 
 
 def test_a_compressed_file_is_copied_to_a_disk(
-    nbdkit: Nbdkit, image: Path, empty: Path, tmp_path: Path
+    nbdkit: StartServer, image: Path, empty: Path, tmp_path: Path
 ) -> None:
     packed = tmp_path / "packed"
     packed.write_bytes(gzip.compress(image.read_bytes(), 1))
@@ -240,7 +241,7 @@ def test_a_compressed_file_is_copied_to_a_disk(
     assert empty.read_bytes() == image.read_bytes()
 
 
-def test_a_pipe_is_a_target(nbdkit: Nbdkit, image: Path) -> None:
+def test_a_pipe_is_a_target(nbdkit: StartServer, image: Path) -> None:
     received: list[bytes] = []
     reader, writer = os.pipe()
     with open(reader, "rb") as source, open(writer, "wb") as target:
@@ -264,7 +265,7 @@ def test_open_files_are_copied_from_and_to_their_position(image: Path, tmp_path:
 
 
 def test_a_small_target_is_refused_before_anything_is_written(
-    nbdkit: Nbdkit, image: Path, tmp_path: Path
+    nbdkit: StartServer, image: Path, tmp_path: Path
 ) -> None:
     small = tmp_path / "small"
     small.write_bytes(b"\xff" * MIB)
@@ -274,7 +275,7 @@ def test_a_small_target_is_refused_before_anything_is_written(
     assert small.read_bytes() == b"\xff" * MIB
 
 
-def test_a_read_only_target_is_refused(nbdkit: Nbdkit, image: Path) -> None:
+def test_a_read_only_target_is_refused(nbdkit: StartServer, image: Path) -> None:
     with pytest.raises(nbd.Error, match="read-only") as refused:
         nbd.copy(image, nbdkit("-r", "memory", "6M").uri)
     assert refused.value.errno == "EROFS"
@@ -317,7 +318,9 @@ def test_a_wrong_argument_is_said(
     [{"connections": 1000}, {"depth": 10**6}, {"timeout": float("inf")}, {"timeout": 1e12}],
     ids=str,
 )
-def test_large_numbers_are_taken(nbdkit: Nbdkit, tmp_path: Path, arguments: dict[str, Any]) -> None:
+def test_large_numbers_are_taken(
+    nbdkit: StartServer, tmp_path: Path, arguments: dict[str, Any]
+) -> None:
     uri = nbdkit("--filter=delay", "memory", "24M", "rdelay=1ms").uri
     target = tmp_path / "target"
     assert nbd.copy(uri, target, sparse=False, **arguments) == (24 * MIB, 0)
@@ -331,7 +334,9 @@ def test_what_cannot_be_copied_is_said(image: Path) -> None:
 
 
 @pytest.mark.parametrize("side", ["source", "target"])
-def test_an_error_names_the_side_and_the_offset(nbdkit: Nbdkit, image: Path, side: str) -> None:
+def test_an_error_names_the_side_and_the_offset(
+    nbdkit: StartServer, image: Path, side: str
+) -> None:
     failing = "error-pread-rate" if side == "source" else "error-pwrite-rate"
     bad = nbdkit("--filter=error", "memory", "6M", "error=EPERM", f"{failing}=100%").uri
     good = nbdkit("memory", "6M").uri
@@ -342,7 +347,7 @@ def test_an_error_names_the_side_and_the_offset(nbdkit: Nbdkit, image: Path, sid
     assert re.search(rf"\([0-9]+ bytes of {re.escape(bad)}\)", failed.value.string)
 
 
-def test_an_error_of_zeroing_says_so(nbdkit: Nbdkit, image: Path) -> None:
+def test_an_error_of_zeroing_says_so(nbdkit: StartServer, image: Path) -> None:
     bad = nbdkit("--filter=error", "memory", "6M", "error=EPERM", "error-zero-rate=100%").uri
     text = "zeroing the target failed at offset [0-9]+: Operation not permitted"
     with pytest.raises(nbd.Error, match=text) as failed:
@@ -350,7 +355,7 @@ def test_an_error_of_zeroing_says_so(nbdkit: Nbdkit, image: Path) -> None:
     assert failed.value.errno == "EPERM"
 
 
-def test_an_error_of_flushing_names_the_target(nbdkit: Nbdkit, image: Path) -> None:
+def test_an_error_of_flushing_names_the_target(nbdkit: StartServer, image: Path) -> None:
     plugin = nbdkit(
         "eval", "get_size=echo 6M", "pwrite=cat >/dev/null", "zero=exit 0", "can_flush=exit 0",
         "can_zero=exit 0", "flush=echo EIO >&2; exit 1",
@@ -363,7 +368,7 @@ def test_an_error_of_flushing_names_the_target(nbdkit: Nbdkit, image: Path) -> N
 
 @pytest.mark.parametrize("is_sparse", [True, False])
 def test_a_source_with_blocks_is_copied_to_a_part_of_a_file(
-    nbdkit: Nbdkit, tmp_path: Path, is_sparse: bool
+    nbdkit: StartServer, tmp_path: Path, is_sparse: bool
 ) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(os.urandom(4095))
@@ -377,7 +382,7 @@ def test_a_source_with_blocks_is_copied_to_a_part_of_a_file(
     assert target.read_bytes() == source.read_bytes() + b"\xff" * (70_000 - 4095)
 
 
-def test_a_server_that_cannot_tell_of_holes_is_read(nbdkit: Nbdkit, tmp_path: Path) -> None:
+def test_a_server_that_cannot_tell_of_holes_is_read(nbdkit: StartServer, tmp_path: Path) -> None:
     uri = nbdkit("--filter=error", "pattern", "1M", "error=EIO", "error-extents-rate=100%").uri
     assert nbd.copy(uri, tmp_path / "target") == (MIB, 0)
 
@@ -398,7 +403,7 @@ def test_a_read_whose_data_never_came_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_a_server_that_dies_ends_the_copy(nbdkit: Nbdkit, side: int) -> None:
+def test_a_server_that_dies_ends_the_copy(nbdkit: StartServer, side: int) -> None:
     pair = [
         nbdkit("--filter=delay", "memory", "64M", "delay-read=5ms", "delay-write=5ms")
         for _ in range(2)
@@ -416,7 +421,7 @@ def test_a_server_that_dies_ends_the_copy(nbdkit: Nbdkit, side: int) -> None:
     assert failed.value.errno in ("ENOTCONN", "ECONNRESET", "EPIPE", "ESHUTDOWN")
 
 
-def test_a_server_that_hangs_ends_the_copy_by_its_timeout(nbdkit: Nbdkit) -> None:
+def test_a_server_that_hangs_ends_the_copy_by_its_timeout(nbdkit: StartServer) -> None:
     source, target = nbdkit("memory", "64M"), nbdkit("memory", "64M")
 
     def pause(done: int, total: int | None) -> None:
@@ -427,52 +432,34 @@ def test_a_server_that_hangs_ends_the_copy_by_its_timeout(nbdkit: Nbdkit) -> Non
     source.resume()
 
 
-class Interrupted(Exception):
-    """What the signal handler of a test raises."""
-
-
-def test_a_signal_ends_the_copy_at_once(nbdkit: Nbdkit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_ends_the_copy_at_once(
+    nbdkit: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, target = nbdkit("memory", "64M"), nbdkit("memory", "64M")
-    source.pause()
     handle = nbd.NBD()
-
-    def interrupt(number: int, frame: object) -> None:
-        raise Interrupted
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        handle.connect_uri(target.uri)
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
-        with pytest.raises(Interrupted):
-            nbd.copy(source.uri, handle)
-    finally:
-        signal.signal(signal.SIGALRM, before)
-        source.resume()
+    handle.connect_uri(target.uri)
+    with paused(source), alarm(seconds=0.2), pytest.raises(Stop):
+        nbd.copy(source.uri, handle)
     handle.pwrite(b"usable", 0)
     handle.close()
 
 
-def test_a_signal_ends_all_threads_of_a_copy(nbdkit: Nbdkit) -> None:
+def test_a_signal_ends_all_threads_of_a_copy(nbdkit: StartServer) -> None:
     source, target = nbdkit("memory", "64M"), nbdkit("memory", "64M")
 
     def interrupt(done: int, total: int | None) -> None:
         source.pause()
         signal.raise_signal(signal.SIGALRM)
 
-    def handler(number: int, frame: object) -> None:
-        raise Interrupted
-
-    before = signal.signal(signal.SIGALRM, handler)
     try:
-        with pytest.raises(Interrupted):
+        with handling(stop), pytest.raises(Stop):
             nbd.copy(source.uri, target.uri, sparse=False, progress=interrupt)
     finally:
-        signal.signal(signal.SIGALRM, before)
         source.resume()
     assert running == set()
 
 
-def test_progress_counts_up_to_the_size(nbdkit: Nbdkit, image: Path, empty: Path) -> None:
+def test_progress_counts_up_to_the_size(nbdkit: StartServer, image: Path, empty: Path) -> None:
     calls: list[tuple[int, int | None]] = []
     nbd.copy(
         served(nbdkit, image),
@@ -485,16 +472,16 @@ def test_progress_counts_up_to_the_size(nbdkit: Nbdkit, image: Path, empty: Path
     assert {total for _, total in calls} == {size}
 
 
-def test_what_progress_raises_ends_the_copy(nbdkit: Nbdkit, image: Path, empty: Path) -> None:
+def test_what_progress_raises_ends_the_copy(nbdkit: StartServer, image: Path, empty: Path) -> None:
     def refuse(done: int, total: int | None) -> None:
-        raise Interrupted
+        raise Stop
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(Stop):
         nbd.copy(served(nbdkit, image), served(nbdkit, empty), progress=refuse)
 
 
 @pytest.mark.parametrize("size", [0, 1, 511, 513, 4097])
-def test_any_size_is_copied(nbdkit: Nbdkit, tmp_path: Path, size: int) -> None:
+def test_any_size_is_copied(nbdkit: StartServer, tmp_path: Path, size: int) -> None:
     source, target, copied = (tmp_path / name for name in ("source", "target", "copied"))
     source.write_bytes(os.urandom(size))
     target.write_bytes(bytes(size))
@@ -507,7 +494,7 @@ def test_any_size_is_copied(nbdkit: Nbdkit, tmp_path: Path, size: int) -> None:
 
 @pytest.mark.parametrize("target", ["disk", "file", "stream"])
 def test_memory_is_bounded_whatever_the_size_of_the_copy(
-    nbdkit: Nbdkit, tmp_path: Path, target: str
+    nbdkit: StartServer, tmp_path: Path, target: str
 ) -> None:
     program = f"""
 import resource, sys
@@ -529,7 +516,7 @@ print((peak() - before) // 1024)
     sys.implementation.name == "pypy", reason="PyPy lets go of things at its next collection"
 )
 def test_a_copy_that_has_failed_leaves_no_queue_to_the_garbage_collector(
-    nbdkit: Nbdkit, image: Path, tmp_path: Path
+    nbdkit: StartServer, image: Path, tmp_path: Path
 ) -> None:
     uri = served(nbdkit, image, "--filter=error", "error=EIO", "error-rate=100%")
     gc.collect()
@@ -544,7 +531,7 @@ def test_a_copy_that_has_failed_leaves_no_queue_to_the_garbage_collector(
 
 
 def test_several_connections_are_made_where_the_server_allows(
-    nbdkit: Nbdkit, tmp_path: Path
+    nbdkit: StartServer, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
     uri = nbdkit(

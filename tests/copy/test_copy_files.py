@@ -13,16 +13,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 from support.programs import run_program
-from support.servers import Server
+from support.servers import StartServer
+from support.sizes import MIB
 
 import nbd
-
-KIB, MIB = 1 << 10, 1 << 20
-Nbdkit = Callable[..., Server]
 
 # A file in memory need not know O_DIRECT, as tmpfs before Linux 6.6.
 BLOCK = 4096
@@ -48,7 +46,7 @@ def old(tmp_path: Path) -> Path:
     return path
 
 
-def served(nbdkit: Nbdkit, path: Path) -> str:
+def served(nbdkit: StartServer, path: Path) -> str:
     """Return the URI of an nbdkit on a file."""
     return nbdkit("file", str(path)).uri
 
@@ -59,7 +57,7 @@ def served(nbdkit: Nbdkit, path: Path) -> str:
 @pytest.mark.parametrize("buffering", [0, -1])
 @pytest.mark.parametrize("has_position", [False, True])
 def test_what_is_appended_follows_what_was_there(
-    nbdkit: Nbdkit, image: Path, tmp_path: Path, buffering: int, has_position: bool
+    nbdkit: StartServer, image: Path, tmp_path: Path, buffering: int, has_position: bool
 ) -> None:
     path = tmp_path / "log"
     path.write_bytes(b"before" * 100_000)
@@ -97,7 +95,7 @@ def test_standard_output_appends_after_the_shell_has_said_so(image: Path, tmp_pa
     assert path.read_bytes() == b"before" + image.read_bytes()
 
 
-def test_a_file_for_appending_is_a_source_with_holes(image: Path, nbdkit: Nbdkit) -> None:
+def test_a_file_for_appending_is_a_source_with_holes(image: Path, nbdkit: StartServer) -> None:
     with image.open("a+b") as source:
         source.seek(0)
         assert nbd.copy(source, nbdkit("memory", "4M").uri).zeroed > MIB
@@ -108,7 +106,7 @@ def test_a_file_for_appending_is_a_source_with_holes(image: Path, nbdkit: Nbdkit
 
 @pytest.mark.parametrize("target", ["disk", "stream"])
 def test_what_the_buffer_of_the_source_has_is_copied(
-    nbdkit: Nbdkit, image: Path, tmp_path: Path, target: str
+    nbdkit: StartServer, image: Path, tmp_path: Path, target: str
 ) -> None:
     where: Any = tmp_path / "copy" if target == "disk" else io.BytesIO()
     with image.open("r+b") as source:
@@ -143,7 +141,9 @@ def test_what_the_target_has_read_before_is_not_read_again(image: Path, old: Pat
         assert target.read(20) == b"\xff" * 10 + image.read_bytes()[:10]
 
 
-def test_holes_replace_old_data_of_an_open_file(nbdkit: Nbdkit, image: Path, old: Path) -> None:
+def test_holes_replace_old_data_of_an_open_file(
+    nbdkit: StartServer, image: Path, old: Path
+) -> None:
     with old.open("r+b", buffering=0) as target:
         target.seek(MIB)
         assert nbd.copy(served(nbdkit, image), target).zeroed > MIB
@@ -216,7 +216,7 @@ def test_a_copy_that_fails_leaves_the_position_of_a_source(
         assert source.read() == data[10:]
 
 
-def test_a_copy_that_fails_leaves_the_position_of_a_target(old: Path, nbdkit: Nbdkit) -> None:
+def test_a_copy_that_fails_leaves_the_position_of_a_target(old: Path, nbdkit: StartServer) -> None:
     bad = nbdkit("--filter=error", "memory", "1M", "error-pread=EIO", "error-pread-rate=1").uri
     with old.open("r+b") as target:
         target.seek(17)
@@ -229,7 +229,7 @@ def test_a_copy_that_fails_leaves_the_position_of_a_target(old: Path, nbdkit: Nb
 
 
 @pytest.mark.parametrize("path", ["/proc/version", "/proc/self/mountinfo"])
-def test_a_file_without_a_size_is_copied(nbdkit: Nbdkit, tmp_path: Path, path: str) -> None:
+def test_a_file_without_a_size_is_copied(nbdkit: StartServer, tmp_path: Path, path: str) -> None:
     content = Path(path).read_bytes()
     copied = tmp_path / "copy"
     assert nbd.copy(path, copied) == (len(content), 0)
@@ -260,7 +260,7 @@ def test_an_empty_file_is_copied(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_sparse", [True, False])
 @pytest.mark.parametrize("kind", ["disk", "stream", "file"])
 def test_a_file_that_shrinks_is_an_error(
-    nbdkit: Nbdkit, tmp_path: Path, kind: str, is_sparse: bool
+    nbdkit: StartServer, tmp_path: Path, kind: str, is_sparse: bool
 ) -> None:
     path = tmp_path / "large"
     with path.open("wb") as file:
@@ -286,7 +286,7 @@ def test_a_file_that_shrinks_is_an_error(
 
 
 def test_the_last_bytes_of_a_file_that_shrinks_are_not_counted(
-    nbdkit: Nbdkit, tmp_path: Path
+    nbdkit: StartServer, tmp_path: Path
 ) -> None:
     path = tmp_path / "odd"
     path.write_bytes(b"x" * (4 * MIB + 100))
@@ -415,7 +415,7 @@ except OSError as refused:
     )
 
 
-def test_a_full_device_is_named(nbdkit: Nbdkit, image: Path) -> None:
+def test_a_full_device_is_named(nbdkit: StartServer, image: Path) -> None:
     with open("/dev/full", "wb") as buffered:
         for target in ("/dev/full", buffered):
             with pytest.raises(OSError, match=r"the target failed: .*'/dev/full'") as full:
@@ -438,7 +438,7 @@ def small_file_system(path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(path)], check=True)
 
 
-def test_a_full_file_system_is_said(nbdkit: Nbdkit, tmp_path: Path) -> None:
+def test_a_full_file_system_is_said(nbdkit: StartServer, tmp_path: Path) -> None:
     with small_file_system(tmp_path / "small") as small:
         for source in (nbdkit("pattern", "8M").uri, io.BytesIO(b"x" * 8 * MIB)):
             with pytest.raises(nbd.Error, match=r"target.*: No space left") as full:
@@ -463,7 +463,7 @@ def direct(path: Path, flags: int, mode: str, buffering: int = 0) -> Iterator[An
 @pytest.mark.parametrize("start", [0, BLOCK, 100])
 @pytest.mark.parametrize("target", ["disk", "stream"])
 def test_a_source_past_the_cache(
-    nbdkit: Nbdkit, image: Path, tmp_path: Path, start: int, target: str
+    nbdkit: StartServer, image: Path, tmp_path: Path, start: int, target: str
 ) -> None:
     where: Any = tmp_path / "copy" if target == "disk" else io.BytesIO()
     with direct(image, os.O_RDONLY, "rb") as source:
@@ -477,7 +477,7 @@ def test_a_source_past_the_cache(
 @pytest.mark.parametrize("start", [0, BLOCK, 100])
 @pytest.mark.parametrize("source", ["disk", "stream"])
 def test_a_target_past_the_cache(
-    nbdkit: Nbdkit, image: Path, old: Path, start: int, source: str
+    nbdkit: StartServer, image: Path, old: Path, start: int, source: str
 ) -> None:
     data = image.read_bytes()
     what = served(nbdkit, image) if source == "disk" else io.BytesIO(data)
@@ -522,7 +522,7 @@ def test_nothing_is_copied_from_and_to_the_null_device(image: Path, tmp_path: Pa
     assert sum(nbd.copy(image, "/dev/null")) == image.stat().st_size
 
 
-def test_an_endless_device_fills_a_disk(nbdkit: Nbdkit) -> None:
+def test_an_endless_device_fills_a_disk(nbdkit: StartServer) -> None:
     uri = nbdkit("memory", "3M").uri
     with nbd.connect(uri) as disk:
         disk.pwrite(b"x" * MIB, MIB)

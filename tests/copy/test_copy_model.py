@@ -20,10 +20,10 @@ from typing import Any, Callable
 import pytest
 from support import hostile, servers
 from support.forms import SOAK
+from support.sizes import KIB, MIB
 
 import nbd
 
-KIB, MIB = 1 << 10, 1 << 20
 GROUPS = 4
 ROUNDS = 250 if SOAK else 15  # of each group
 BLOCK = 512
@@ -534,7 +534,7 @@ class Round:
 
         def read() -> bytes:
             file.close()
-            assert ended.wait(servers.PATIENCE)
+            assert ended.wait(servers.TIMEOUT)
             return bytes(received)
 
         self.stack.callback(file.close)

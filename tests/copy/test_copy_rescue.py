@@ -10,18 +10,17 @@ import random
 import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable
+from typing import Any
 
 import pytest
-from support.servers import Server
+from support.servers import StartServer
+from support.sizes import KIB, MIB
 
 import nbd
 from nbd._disks import rescue
 
-Nbdkit = Callable[..., Server]
 Ranges = list[tuple[int, int]]
 
-KIB, MIB = 1 << 10, 1 << 20
 SECTOR = 4 * KIB
 BAD = [(sector * SECTOR, SECTOR) for sector in (5, 77, 200)]
 
@@ -34,7 +33,7 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-def damaged(nbdkit: Nbdkit, image: Path, bad: Ranges, *options: str) -> str:
+def damaged(nbdkit: StartServer, image: Path, bad: Ranges, *options: str) -> str:
     """Return the URI of a disk of which some ranges cannot be read."""
     lines, at, size = ["0x0 +"], 0, image.stat().st_size
     for start, length in [*bad, (size, 0)]:
@@ -76,7 +75,9 @@ class Noted:
         return True
 
 
-def test_an_error_names_the_bad_range_exactly(nbdkit: Nbdkit, image: Path, tmp_path: Path) -> None:
+def test_an_error_names_the_bad_range_exactly(
+    nbdkit: StartServer, image: Path, tmp_path: Path
+) -> None:
     uri = damaged(nbdkit, image, BAD[1:2])
     with pytest.raises(nbd.Error) as failed:
         nbd.copy(uri, tmp_path / "target")
@@ -88,7 +89,7 @@ def test_an_error_names_the_bad_range_exactly(nbdkit: Nbdkit, image: Path, tmp_p
     assert text in failed.value.string
 
 
-def test_only_the_bad_sectors_are_lost(nbdkit: Nbdkit, image: Path, tmp_path: Path) -> None:
+def test_only_the_bad_sectors_are_lost(nbdkit: StartServer, image: Path, tmp_path: Path) -> None:
     noted = Noted()
     target = tmp_path / "target"
     result = nbd.copy(damaged(nbdkit, image, BAD), target, on_error=noted)
@@ -101,7 +102,7 @@ def test_only_the_bad_sectors_are_lost(nbdkit: Nbdkit, image: Path, tmp_path: Pa
 
 
 def test_a_bad_place_of_a_target_with_old_data_becomes_zeroes(
-    nbdkit: Nbdkit, image: Path, tmp_path: Path
+    nbdkit: StartServer, image: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "target"
     target.write_bytes(b"\xff" * (256 * SECTOR))
@@ -111,7 +112,7 @@ def test_a_bad_place_of_a_target_with_old_data_becomes_zeroes(
 
 
 def test_a_bad_place_of_an_open_file_becomes_zeroes(
-    nbdkit: Nbdkit, image: Path, tmp_path: Path
+    nbdkit: StartServer, image: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "target"
     target.write_bytes(b"\xff" * (257 * SECTOR))
@@ -125,7 +126,7 @@ def test_a_bad_place_of_an_open_file_becomes_zeroes(
 
 @pytest.mark.parametrize("answer", [False, None, 0])
 def test_a_false_answer_raises_the_error(
-    nbdkit: Nbdkit, image: Path, tmp_path: Path, answer: object
+    nbdkit: StartServer, image: Path, tmp_path: Path, answer: object
 ) -> None:
     seen: list[nbd.Error] = []
 
@@ -142,7 +143,9 @@ class Refused(Exception):
     """What the on_error of a test raises."""
 
 
-def test_what_on_error_raises_ends_the_copy(nbdkit: Nbdkit, image: Path, tmp_path: Path) -> None:
+def test_what_on_error_raises_ends_the_copy(
+    nbdkit: StartServer, image: Path, tmp_path: Path
+) -> None:
     def refuse(offset: int, length: int, error: nbd.Error) -> bool:
         raise Refused
 
@@ -158,7 +161,7 @@ def test_on_error_has_to_be_callable(image: Path, tmp_path: Path) -> None:
 
 
 def test_blocks_of_the_target_may_be_larger_than_bad_sectors(
-    nbdkit: Nbdkit, image: Path, tmp_path: Path
+    nbdkit: StartServer, image: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "target"
     target.write_bytes(b"\xff" * (256 * SECTOR))
@@ -173,7 +176,7 @@ def test_blocks_of_the_target_may_be_larger_than_bad_sectors(
 
 
 def test_no_smaller_part_is_read_than_the_minimum_block_size(
-    nbdkit: Nbdkit, image: Path, tmp_path: Path
+    nbdkit: StartServer, image: Path, tmp_path: Path
 ) -> None:
     uri = damaged(
         nbdkit, image, [(10 * KIB, 512)], "--filter=blocksize-policy",
@@ -185,7 +188,7 @@ def test_no_smaller_part_is_read_than_the_minimum_block_size(
 
 
 def test_bad_ranges_that_touch_are_returned_as_one(
-    nbdkit: Nbdkit, image: Path, tmp_path: Path
+    nbdkit: StartServer, image: Path, tmp_path: Path
 ) -> None:
     bad = [(128 * KIB, 512 * KIB)]  # more than one command
     target = tmp_path / "target"
@@ -193,7 +196,9 @@ def test_bad_ranges_that_touch_are_returned_as_one(
     assert target.read_bytes() == with_zeroes(image, bad)
 
 
-def test_errors_that_do_not_last_lose_nothing(nbdkit: Nbdkit, image: Path, tmp_path: Path) -> None:
+def test_errors_that_do_not_last_lose_nothing(
+    nbdkit: StartServer, image: Path, tmp_path: Path
+) -> None:
     noted = Noted()
     target = tmp_path / "target"
     uri = nbdkit(
@@ -212,7 +217,7 @@ def test_errors_that_do_not_last_lose_nothing(nbdkit: Nbdkit, image: Path, tmp_p
 
 
 def test_several_connections_save_the_same(
-    nbdkit: Nbdkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nbdkit: StartServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nbd._disks import copy as copying
 
@@ -240,7 +245,7 @@ def test_several_connections_save_the_same(
     assert progress[-1] == 8 * MIB
 
 
-def test_a_lost_connection_is_no_bad_place(nbdkit: Nbdkit, tmp_path: Path) -> None:
+def test_a_lost_connection_is_no_bad_place(nbdkit: StartServer, tmp_path: Path) -> None:
     source = nbdkit("--filter=delay", "memory", "64M", "rdelay=5ms")
     noted = Noted()
 
@@ -252,7 +257,7 @@ def test_a_lost_connection_is_no_bad_place(nbdkit: Nbdkit, tmp_path: Path) -> No
     assert noted.calls == []
 
 
-def test_what_cannot_be_written_is_no_bad_place(nbdkit: Nbdkit, image: Path) -> None:
+def test_what_cannot_be_written_is_no_bad_place(nbdkit: StartServer, image: Path) -> None:
     noted = Noted()
     bad = nbdkit("--filter=error", "memory", "6M", "error=EIO", "error-pwrite-rate=100%").uri
     with pytest.raises(nbd.Error, match="writing to the target failed at offset"):
@@ -295,7 +300,9 @@ def test_a_file_is_read_around_its_bad_sectors(image: Path) -> None:
         rescue.rescued(source, start, length, settings, errno.EIO)
 
 
-def test_the_result_is_still_a_tuple_of_two(nbdkit: Nbdkit, image: Path, tmp_path: Path) -> None:
+def test_the_result_is_still_a_tuple_of_two(
+    nbdkit: StartServer, image: Path, tmp_path: Path
+) -> None:
     good = nbd.copy(image, tmp_path / "copied")
     assert good.bad == ()
     copied, zeroed = good
@@ -310,7 +317,7 @@ def test_the_result_is_still_a_tuple_of_two(nbdkit: Nbdkit, image: Path, tmp_pat
 
 @pytest.mark.parametrize("seed", range(12))
 def test_random_damage_is_found_exactly(
-    nbdkit: Nbdkit, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+    nbdkit: StartServer, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nbd._disks import copy as copying
 

@@ -24,20 +24,15 @@ from typing import Any, Callable
 import pytest
 from support.asyncs import run, until
 from support.programs import run_program
-from support.servers import Server
-from support.waits import AGAIN, SHORT, Stop, alarm
+from support.servers import StartServer
+from support.signals import AGAIN, SHORT, Stop, alarm
+from support.sizes import KIB, MIB
 
 import nbd
+import nbd._disks.files
 
-KIB, MIB = 1 << 10, 1 << 20
 SOON = 10.0  # seconds in which what waits has to end; without a bound it would wait for ever
-Nbdkit = Callable[..., Server]
 DATA = random.Random(1).randbytes(3 * MIB + 77)
-
-
-def stop(number: int, frame: object) -> None:
-    """Be the handler of a signal."""
-    raise Stop
 
 
 @contextmanager
@@ -45,7 +40,7 @@ def stopped(seconds: float = SHORT) -> Iterator[None]:
     """Have a signal stop what is called after some time, and fail if that takes long."""
     gc.collect()  # PyPy loses what a handler raises in the callback of a weak reference
     began = time.monotonic()
-    with alarm(stop, seconds), pytest.raises(Stop):
+    with alarm(seconds=seconds), pytest.raises(Stop):
         yield
     assert time.monotonic() - began < SOON
 
@@ -120,7 +115,9 @@ class Sink:
     [lambda size: None, lambda size: size, lambda size: min(size, 100_001)],
     ids=["None", "all", "some"],
 )
-def test_an_object_may_keep_what_it_is_given(nbdkit: Nbdkit, answer: Callable[[int], Any]) -> None:
+def test_an_object_may_keep_what_it_is_given(
+    nbdkit: StartServer, answer: Callable[[int], Any]
+) -> None:
     uri = nbdkit("memory", "4M").uri
     nbd.copy(io.BytesIO(DATA), uri)
     for source in (io.BytesIO(DATA + bytes(4 * MIB - len(DATA))), uri):
@@ -173,7 +170,7 @@ class Source:
         return answer
 
 
-def test_an_object_may_return_any_bytes(nbdkit: Nbdkit) -> None:
+def test_an_object_may_return_any_bytes(nbdkit: StartServer) -> None:
     again = bytearray(b"x" * 100)
     source = Source(b"a", again, memoryview(b"cde")[1:], b"y" * 2 * MIB)
     target = Sink(lambda size: size)
@@ -191,7 +188,7 @@ def test_an_object_may_return_any_bytes(nbdkit: Nbdkit) -> None:
     ],
 )
 def test_a_read_that_makes_no_sense_is_an_error(
-    nbdkit: Nbdkit, answer: Any, kind: type[Exception], text: str
+    nbdkit: StartServer, answer: Any, kind: type[Exception], text: str
 ) -> None:
     with pytest.raises(kind, match=text):
         nbd.copy(Source(answer), nbdkit("memory", "1M").uri)
@@ -202,7 +199,7 @@ def test_a_read_that_makes_no_sense_is_an_error(
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, LookupError, OSError])
 def test_what_the_source_raises_comes_out_and_nothing_is_flushed(
-    nbdkit: Nbdkit, tmp_path: Path, kind: type[BaseException]
+    nbdkit: StartServer, tmp_path: Path, kind: type[BaseException]
 ) -> None:
     error = kind("mine")
     log = tmp_path / "log"
@@ -214,7 +211,9 @@ def test_what_the_source_raises_comes_out_and_nothing_is_flushed(
     assert " Flush " not in log.read_text()
 
 
-def test_a_copy_that_is_done_has_flushed_if_it_was_asked_to(nbdkit: Nbdkit, tmp_path: Path) -> None:
+def test_a_copy_that_is_done_has_flushed_if_it_was_asked_to(
+    nbdkit: StartServer, tmp_path: Path
+) -> None:
     log = tmp_path / "log"
     uri = nbdkit("--filter=log", "memory", "8M", f"logfile={log}").uri
     nbd.copy(io.BytesIO(DATA), uri, flush=False)
@@ -224,7 +223,7 @@ def test_a_copy_that_is_done_has_flushed_if_it_was_asked_to(nbdkit: Nbdkit, tmp_
 
 
 @contextmanager
-def hung(nbdkit: Nbdkit, direction: str) -> Iterator[tuple[Any, Any, Callable[..., None]]]:
+def hung(nbdkit: StartServer, direction: str) -> Iterator[tuple[Any, Any, Callable[..., None]]]:
     """Give the source and target of a copy of a stream, and a `progress` that stops the server."""
     server = nbdkit("memory", "16M")
     paused: list[bool] = []
@@ -254,7 +253,7 @@ def hung(nbdkit: Nbdkit, direction: str) -> Iterator[tuple[Any, Any, Callable[..
 @pytest.mark.parametrize("timeout", [None, 60])
 @pytest.mark.parametrize("direction", ["to", "from"])
 def test_a_signal_ends_the_copy_of_a_stream_and_a_server_that_hangs(
-    nbdkit: Nbdkit, direction: str, timeout: float | None
+    nbdkit: StartServer, direction: str, timeout: float | None
 ) -> None:
     with hung(nbdkit, direction) as (source, target, pause), stopped(AGAIN):
         nbd.copy(source, target, sparse=False, progress=pause, timeout=timeout)
@@ -262,13 +261,13 @@ def test_a_signal_ends_the_copy_of_a_stream_and_a_server_that_hangs(
 
 @pytest.mark.parametrize("direction", ["to", "from"])
 def test_a_timeout_ends_the_copy_of_a_stream_and_a_server_that_hangs(
-    nbdkit: Nbdkit, direction: str
+    nbdkit: StartServer, direction: str
 ) -> None:
     with hung(nbdkit, direction) as (source, target, pause), late():
         nbd.copy(source, target, sparse=False, progress=pause, timeout=0.3)
 
 
-def test_what_the_source_raises_comes_out_while_the_server_hangs(nbdkit: Nbdkit) -> None:
+def test_what_the_source_raises_comes_out_while_the_server_hangs(nbdkit: StartServer) -> None:
     server = nbdkit("memory", "8M")
 
     class Pausing(Source):
@@ -285,7 +284,7 @@ def test_what_the_source_raises_comes_out_while_the_server_hangs(nbdkit: Nbdkit)
     server.resume()
 
 
-def test_a_slow_stream_is_no_timeout_of_the_server(nbdkit: Nbdkit) -> None:
+def test_a_slow_stream_is_no_timeout_of_the_server(nbdkit: StartServer) -> None:
     class Slow(Source):
         def read(self, size: int) -> Any:
             time.sleep(0.3)
@@ -296,12 +295,12 @@ def test_a_slow_stream_is_no_timeout_of_the_server(nbdkit: Nbdkit) -> None:
     assert nbd.copy(Slow(data, data, data), uri, timeout=0.2).copied == 3 * len(data)
 
 
-def test_a_slow_server_is_no_timeout_while_it_answers(nbdkit: Nbdkit) -> None:
+def test_a_slow_server_is_no_timeout_while_it_answers(nbdkit: StartServer) -> None:
     uri = nbdkit("--filter=delay", "memory", "8M", "wdelay=100ms").uri
     assert nbd.copy(io.BytesIO(DATA), uri, timeout=0.5).copied == len(DATA)
 
 
-def test_an_error_of_the_server_names_its_side_and_the_offset(nbdkit: Nbdkit) -> None:
+def test_an_error_of_the_server_names_its_side_and_the_offset(nbdkit: StartServer) -> None:
     options = ("--filter=error", "memory", "8M", "error=EPERM", "error-rate=1")
     with pytest.raises(nbd.Error, match="writing to the target failed at offset 0: ") as failed:
         nbd.copy(io.BytesIO(DATA), nbdkit(*options).uri)
@@ -310,7 +309,7 @@ def test_an_error_of_the_server_names_its_side_and_the_offset(nbdkit: Nbdkit) ->
         nbd.copy(nbdkit(*options).uri, io.BytesIO(), sparse=False)
 
 
-def test_a_stream_that_is_longer_than_the_disk_is_an_error(nbdkit: Nbdkit) -> None:
+def test_a_stream_that_is_longer_than_the_disk_is_an_error(nbdkit: StartServer) -> None:
     with pytest.raises(nbd.Error, match="has 1048576 bytes and the source has more") as full:
         nbd.copy(Source(DATA), nbdkit("memory", "1M").uri)
     assert full.value.errno == "ENOSPC"
@@ -341,7 +340,9 @@ def ask(calls: list[tuple[int, int]], answer: bool) -> Callable[[int, int, nbd.E
     return on_error
 
 
-def test_a_stream_gets_zeroes_for_what_a_disk_cannot_read(nbdkit: Nbdkit, tmp_path: Path) -> None:
+def test_a_stream_gets_zeroes_for_what_a_disk_cannot_read(
+    nbdkit: StartServer, tmp_path: Path
+) -> None:
     (tmp_path / "image").write_bytes(DATA)
     (tmp_path / "map").write_text(
         f"0x0 +\n0x0 {BAD[0][0]:#x} +\n{BAD[0][0]:#x} {BAD[0][1]:#x} -\n"
@@ -398,7 +399,7 @@ def fifo(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("direction", ["from", "to"])
 def test_a_fifo_without_another_side_is_waited_for_until_the_timeout(
-    nbdkit: Nbdkit, fifo: Path, direction: str
+    nbdkit: StartServer, fifo: Path, direction: str
 ) -> None:
     uri = nbdkit("memory", "1M").uri
     pair = (fifo, uri) if direction == "from" else (uri, fifo)
@@ -408,7 +409,7 @@ def test_a_fifo_without_another_side_is_waited_for_until_the_timeout(
         nbd.copy(*pair)
 
 
-def test_a_fifo_may_be_opened_late(nbdkit: Nbdkit, fifo: Path) -> None:
+def test_a_fifo_may_be_opened_late(nbdkit: StartServer, fifo: Path) -> None:
     uri = nbdkit("memory", "4M").uri
     command = 'sleep 0.3; cat > "$0"'
     with subprocess.Popen(["sh", "-c", command, fifo], stdin=subprocess.PIPE) as writer:
@@ -426,7 +427,7 @@ def test_a_fifo_may_be_opened_late(nbdkit: Nbdkit, fifo: Path) -> None:
 
 @pytest.mark.parametrize("direction", ["from", "to"])
 def test_a_program_ends_after_a_copy_of_a_fifo_was_cancelled(
-    nbdkit: Nbdkit, fifo: Path, direction: str
+    nbdkit: StartServer, fifo: Path, direction: str
 ) -> None:
     program = """
 import asyncio, sys
@@ -495,7 +496,7 @@ Kind = Callable[[bool], "tuple[int, Any]"]
 
 
 @pytest.mark.parametrize("kind", KINDS[:-1], ids=lambda kind: kind.__name__)
-def test_what_a_channel_sends_is_copied(nbdkit: Nbdkit, kind: Kind) -> None:
+def test_what_a_channel_sends_is_copied(nbdkit: StartServer, kind: Kind) -> None:
     uri = nbdkit("memory", "4M").uri
     other, file = kind(True)
     with file, writing(other, DATA):
@@ -504,7 +505,7 @@ def test_what_a_channel_sends_is_copied(nbdkit: Nbdkit, kind: Kind) -> None:
         assert disk.pread(len(DATA), 0) == DATA
 
 
-def test_what_is_typed_is_copied_until_its_end(nbdkit: Nbdkit) -> None:
+def test_what_is_typed_is_copied_until_its_end(nbdkit: StartServer) -> None:
     uri = nbdkit("memory", "1M").uri
     other, ours = pty.openpty()
     with open(other, "wb", 0) as keyboard, open(ours, "rb", 0) as terminal:
@@ -516,7 +517,7 @@ def test_what_is_typed_is_copied_until_its_end(nbdkit: Nbdkit) -> None:
 
 @kinds
 @pytest.mark.parametrize("is_sparse", [True, False])
-def test_a_channel_gets_everything(nbdkit: Nbdkit, kind: Kind, is_sparse: bool) -> None:
+def test_a_channel_gets_everything(nbdkit: StartServer, kind: Kind, is_sparse: bool) -> None:
     data = DATA[:MIB] + bytes(MIB)
     uri = nbdkit("memory", "2M").uri
     nbd.copy(io.BytesIO(data[:MIB]), uri)
@@ -531,7 +532,7 @@ def test_a_channel_gets_everything(nbdkit: Nbdkit, kind: Kind, is_sparse: bool) 
 
 @kinds
 def test_a_channel_that_sends_nothing_is_waited_for_until_the_timeout(
-    nbdkit: Nbdkit, kind: Kind
+    nbdkit: StartServer, kind: Kind
 ) -> None:
     uri = nbdkit("memory", "1M").uri
     other, file = kind(True)
@@ -545,7 +546,7 @@ def test_a_channel_that_sends_nothing_is_waited_for_until_the_timeout(
 
 @kinds
 def test_a_channel_that_takes_nothing_is_waited_for_until_the_timeout(
-    nbdkit: Nbdkit, kind: Kind
+    nbdkit: StartServer, kind: Kind
 ) -> None:
     uri = nbdkit("memory", "4M").uri
     other, file = kind(False)
@@ -559,7 +560,7 @@ def test_a_channel_that_takes_nothing_is_waited_for_until_the_timeout(
 
 
 @pytest.mark.parametrize("kind", [a_pipe, a_pipe_that_does_not_wait, a_socket])
-def test_what_the_buffer_of_a_source_has_comes_first(nbdkit: Nbdkit, kind: Kind) -> None:
+def test_what_the_buffer_of_a_source_has_comes_first(nbdkit: StartServer, kind: Kind) -> None:
     uri = nbdkit("memory", "1M").uri
     other, file = kind(True)
     with open(other, "wb", 0) as sink, file:
@@ -576,7 +577,7 @@ def test_what_the_buffer_of_a_source_has_comes_first(nbdkit: Nbdkit, kind: Kind)
 
 
 @pytest.mark.parametrize("kind", [a_pipe, a_socket])
-def test_the_rest_of_a_buffer_is_all_there_is(nbdkit: Nbdkit, kind: Kind) -> None:
+def test_the_rest_of_a_buffer_is_all_there_is(nbdkit: StartServer, kind: Kind) -> None:
     uri = nbdkit("memory", "1M").uri
     other, file = kind(True)
     with file:
@@ -589,7 +590,7 @@ def test_the_rest_of_a_buffer_is_all_there_is(nbdkit: Nbdkit, kind: Kind) -> Non
 
 
 @pytest.mark.parametrize("kind", [a_pipe, a_pipe_that_does_not_wait, a_socket])
-def test_what_the_buffer_of_a_channel_has_is_sent_first(nbdkit: Nbdkit, kind: Kind) -> None:
+def test_what_the_buffer_of_a_channel_has_is_sent_first(nbdkit: StartServer, kind: Kind) -> None:
     uri = nbdkit("memory", "1M").uri
     other, file = kind(False)
     with reading(other) as received, file:
@@ -598,7 +599,7 @@ def test_what_the_buffer_of_a_channel_has_is_sent_first(nbdkit: Nbdkit, kind: Ki
     assert received == b"before" + bytes(MIB)
 
 
-def test_a_full_pipe_takes_no_more_of_a_buffer_until_the_timeout(nbdkit: Nbdkit) -> None:
+def test_a_full_pipe_takes_no_more_of_a_buffer_until_the_timeout(nbdkit: StartServer) -> None:
     uri = nbdkit("memory", "1M").uri
     read, write = os.pipe()
     with open(read, "rb", 0) as other, open(write, "wb", 64 * KIB) as file:
@@ -615,14 +616,14 @@ def test_a_full_pipe_takes_no_more_of_a_buffer_until_the_timeout(nbdkit: Nbdkit)
         assert other.read(100) == b"before"
 
 
-def test_a_broken_pipe_is_said(nbdkit: Nbdkit) -> None:
+def test_a_broken_pipe_is_said(nbdkit: StartServer) -> None:
     read, write = os.pipe()
     os.close(read)
     with open(write, "wb", 0) as file, pytest.raises(BrokenPipeError, match="the target failed"):
         nbd.copy(nbdkit("memory", "1M").uri, file)
 
 
-def test_a_copy_of_a_pipe_that_is_cancelled_ends_without_more_bytes(nbdkit: Nbdkit) -> None:
+def test_a_copy_of_a_pipe_that_is_cancelled_ends_without_more_bytes(nbdkit: StartServer) -> None:
     uri = nbdkit("memory", "4M").uri
 
     async def cancelled(kind: Kind, is_source: bool) -> None:
@@ -647,7 +648,7 @@ def test_a_copy_of_a_pipe_that_is_cancelled_ends_without_more_bytes(nbdkit: Nbdk
             run(cancelled(kind, is_source))
 
 
-def test_a_pipe_of_another_process_stays_blocking(nbdkit: Nbdkit) -> None:
+def test_a_pipe_of_another_process_stays_blocking(nbdkit: StartServer) -> None:
     program = "import nbd, sys; nbd.copy(sys.argv[1], sys.stdout.buffer)"
     reader = ["python3", "-c", "import os, time; time.sleep(.3); print(os.get_blocking(1))"]
     uri = nbdkit("memory", "4M").uri
@@ -660,7 +661,7 @@ def test_a_pipe_of_another_process_stays_blocking(nbdkit: Nbdkit) -> None:
     assert process.returncode == 0
 
 
-def test_a_suspended_program_is_not_late(nbdkit: Nbdkit) -> None:
+def test_a_suspended_program_is_not_late(nbdkit: StartServer) -> None:
     """What came while a process was stopped is there when it continues."""
     read, write = os.pipe()
     program = """

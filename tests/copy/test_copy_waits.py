@@ -19,17 +19,16 @@ from typing import Any, Callable, Union
 import pytest
 from support import hostile, servers
 from support.hostile import Request, Wire
-from support.servers import Server
-from support.waits import Stop, alarm
+from support.servers import StartServer
+from support.signals import Stop, alarm
+from support.sizes import KIB, MIB
 
 import nbd
 from nbd._disks.threads import running
 
-Nbdkit = Callable[..., Server]
 #: What a server does before it answers a request; it returns whether that was the answer.
 Before = Callable[[Wire, Request], Union[bool, None]]
 
-KIB, MIB = 1 << 10, 1 << 20
 SHORT = 0.3  # seconds: a timeout
 SOON = 3.0  # seconds: later than this is too late
 BOUND = 10.0  # seconds until an event that does not come fails the test
@@ -224,7 +223,7 @@ def test_a_command_that_does_not_end_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_one_connection_is_enough_where_the_server_has_room_for_no_other(
-    qemu_nbd: Callable[..., Server], tmp_path: Path
+    qemu_nbd: StartServer, tmp_path: Path
 ) -> None:
     image, target = tmp_path / "image", tmp_path / "target"
     image.write_bytes(os.urandom(1 * MIB) * 32)
@@ -279,7 +278,7 @@ def test_connections_join_while_the_copy_runs() -> None:
     assert is_joined.is_set()
 
 
-def test_a_small_copy_makes_one_connection(nbdkit: Nbdkit, tmp_path: Path) -> None:
+def test_a_small_copy_makes_one_connection(nbdkit: StartServer, tmp_path: Path) -> None:
     log = tmp_path / "log"
     uri = nbdkit("--filter=log", "memory", "8M", f"logfile={log}").uri
     nbd.copy(uri, tmp_path / "copied", connections=3, sparse=False)
@@ -331,7 +330,7 @@ def test_a_slow_line_that_never_pauses_is_no_timeout(tmp_path: Path) -> None:
     assert target.read_bytes() == b"\1" * 64 * KIB
 
 
-def test_a_slow_progress_is_no_timeout(nbdkit: Nbdkit, tmp_path: Path) -> None:
+def test_a_slow_progress_is_no_timeout(nbdkit: StartServer, tmp_path: Path) -> None:
     calls = 0
 
     def rest(done: int, total: int | None) -> None:
@@ -345,7 +344,7 @@ def test_a_slow_progress_is_no_timeout(nbdkit: Nbdkit, tmp_path: Path) -> None:
     assert calls >= 3
 
 
-def test_a_program_that_was_suspended_is_no_timeout(nbdkit: Nbdkit, tmp_path: Path) -> None:
+def test_a_program_that_was_suspended_is_no_timeout(nbdkit: StartServer, tmp_path: Path) -> None:
     program = f"""
 import os, signal
 import nbd

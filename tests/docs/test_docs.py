@@ -25,6 +25,7 @@ import pytest
 from support import hostile, servers
 from support.docstring_figures import documentation, has_example, public_methods
 from support.handles import NO_CALLS
+from support.servers import StartServer
 
 import nbd
 import nbd.aio
@@ -35,7 +36,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 README = CHECKOUT / "README.md"
 ENTRIES = CHECKOUT / "generator" / "docs"
 
-PATIENCE = 30  # seconds until an example that does not end fails the test
+TIMEOUT = 30  # seconds until an example that does not end fails the test
 LEAST = 200  # characters of a method's docstring
 ROWS, COLUMNS = 24, 80
 
@@ -141,7 +142,7 @@ def test_example_in_docstring(name: str) -> None:
     servers.program("nbdkit")
     if "qemu-nbd" in EXAMPLES[name]:
         servers.program("qemu-nbd")
-    with hostile.Watchdog(PATIENCE, end_servers) as watchdog, nbd.NBD() as h:
+    with hostile.Watchdog(TIMEOUT, end_servers) as watchdog, nbd.NBD() as h:
         h.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
         h.connect_command(SERVER)
         scope = {"asyncio": asyncio, "nbd": nbd, "h": h, "select": select}
@@ -163,7 +164,7 @@ def run_program(text: str, uri: str, folder: Path) -> str:
         capture_output=True,
         check=False,
         encoding="utf-8",
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -171,7 +172,7 @@ def run_program(text: str, uri: str, folder: Path) -> str:
 
 @pytest.mark.parametrize(("block", "prints"), BLOCKS, ids=map(str, range(1, len(BLOCKS) + 1)))
 def test_block_of_readme(
-    block: str, prints: str | None, nbdkit: Callable[..., servers.Server], tmp_path: Path
+    block: str, prints: str | None, nbdkit: StartServer, tmp_path: Path
 ) -> None:
     if "qemu-nbd" in block:
         servers.program("qemu-nbd")
@@ -179,7 +180,7 @@ def test_block_of_readme(
     assert prints is None or printed == prints
 
 
-def test_quick_start_of_the_module(nbdkit: Callable[..., servers.Server], tmp_path: Path) -> None:
+def test_quick_start_of_the_module(nbdkit: StartServer, tmp_path: Path) -> None:
     start = re.search(r"^Quick start:\n\n((?:    .*\n|\n)+)", documentation(nbd), re.MULTILINE)
     assert start
     assert 8 <= len(start[1].strip().splitlines()) <= 12

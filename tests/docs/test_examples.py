@@ -14,16 +14,16 @@ from pathlib import Path
 
 import pytest
 from support import servers
+from support.sizes import MIB
 
 import nbd
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = sorted(path.name for path in EXAMPLES.glob("*.py"))
-PATIENCE = 60  # seconds until an example that does not end fails the test
-MIB = 1 << 20
+TIMEOUT = 60  # seconds until an example that does not end fails the test
 NO_CONTROLS = {"LIBNBD_DEBUG": "", "PYTHONIOENCODING": "utf-8", "TERM": "dumb"}
 
-Serve = Callable[..., servers.Server]
+Serve = servers.StartServer
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 DEFAULT_MAP = """\
@@ -52,7 +52,7 @@ def run(tmp_path: Path) -> Run:
             capture_output=True,
             check=False,
             encoding="utf-8",
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
         )
         assert done.returncode == status, done.stderr
         return done
@@ -72,7 +72,7 @@ def on_terminal(name: str, *args: str) -> str:
         subprocess.list2cmdline([sys.executable, str(EXAMPLES / name), *args]),
         env={**os.environ, **NO_CONTROLS},
         encoding="utf-8",
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         withexitstatus=True,
         dimensions=(25, 64),
     )

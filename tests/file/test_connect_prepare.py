@@ -9,12 +9,10 @@ from urllib.parse import quote
 
 import pytest
 from support.asyncs import run
-from support.servers import Server, program
+from support.servers import StartServer, program
 
 import nbd
 from nbd._disks import connect as connecting
-
-Nbdkit = Callable[..., Server]
 
 #: A plugin whose disk has as many sectors as its export name has bytes, and one more.
 BY_NAME = (
@@ -55,7 +53,7 @@ NAMES = ["disk2", "a/b/../c", "/abs", "a b?x=1&y;#%20", "ä", "\udcff", "..", "@
 @pytest.mark.parametrize("end", ["", "/"])
 @pytest.mark.parametrize("name", NAMES)
 def test_an_export_name_that_is_set_counts_over_tcp(
-    nbdkit: Nbdkit, connected: Callable[..., Any], end: str, name: str
+    nbdkit: StartServer, connected: Callable[..., Any], end: str, name: str
 ) -> None:
     uri = nbdkit(*BY_NAME, tcp=True).uri + end
     assert connected(uri, prepare=lambda h: h.set_export_name(name)) == (sectors(name), name)
@@ -64,7 +62,7 @@ def test_an_export_name_that_is_set_counts_over_tcp(
 @both
 @pytest.mark.parametrize("name", NAMES)
 def test_an_export_name_that_is_set_counts_over_a_unix_socket(
-    nbdkit: Nbdkit, connected: Callable[..., Any], name: str
+    nbdkit: StartServer, connected: Callable[..., Any], name: str
 ) -> None:
     server = nbdkit(*BY_NAME)
     for uri in (server.uri, server.uri.replace(":///?", "://?")):
@@ -73,7 +71,7 @@ def test_an_export_name_that_is_set_counts_over_a_unix_socket(
 
 @both
 def test_an_export_name_that_is_set_counts_for_a_host_with_a_name(
-    nbdkit: Nbdkit, connected: Callable[..., Any]
+    nbdkit: StartServer, connected: Callable[..., Any]
 ) -> None:
     uri = f"nbd://localhost:{nbdkit(*BY_NAME, tcp=True).port}"
     assert connected(uri, prepare=lambda h: h.set_export_name("disk2")) == (6, "disk2")
@@ -87,7 +85,7 @@ def test_an_export_name_that_is_set_counts_for_a_command(connected: Callable[...
 
 @both
 def test_the_name_of_a_uri_counts_where_none_is_set(
-    nbdkit: Nbdkit, connected: Callable[..., Any]
+    nbdkit: StartServer, connected: Callable[..., Any]
 ) -> None:
     server = nbdkit(*BY_NAME)
     for name in NAMES:
@@ -97,20 +95,22 @@ def test_the_name_of_a_uri_counts_where_none_is_set(
 
 
 @both
-def test_the_same_name_may_be_given_twice(nbdkit: Nbdkit, connected: Callable[..., Any]) -> None:
+def test_the_same_name_may_be_given_twice(
+    nbdkit: StartServer, connected: Callable[..., Any]
+) -> None:
     uri = nbdkit(*BY_NAME).uri.replace(":///", ":///a%2Fb%20c")
     assert connected(uri, prepare=lambda h: h.set_export_name("a/b c")) == (6, "a/b c")
 
 
 @both
-def test_two_names_are_refused(nbdkit: Nbdkit, connected: Callable[..., Any]) -> None:
+def test_two_names_are_refused(nbdkit: StartServer, connected: Callable[..., Any]) -> None:
     uri = nbdkit(*BY_NAME).uri.replace(":///", ":///disk1")
     with pytest.raises(ValueError, match=r"name 'disk1', and prepare .*'disk2'.*leave out one"):
         connected(uri, prepare=lambda h: h.set_export_name("disk2"))
 
 
 @both
-def test_every_connection_has_the_name(nbdkit: Nbdkit, connected: Callable[..., Any]) -> None:
+def test_every_connection_has_the_name(nbdkit: StartServer, connected: Callable[..., Any]) -> None:
     def prepare(h: nbd.NBD) -> None:
         h.set_export_name("disk2")
 
@@ -147,7 +147,7 @@ def test_the_name_is_put_into_the_uri(uri: str, name: str, expected: str) -> Non
 
 
 @both
-def test_a_scheme_has_no_case(nbdkit: Nbdkit, connected: Callable[..., Any]) -> None:
+def test_a_scheme_has_no_case(nbdkit: StartServer, connected: Callable[..., Any]) -> None:
     assert connected(nbdkit(*BY_NAME, tcp=True).uri.replace("nbd:", "NBD:")) == (1, "")
 
 
@@ -171,7 +171,7 @@ def test_a_part_that_libnbd_would_ignore_is_refused(
     ],
 )
 def test_what_is_set_of_tls_is_not_replaced(
-    nbdkit: Nbdkit, connected: Callable[..., Any], setter: str, value: Any, query: str
+    nbdkit: StartServer, connected: Callable[..., Any], setter: str, value: Any, query: str
 ) -> None:
     def prepare(h: nbd.NBD) -> None:
         h.set_uri_allow_local_file(True)
@@ -184,7 +184,7 @@ def test_what_is_set_of_tls_is_not_replaced(
 
 @both
 def test_a_user_name_that_is_set_is_not_replaced(
-    nbdkit: Nbdkit, connected: Callable[..., Any], psk: Path
+    nbdkit: StartServer, connected: Callable[..., Any], psk: Path
 ) -> None:
     def prepare(h: nbd.NBD) -> None:
         h.set_tls_psk_file(str(psk))
@@ -198,14 +198,16 @@ def test_a_user_name_that_is_set_is_not_replaced(
 
 
 @both
-def test_tls_that_is_required_stays_required(nbdkit: Nbdkit, connected: Callable[..., Any]) -> None:
+def test_tls_that_is_required_stays_required(
+    nbdkit: StartServer, connected: Callable[..., Any]
+) -> None:
     with pytest.raises(nbd.Error):
         connected(
             nbdkit("memory", "1M", tls="off").uri, prepare=lambda h: h.set_tls(nbd.TLS_REQUIRE)
         )
 
 
-def test_a_timeout_that_is_set_stays(nbdkit: Nbdkit) -> None:
+def test_a_timeout_that_is_set_stays(nbdkit: StartServer) -> None:
     uri = nbdkit("memory", "1M").uri
     with nbd.connect(uri, prepare=lambda h: h.settimeout(5)) as h:
         assert h.gettimeout() == 5
@@ -213,7 +215,7 @@ def test_a_timeout_that_is_set_stays(nbdkit: Nbdkit) -> None:
         assert h.gettimeout() == 6
 
 
-def test_the_option_mode_stays_and_the_name_with_it(nbdkit: Nbdkit) -> None:
+def test_the_option_mode_stays_and_the_name_with_it(nbdkit: StartServer) -> None:
     def prepare(h: nbd.NBD) -> None:
         h.set_opt_mode(True)
         h.set_export_name("disk2")
@@ -224,12 +226,12 @@ def test_the_option_mode_stays_and_the_name_with_it(nbdkit: Nbdkit) -> None:
         assert h.get_size() == 6 * 512
 
 
-def test_nbd_aio_refuses_the_option_mode(nbdkit: Nbdkit) -> None:
+def test_nbd_aio_refuses_the_option_mode(nbdkit: StartServer) -> None:
     with pytest.raises(ValueError, match=r"prepare: it has called set_opt_mode.*leave that out"):
         connect_in_a_loop(nbdkit(*BY_NAME).uri, prepare=lambda h: h.set_opt_mode(True))
 
 
-def test_a_handle_is_the_same_while_it_is_prepared(nbdkit: Nbdkit) -> None:
+def test_a_handle_is_the_same_while_it_is_prepared(nbdkit: StartServer) -> None:
     prepared: list[nbd.NBD] = []
     with nbd.connect(nbdkit("memory", "1M").uri, prepare=prepared.append) as h:
         assert prepared == [h]

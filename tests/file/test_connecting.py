@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
-from typing import Callable
 
 import pytest
 from support import servers
-from support.servers import Server
+from support.servers import StartServer
 
 import nbd
 from nbd._binding import handle
 from nbd._disks import connect as connecting
-
-Nbdkit = Callable[..., Server]
 
 
 @pytest.fixture
@@ -25,12 +22,12 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return made
 
 
-def test_base_allocation_is_asked_for(nbdkit: Nbdkit) -> None:
+def test_base_allocation_is_asked_for(nbdkit: StartServer) -> None:
     with nbd.connect(nbdkit("memory", "1M").uri) as h:
         assert h.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
 
 
-def test_other_contexts_can_be_asked_for(nbdkit: Nbdkit) -> None:
+def test_other_contexts_can_be_asked_for(nbdkit: StartServer) -> None:
     with nbd.connect(nbdkit("memory", "1M").uri, contexts=[]) as h:
         assert not h.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
 
@@ -40,18 +37,18 @@ def test_a_command_is_started() -> None:
         assert h.get_size() == 1 << 20
 
 
-def test_the_timeout_stays(nbdkit: Nbdkit) -> None:
+def test_the_timeout_stays(nbdkit: StartServer) -> None:
     with nbd.connect(nbdkit("memory", "1M").uri, timeout=5) as h:
         assert h.gettimeout() == 5
 
 
-def test_a_handle_is_prepared_before_it_is_connected(nbdkit: Nbdkit) -> None:
+def test_a_handle_is_prepared_before_it_is_connected(nbdkit: StartServer) -> None:
     uri = nbdkit("memory", "1M").uri
     with nbd.connect(uri, prepare=lambda h: h.set_handle_name("prepared")) as h:
         assert h.get_handle_name() == "prepared"
 
 
-def test_a_server_that_hangs_is_a_timeout(nbdkit: Nbdkit) -> None:
+def test_a_server_that_hangs_is_a_timeout(nbdkit: StartServer) -> None:
     server = nbdkit("memory", "1M")
     server.pause()
     with pytest.raises(nbd.Timeout):

@@ -7,21 +7,19 @@ import random
 import threading
 import time
 from pathlib import Path
-from typing import Callable
 
 import pytest
-from support.servers import Server
+from support.servers import StartServer
+from support.sizes import KIB, MIB
 
 import nbd
 
-KIB, MIB = 1 << 10, 1 << 20
 SIZE = MIB
 DATA, HOLE = 0, nbd.STATE_HOLE | nbd.STATE_ZERO
 #: Where the image has data; the rest is a hole.
 PARTS = [(start, 64 * KIB) for start in range(0, SIZE, 320 * KIB)]
-PATIENCE = 10  # seconds
+TIMEOUT = 10  # seconds
 
-Nbdkit = Callable[..., Server]
 
 #: nbdkit's eval plugin as a server of a file that has only what every server has.
 READ = "pread=dd if={0} skip=$4 count=$3 iflag=count_bytes,skip_bytes status=none"
@@ -80,7 +78,7 @@ def old(tmp_path: Path) -> Path:
     return path
 
 
-def serve(nbdkit: Nbdkit, arguments: tuple[str, ...], path: Path) -> str:
+def serve(nbdkit: StartServer, arguments: tuple[str, ...], path: Path) -> str:
     """Return the URI of an nbdkit on a file."""
     return nbdkit(*(argument.replace("{0}", str(path)) for argument in arguments)).uri
 
@@ -90,17 +88,17 @@ that_fails = pytest.mark.parametrize("kind", FAILING)
 
 
 @of_every_kind
-def test_a_file_of_a_server_is_read(nbdkit: Nbdkit, image: Path, kind: str) -> None:
-    with nbd.open(serve(nbdkit, KINDS[kind], image), connections=2, timeout=PATIENCE) as disk:
+def test_a_file_of_a_server_is_read(nbdkit: StartServer, image: Path, kind: str) -> None:
+    with nbd.open(serve(nbdkit, KINDS[kind], image), connections=2, timeout=TIMEOUT) as disk:
         assert disk.read() == image.read_bytes()
         disk.seek(PARTS[1][0] + 1)
         assert disk.read(1000) == image.read_bytes()[PARTS[1][0] + 1 :][:1000]
 
 
 @of_every_kind
-def test_a_file_of_a_server_is_written(nbdkit: Nbdkit, old: Path, kind: str) -> None:
+def test_a_file_of_a_server_is_written(nbdkit: StartServer, old: Path, kind: str) -> None:
     wanted = bytearray(old.read_bytes())
-    with nbd.open(serve(nbdkit, KINDS[kind], old), "r+b", timeout=PATIENCE) as disk:
+    with nbd.open(serve(nbdkit, KINDS[kind], old), "r+b", timeout=TIMEOUT) as disk:
         for offset, length in ((0, 5), (4095, 2), (100_000, 300_000), (SIZE - 1, 1)):
             wanted[offset : offset + length] = data = random.Random(offset).randbytes(length)
             disk.seek(offset)
@@ -109,8 +107,10 @@ def test_a_file_of_a_server_is_written(nbdkit: Nbdkit, old: Path, kind: str) -> 
 
 
 @of_every_kind
-def test_the_extents_of_a_server_cover_its_disk(nbdkit: Nbdkit, image: Path, kind: str) -> None:
-    with nbd.connect(serve(nbdkit, KINDS[kind], image), timeout=PATIENCE) as h:
+def test_the_extents_of_a_server_cover_its_disk(
+    nbdkit: StartServer, image: Path, kind: str
+) -> None:
+    with nbd.connect(serve(nbdkit, KINDS[kind], image), timeout=TIMEOUT) as h:
         if not h.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION):
             assert kind == "without structured replies"
             with pytest.raises(nbd.Error, match="was not negotiated"):
@@ -126,21 +126,23 @@ def test_the_extents_of_a_server_cover_its_disk(nbdkit: Nbdkit, image: Path, kin
 
 @of_every_kind
 def test_a_disk_is_copied_from_a_server(
-    nbdkit: Nbdkit, image: Path, tmp_path: Path, kind: str
+    nbdkit: StartServer, image: Path, tmp_path: Path, kind: str
 ) -> None:
-    done = nbd.copy(serve(nbdkit, KINDS[kind], image), tmp_path / "copy", timeout=PATIENCE)
+    done = nbd.copy(serve(nbdkit, KINDS[kind], image), tmp_path / "copy", timeout=TIMEOUT)
     assert (tmp_path / "copy").read_bytes() == image.read_bytes()
     assert sum(done) == SIZE
 
 
 @of_every_kind
-def test_a_disk_is_copied_to_a_server(nbdkit: Nbdkit, image: Path, old: Path, kind: str) -> None:
-    nbd.copy(image, serve(nbdkit, KINDS[kind], old), timeout=PATIENCE)
+def test_a_disk_is_copied_to_a_server(
+    nbdkit: StartServer, image: Path, old: Path, kind: str
+) -> None:
+    nbd.copy(image, serve(nbdkit, KINDS[kind], old), timeout=TIMEOUT)
     assert old.read_bytes() == image.read_bytes()
 
 
 def test_a_read_only_disk_is_read_and_copied_and_not_written(
-    nbdkit: Nbdkit, image: Path, tmp_path: Path
+    nbdkit: StartServer, image: Path, tmp_path: Path
 ) -> None:
     uri = serve(nbdkit, ("--readonly", "file", "{0}"), image)
     with nbd.open(uri) as disk:
@@ -155,18 +157,18 @@ def test_a_read_only_disk_is_read_and_copied_and_not_written(
 
 @that_fails
 def test_a_server_that_fails_is_an_error_of_the_read(
-    nbdkit: Nbdkit, image: Path, kind: str
+    nbdkit: StartServer, image: Path, kind: str
 ) -> None:
     uri = serve(nbdkit, FAILING[kind], image)
-    with nbd.open(uri, timeout=PATIENCE) as disk, pytest.raises(nbd.DiskError):
+    with nbd.open(uri, timeout=TIMEOUT) as disk, pytest.raises(nbd.DiskError):
         disk.read(1)
 
 
 @that_fails
 def test_a_server_that_fails_is_an_error_of_a_write_or_close(
-    nbdkit: Nbdkit, old: Path, kind: str
+    nbdkit: StartServer, old: Path, kind: str
 ) -> None:
-    disk = nbd.open(serve(nbdkit, FAILING[kind], old), "r+b", timeout=PATIENCE)
+    disk = nbd.open(serve(nbdkit, FAILING[kind], old), "r+b", timeout=TIMEOUT)
     with pytest.raises(nbd.DiskError), disk:
         disk.write(b"data")
     assert disk.closed
@@ -174,38 +176,38 @@ def test_a_server_that_fails_is_an_error_of_a_write_or_close(
 
 @that_fails
 def test_a_server_that_fails_is_an_error_of_its_extents(
-    nbdkit: Nbdkit, image: Path, kind: str
+    nbdkit: StartServer, image: Path, kind: str
 ) -> None:
     uri = serve(nbdkit, FAILING[kind], image)
-    with nbd.connect(uri, timeout=PATIENCE) as h, pytest.raises(nbd.Error):
+    with nbd.connect(uri, timeout=TIMEOUT) as h, pytest.raises(nbd.Error):
         list(nbd.extents(h))
 
 
 @that_fails
 @pytest.mark.parametrize("is_source", [True, False])
 def test_a_server_that_fails_ends_a_copy_and_leaves_nothing(
-    nbdkit: Nbdkit, image: Path, tmp_path: Path, kind: str, is_source: bool
+    nbdkit: StartServer, image: Path, tmp_path: Path, kind: str, is_source: bool
 ) -> None:
     uri = serve(nbdkit, FAILING[kind], image)
     source, target = (uri, tmp_path / "other") if is_source else (tmp_path / "other", uri)
     (tmp_path / "other").write_bytes(b"x" * SIZE)
     before = threading.active_count()
     with pytest.raises(nbd.Error):
-        nbd.copy(source, target, timeout=PATIENCE)
+        nbd.copy(source, target, timeout=TIMEOUT)
     assert threading.active_count() == before
 
 
 def test_a_server_that_dies_in_the_handshake_is_an_error_and_is_not_tried_again(
-    nbdkit: Nbdkit,
+    nbdkit: StartServer,
 ) -> None:
     uri = nbdkit("eval", "get_size=kill -KILL $PPID", "pread=exit 1").uri
     begun = time.monotonic()
     with pytest.raises(nbd.Error):
-        nbd.connect(uri, retry_for=PATIENCE, timeout=PATIENCE)
-    assert time.monotonic() - begun < PATIENCE
+        nbd.connect(uri, retry_for=TIMEOUT, timeout=TIMEOUT)
+    assert time.monotonic() - begun < TIMEOUT
 
 
-def test_a_server_that_refuses_the_export_is_an_error(nbdkit: Nbdkit) -> None:
+def test_a_server_that_refuses_the_export_is_an_error(nbdkit: StartServer) -> None:
     uri = nbdkit("eval", "open=echo EPERM no >&2; exit 1", "get_size=echo 1M", "pread=exit 1").uri
     with pytest.raises(nbd.Error):
-        nbd.connect(uri, timeout=PATIENCE)
+        nbd.connect(uri, timeout=TIMEOUT)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 from support.hostile import CHUNK_BLOCK_STATUS, Connection, Wire, extents
-from support.servers import Server
+from support.servers import StartServer
 
 import nbd
 
 KIB, MIB, TIB = 1 << 10, 1 << 20, 1 << 40
-Nbdkit = Callable[..., Server]
 DATA, HOLE = 0, nbd.STATE_HOLE | nbd.STATE_ZERO
 ONE_AT_A_TIME = "extents=echo $4 32768 $(( ($4 / 131072 % 2) * 3 ))"
 
@@ -50,7 +49,7 @@ def test_an_empty_part_has_no_extents(sparse: nbd.NBD) -> None:
     assert list(nbd.extents(sparse, start=5, end=5)) == []
 
 
-def test_neighbours_of_several_answers_are_merged(nbdkit: Nbdkit) -> None:
+def test_neighbours_of_several_answers_are_merged(nbdkit: StartServer) -> None:
     server = nbdkit("eval", "get_size=echo 1M", "pread=exit 1", ONE_AT_A_TIME)
     with nbd.connect(server.uri) as h:
         found = list(nbd.extents(h))
@@ -61,7 +60,7 @@ def test_neighbours_of_several_answers_are_merged(nbdkit: Nbdkit) -> None:
 
 
 def test_the_server_is_asked_again_from_where_it_stopped(
-    nbdkit: Nbdkit, monkeypatch: pytest.MonkeyPatch
+    nbdkit: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = nbdkit("eval", "get_size=echo 256K", "pread=exit 1", ONE_AT_A_TIME)
     asked: list[int] = []
@@ -79,7 +78,7 @@ def test_the_server_is_asked_again_from_where_it_stopped(
     assert len(asked) <= 256 // 32
 
 
-def test_a_disk_may_be_larger_than_32_bits_count(nbdkit: Nbdkit) -> None:
+def test_a_disk_may_be_larger_than_32_bits_count(nbdkit: StartServer) -> None:
     with nbd.connect(nbdkit("memory", str(20 * TIB)).uri) as h:
         h.pwrite(b"end", 17 * TIB)
         found = list(nbd.extents(h))
@@ -90,7 +89,7 @@ def test_a_disk_may_be_larger_than_32_bits_count(nbdkit: Nbdkit) -> None:
     ]
 
 
-def test_what_is_asked_for_has_the_size_of_blocks(nbdkit: Nbdkit) -> None:
+def test_what_is_asked_for_has_the_size_of_blocks(nbdkit: StartServer) -> None:
     policy = ("blocksize-minimum=4096", "blocksize-error-policy=error")
     server = nbdkit("--filter=blocksize-policy", "memory", "1M", *policy)
     with nbd.connect(server.uri) as h:
@@ -99,7 +98,7 @@ def test_what_is_asked_for_has_the_size_of_blocks(nbdkit: Nbdkit) -> None:
 
 
 def test_several_contexts_are_cut_where_one_of_them_changes(
-    qemu_nbd: Callable[..., Server], dirty_qcow2: Path
+    qemu_nbd: StartServer, dirty_qcow2: Path
 ) -> None:
     contexts = (nbd.CONTEXT_BASE_ALLOCATION, "qemu:dirty-bitmap:bitmap0")
     server = qemu_nbd(dirty_qcow2, "--format=qcow2", "--bitmap=bitmap0")
@@ -112,7 +111,7 @@ def test_several_contexts_are_cut_where_one_of_them_changes(
     assert sum(one.length for one in both if one.flags[1]) == 64 * KIB
 
 
-def test_a_context_that_was_not_negotiated_is_said(h: nbd.NBD, nbdkit: Nbdkit) -> None:
+def test_a_context_that_was_not_negotiated_is_said(h: nbd.NBD, nbdkit: StartServer) -> None:
     h.connect_uri(nbdkit("memory", "1M").uri)
     with pytest.raises(nbd.Error, match=r"call h\.add_meta_context") as refused:
         nbd.extents(h)
@@ -145,7 +144,7 @@ def test_an_answer_of_another_context_is_an_error_and_no_endless_loop(
     assert refused.value.errno == "EPROTO"
 
 
-def test_a_server_that_dies_is_an_error(nbdkit: Nbdkit) -> None:
+def test_a_server_that_dies_is_an_error(nbdkit: StartServer) -> None:
     server = nbdkit("eval", "get_size=echo 1M", "pread=exit 1", ONE_AT_A_TIME)
     with nbd.connect(server.uri) as h:
         found = nbd.extents(h)

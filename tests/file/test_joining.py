@@ -8,16 +8,14 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Callable
 
 import pytest
 from support.programs import run_program
-from support.servers import Server
+from support.servers import StartServer
 
 import nbd
 from nbd._disks.joining import Joining
 
-Nbdkit = Callable[..., Server]
 BOUND = 10  # seconds until an event that does not come fails the test
 
 
@@ -40,7 +38,7 @@ def silent_server() -> Iterator[tuple[socket.socket, str]]:
         yield listener, f"nbd://127.0.0.1:{listener.getsockname()[1]}"
 
 
-def test_each_connection_is_handed_over(nbdkit: Nbdkit) -> None:
+def test_each_connection_is_handed_over(nbdkit: StartServer) -> None:
     handles: list[nbd.NBD] = []
     run(Joining(nbdkit("memory", "1M").uri, 3, 5.0, handles.append))
     assert [handle.get_size() for handle in handles] == [1 << 20] * 3
@@ -69,7 +67,7 @@ def test_stopping_abandons_a_connection_that_is_never_greeted() -> None:
     assert handles == []
 
 
-def test_nothing_is_handed_over_after_stopping(nbdkit: Nbdkit) -> None:
+def test_nothing_is_handed_over_after_stopping(nbdkit: StartServer) -> None:
     begun, may_continue = threading.Event(), threading.Event()
     handles: list[nbd.NBD] = []
 
@@ -90,7 +88,7 @@ def test_nothing_is_handed_over_after_stopping(nbdkit: Nbdkit) -> None:
         handle.close()
 
 
-def test_a_handle_that_cannot_be_used_is_closed_and_no_other_is_made(nbdkit: Nbdkit) -> None:
+def test_a_handle_that_cannot_be_used_is_closed_and_no_other_is_made(nbdkit: StartServer) -> None:
     handles: list[nbd.NBD] = []
 
     def refuse(handle: nbd.NBD) -> None:
@@ -118,7 +116,9 @@ while joining._connecting is None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_the_child_of_a_fork_can_stop_while_a_handle_was_being_handed_over(nbdkit: Nbdkit) -> None:
+def test_the_child_of_a_fork_can_stop_while_a_handle_was_being_handed_over(
+    nbdkit: StartServer,
+) -> None:
     begun, may_continue = threading.Event(), threading.Event()
 
     def add(handle: nbd.NBD) -> None:

@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any, Callable, cast
 
 import pytest
+from support.files import BUFFERINGS, raw_of, read_fully
 from support.programs import run_program
-from support.servers import Server
+from support.servers import Server, StartServer
+from support.sizes import KIB, MIB
 
 import nbd
 
-KIB, MIB = 1 << 10, 1 << 20
-Nbdkit = Callable[..., Server]
 #: Sizes of the buffer: none, a small one, the usual one.
-BUFFERINGS = [0, 1000, -1]
 POLICY = (
     "blocksize-minimum=4096",
     "blocksize-preferred=4096",
@@ -34,7 +33,7 @@ POLICY = (
 
 
 @pytest.fixture
-def server(nbdkit: Nbdkit) -> Server:
+def server(nbdkit: StartServer) -> Server:
     """Return an nbdkit with an empty disk of 1 MiB."""
     return nbdkit("memory", "1M")
 
@@ -50,7 +49,7 @@ def image(tmp_path: Path) -> Path:
 class Logged:
     """A server on a file, and what it was asked for."""
 
-    def __init__(self, nbdkit: Nbdkit, log: Path, path: Path, *options: str) -> None:
+    def __init__(self, nbdkit: StartServer, log: Path, path: Path, *options: str) -> None:
         self.log = log
         self.uri = nbdkit(
             "--filter=log", "--threads=64", "file", str(path), f"logfile={log}", *options
@@ -76,20 +75,15 @@ class Logged:
 
 
 @pytest.fixture
-def logged(nbdkit: Nbdkit, tmp_path: Path, image: Path) -> Logged:
+def logged(nbdkit: StartServer, tmp_path: Path, image: Path) -> Logged:
     """Return a server on the image that logs what it was asked for."""
     return Logged(nbdkit, tmp_path / "log", image)
-
-
-def raw_of(disk: Any) -> Any:
-    """Return the unbuffered file under a buffer."""
-    return disk.raw
 
 
 @pytest.mark.parametrize("buffering", BUFFERINGS)
 @pytest.mark.parametrize("options", [(), ("--filter=blocksize-policy", *POLICY)])
 def test_it_does_what_a_file_of_the_built_in_open_does(
-    nbdkit: Nbdkit, tmp_path: Path, buffering: int, options: tuple[str, ...]
+    nbdkit: StartServer, tmp_path: Path, buffering: int, options: tuple[str, ...]
 ) -> None:
     path, size = tmp_path / "same", 2 * MIB
     path.write_bytes(bytes(size))
@@ -104,26 +98,15 @@ def test_it_does_what_a_file_of_the_built_in_open_does(
                 data = rand.randbytes(min(count, size - where))
                 assert disk.write(data) == file.write(data)
             else:
-                assert whole(disk, count) == file.read(count)
+                assert read_fully(disk, count) == file.read(count)
             assert disk.tell() == file.tell()
         disk.seek(0)
         file.seek(0)
         assert disk.read() == file.read()
 
 
-def whole(disk: Any, count: int) -> bytes:
-    """Read as often as an unbuffered file needs."""
-    data = b""
-    while len(data) < count:
-        more = disk.read(count - len(data))
-        if not more:
-            break
-        data += more
-    return data
-
-
 @pytest.mark.parametrize("buffering", BUFFERINGS)
-def test_all_of_a_disk_is_read_in_order(nbdkit: Nbdkit, image: Path, buffering: int) -> None:
+def test_all_of_a_disk_is_read_in_order(nbdkit: StartServer, image: Path, buffering: int) -> None:
     with nbd.open(nbdkit("file", str(image)).uri, buffering=buffering) as disk:
         assert b"".join(iter(lambda: disk.read(10_000), b"")) == image.read_bytes()
 
@@ -323,13 +306,13 @@ def test_a_handle_of_its_own_is_closed(server: Server) -> None:
         handle.get_size()
 
 
-def test_several_connections_give_the_same_bytes(nbdkit: Nbdkit, image: Path) -> None:
+def test_several_connections_give_the_same_bytes(nbdkit: StartServer, image: Path) -> None:
     with nbd.open(nbdkit("file", str(image)).uri, connections=3) as disk:
         assert len(raw_of(disk)._ours) == 3
         assert disk.read() == image.read_bytes()
 
 
-def test_one_connection_is_made_where_the_server_allows_no_more(nbdkit: Nbdkit) -> None:
+def test_one_connection_is_made_where_the_server_allows_no_more(nbdkit: StartServer) -> None:
     server = nbdkit("--filter=multi-conn", "memory", "1M", "multi-conn-mode=disable")
     with nbd.open(server.uri, "r+b", connections=3) as disk:
         assert len(raw_of(disk)._ours) == 1
@@ -371,7 +354,7 @@ def test_reading_in_order_reads_ahead_each_byte_once(logged: Logged) -> None:
     assert max(count for _, count in reads) == 256 * KIB
 
 
-def test_reading_ahead_grows_while_the_server_is_slow(nbdkit: Nbdkit, tmp_path: Path) -> None:
+def test_reading_ahead_grows_while_the_server_is_slow(nbdkit: StartServer, tmp_path: Path) -> None:
     log = tmp_path / "log"
     filters = "--filter=log", "--filter=delay", "--threads=64"
     server = nbdkit(*filters, "null", "24M", "rdelay=20ms", f"logfile={log}")
@@ -383,7 +366,9 @@ def test_reading_ahead_grows_while_the_server_is_slow(nbdkit: Nbdkit, tmp_path: 
     assert 8 <= logged.most_at_once() <= 32
 
 
-def test_read_ahead_is_bounded_by_what_was_read_in_order(nbdkit: Nbdkit, tmp_path: Path) -> None:
+def test_read_ahead_is_bounded_by_what_was_read_in_order(
+    nbdkit: StartServer, tmp_path: Path
+) -> None:
     logged = Logged(nbdkit, tmp_path / "log", sparse(tmp_path / "large", 32 * MIB))
     wanted = 0
     with nbd.open(logged.uri, buffering=4096) as disk:
@@ -434,7 +419,7 @@ print((peak() - before) // 1024)
     assert int(done.stdout) < 48
 
 
-def test_a_read_sees_what_was_written_before_it(nbdkit: Nbdkit) -> None:
+def test_a_read_sees_what_was_written_before_it(nbdkit: StartServer) -> None:
     server = nbdkit("--filter=delay", "--threads=16", "memory", "1M", "wdelay=20ms")
     with nbd.open(server.uri, "r+b", buffering=0) as disk:
         for offset in (0, 300_000, 600_000):
@@ -444,14 +429,14 @@ def test_a_read_sees_what_was_written_before_it(nbdkit: Nbdkit) -> None:
         assert disk.read(6) == b"newnew"
 
 
-def test_reading_ahead_sees_what_is_being_written(nbdkit: Nbdkit) -> None:
+def test_reading_ahead_sees_what_is_being_written(nbdkit: StartServer) -> None:
     server = nbdkit("--filter=delay", "--threads=16", "memory", "1M", "wdelay=20ms")
     with nbd.open(server.uri, "r+b", buffering=0) as disk:
         disk.read(1000)  # the next read at 1000 reads ahead
         disk.seek(300_000)
         disk.write(b"new")
         disk.seek(1000)
-        data = whole(disk, 400_000)
+        data = read_fully(disk, 400_000)
         assert data[299_000:299_003] == b"new"
 
 
@@ -462,7 +447,7 @@ def test_a_write_drops_what_was_read_ahead(server: Server) -> None:
         disk.seek(10_000)
         disk.write(b"new")
         disk.seek(4000)
-        assert whole(disk, 7000)[6000:6003] == b"new"
+        assert read_fully(disk, 7000)[6000:6003] == b"new"
 
 
 def test_flush_reaches_the_disk_of_the_server(logged: Logged) -> None:
@@ -486,7 +471,7 @@ def test_nothing_is_flushed_if_nothing_was_written(logged: Logged) -> None:
     assert not logged.lines("Flush")
 
 
-def test_a_server_without_flush_is_not_asked_for_it(nbdkit: Nbdkit) -> None:
+def test_a_server_without_flush_is_not_asked_for_it(nbdkit: StartServer) -> None:
     read = "pread=dd if=/dev/zero count=$3 iflag=count_bytes status=none"
     server = nbdkit("eval", "get_size=echo 65536", read, "pwrite=cat >/dev/null")
     with nbd.open(server.uri, "r+b") as disk:
@@ -513,7 +498,7 @@ def test_a_file_that_is_dropped_warns_and_is_closed(server: Server, buffering: i
 
 
 @pytest.mark.parametrize("mode", ["rb", "r+b", "wb"])
-def test_a_program_may_end_with_files_open(nbdkit: Nbdkit, mode: str) -> None:
+def test_a_program_may_end_with_files_open(nbdkit: StartServer, mode: str) -> None:
     program = """
 import sys, warnings
 warnings.simplefilter("ignore")
@@ -526,7 +511,9 @@ for _ in range(40):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_threads_that_read_the_same_file_get_each_byte_once(nbdkit: Nbdkit, image: Path) -> None:
+def test_threads_that_read_the_same_file_get_each_byte_once(
+    nbdkit: StartServer, image: Path
+) -> None:
     parts: list[bytes] = []
     with nbd.open(nbdkit("file", str(image)).uri, buffering=0) as disk:
 
@@ -547,7 +534,7 @@ def test_threads_that_read_the_same_file_get_each_byte_once(nbdkit: Nbdkit, imag
 @pytest.mark.parametrize("kind", ["B", "i"])
 @pytest.mark.parametrize("method", ["readinto", "write"])
 def test_memory_of_the_caller_can_be_resized_at_once(
-    nbdkit: Nbdkit, image: Path, method: str, kind: str, size: int
+    nbdkit: StartServer, image: Path, method: str, kind: str, size: int
 ) -> None:
     with nbd.open(nbdkit("file", str(image)).uri, "r+b", buffering=0) as disk:
         for buffer in (array(kind, bytes(size)), bytearray(size)):
@@ -562,7 +549,7 @@ def test_import_of_nbd_does_not_load_it() -> None:
 
 
 def test_what_a_program_leaves_in_a_buffer_is_written_at_its_end(
-    nbdkit: Nbdkit, image: Path
+    nbdkit: StartServer, image: Path
 ) -> None:
     program = """
 import sys, warnings
@@ -576,7 +563,7 @@ disk.write(b"written late")
     assert image.read_bytes()[:12] == b"written late"
 
 
-def test_the_child_of_a_fork_leaves_the_disk_alone(nbdkit: Nbdkit, image: Path) -> None:
+def test_the_child_of_a_fork_leaves_the_disk_alone(nbdkit: StartServer, image: Path) -> None:
     program = """
 import os, sys
 import nbd

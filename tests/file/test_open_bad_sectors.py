@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.servers import Server
+from support.files import read_fully
+from support.servers import StartServer
 
 import nbd
 
-Nbdkit = Callable[..., Server]
 SECTOR = 4096
 COUNT = 256
 BAD = (17, 100, 101)
@@ -23,12 +22,14 @@ BUFFERINGS = [0, SECTOR, -1]
 
 
 @pytest.fixture(params=["1", "512", "4096"])
-def uri(request: pytest.FixtureRequest, nbdkit: Nbdkit, tmp_path: Path) -> str:
+def uri(request: pytest.FixtureRequest, nbdkit: StartServer, tmp_path: Path) -> str:
     """Return a server of a disk with bad sectors, whose minimum block size is the parameter."""
     return rescued(nbdkit, tmp_path, [(n * SECTOR, SECTOR) for n in BAD], request.param)
 
 
-def rescued(nbdkit: Nbdkit, folder: Path, bad: list[tuple[int, int]], minimum: str = "1") -> str:
+def rescued(
+    nbdkit: StartServer, folder: Path, bad: list[tuple[int, int]], minimum: str = "1"
+) -> str:
     """Return a server of the data, of which ranges cannot be read: an offset and a size of each."""
     image, ranges = folder / "image", folder / "map"
     image.write_bytes(DATA)
@@ -50,17 +51,6 @@ def sector(number: int) -> bytes:
     return DATA[number * SECTOR : (number + 1) * SECTOR]
 
 
-def whole(disk: Any, count: int) -> bytes:
-    """Read as often as an unbuffered file needs."""
-    data = b""
-    while len(data) < count:
-        more = disk.read(count - len(data))
-        if not more:
-            break
-        data += more
-    return data
-
-
 @pytest.mark.parametrize("buffering", BUFFERINGS)
 @pytest.mark.parametrize("order", ["in order", "backwards", "in any order"])
 def test_each_sector_that_is_good_is_read(uri: str, buffering: int, order: str) -> None:
@@ -74,7 +64,7 @@ def test_each_sector_that_is_good_is_read(uri: str, buffering: int, order: str) 
         for number in numbers:
             disk.seek(number * SECTOR)
             try:
-                assert whole(disk, SECTOR) == sector(number)
+                assert read_fully(disk, SECTOR) == sector(number)
             except nbd.DiskError as reason:
                 lost.append(number)
                 errors.add(reason.errno)
@@ -88,7 +78,7 @@ def test_reading_on_without_a_seek_loses_the_bad_ones_only(uri: str, buffering: 
     with nbd.open(uri, buffering=buffering) as disk:
         for number in range(COUNT):
             try:
-                assert whole(disk, SECTOR) == sector(number)
+                assert read_fully(disk, SECTOR) == sector(number)
             except nbd.DiskError:
                 assert disk.tell() == number * SECTOR
                 lost.append(number)
@@ -108,7 +98,7 @@ def read_on(disk: Any, method: str, found: list[bytes]) -> None:
 @pytest.mark.parametrize("buffering", BUFFERINGS)
 @pytest.mark.parametrize("method", ["readinto", "read1"])
 def test_other_reads_stop_where_the_bad_sector_begins(
-    nbdkit: Nbdkit, tmp_path: Path, buffering: int, method: str
+    nbdkit: StartServer, tmp_path: Path, buffering: int, method: str
 ) -> None:
     uri = rescued(nbdkit, tmp_path, [(20 * SECTOR + 512, 512)])
     found: list[bytes] = []
@@ -124,7 +114,7 @@ def test_other_reads_stop_where_the_bad_sector_begins(
 
 @pytest.mark.parametrize("size", [1, 512, 700, 5000, 3 << 20])
 def test_a_read_without_a_buffer_returns_what_is_good_before_a_bad_place(
-    nbdkit: Nbdkit, tmp_path: Path, size: int
+    nbdkit: StartServer, tmp_path: Path, size: int
 ) -> None:
     bad = 50 * SECTOR + 1024
     uri = rescued(nbdkit, tmp_path, [(bad, 512)])
@@ -134,14 +124,14 @@ def test_a_read_without_a_buffer_returns_what_is_good_before_a_bad_place(
             data = disk.read(size)
             assert 1 <= len(data) <= min(size, bad - start)
             assert data == DATA[start : start + len(data)]
-            assert whole(disk, bad - disk.tell()) == DATA[start + len(data) : bad]
+            assert read_fully(disk, bad - disk.tell()) == DATA[start + len(data) : bad]
             text = f"reading {min(size, len(DATA) - bad)} bytes at offset {bad} failed"
             with pytest.raises(nbd.DiskError, match=text):
                 disk.read(size)
             assert disk.tell() == bad
 
 
-def test_an_error_of_a_write_names_what_was_written_and_the_place(nbdkit: Nbdkit) -> None:
+def test_an_error_of_a_write_names_what_was_written_and_the_place(nbdkit: StartServer) -> None:
     fails = "pwrite=cat >/dev/null; if [ $4 -ge 524288 ]; then echo EIO no >&2; exit 1; fi"
     server = nbdkit("eval", "get_size=echo 4194304", "pread=head -c $3 /dev/zero", fails)
     disk = nbd.open(server.uri, "r+b", buffering=0)

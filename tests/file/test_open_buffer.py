@@ -7,14 +7,13 @@ import io
 import os
 import random
 from collections.abc import Iterator
-from typing import Any, Callable
+from typing import Any
 
 import pytest
-from support.servers import Server
+from support.servers import StartServer
 
 import nbd
 
-Nbdkit = Callable[..., Server]
 #: A small buffer on a small disk, so that most calls leave it or fill it.
 SIZE, BUFFER = 8192, 256
 COUNTS = (0, 1, 10, 100, 150, 256, 257, 400, 1000)
@@ -27,7 +26,7 @@ def data() -> bytes:
 
 
 @pytest.fixture
-def disk(nbdkit: Nbdkit, data: bytes) -> Iterator[Any]:
+def disk(nbdkit: StartServer, data: bytes) -> Iterator[Any]:
     """Return a file on a disk that has the data, with a small buffer."""
     uri = nbdkit("memory", str(SIZE)).uri
     with nbd.open(uri, "wb") as writer:

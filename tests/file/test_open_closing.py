@@ -15,16 +15,16 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from support.files import BUFFERINGS
 from support.programs import run_program
-from support.servers import Server
+from support.servers import StartServer
+from support.signals import Stop, alarm
+from support.sizes import MIB
 from support.usage import collect_garbage, descriptors
-from support.waits import Stop, alarm, paused
+from support.waits import paused
 
 import nbd
 
-KIB, MIB = 1 << 10, 1 << 20
-Nbdkit = Callable[..., Server]
-BUFFERINGS = [0, 1000, -1]
 #: Closing waits for about a second, and this machine may be busy.
 BOUND = 5.0
 BLOCKED = 12 * MIB  # more than is written without waiting
@@ -46,7 +46,7 @@ def stop(number: int, frame: FrameType | None) -> None:
 @pytest.mark.parametrize("buffering", BUFFERINGS)
 @pytest.mark.parametrize("name", CALLS)
 def test_one_signal_leaves_a_with_block_whose_server_hangs(
-    nbdkit: Nbdkit, figure: Callable[[str, object], None], name: str, buffering: int
+    nbdkit: StartServer, figure: Callable[[str, object], None], name: str, buffering: int
 ) -> None:
     server = nbdkit("memory", "16M")
     began: list[float] = []
@@ -75,7 +75,7 @@ def press_ctrl_c(disk: Any) -> None:
 
 @pytest.mark.parametrize("buffering", BUFFERINGS)
 def test_ctrl_c_in_the_programs_own_code_leaves_a_file_whose_server_hangs(
-    nbdkit: Nbdkit, buffering: int
+    nbdkit: StartServer, buffering: int
 ) -> None:
     server = nbdkit("memory", "16M")
     disk: Any = nbd.open(server.uri, "r+b", buffering=buffering)
@@ -105,7 +105,7 @@ def flush_and_close(disk: Any, how: str) -> None:
 @pytest.mark.parametrize("how", ["finally", "closing", "ExitStack"])
 @pytest.mark.parametrize("buffering", BUFFERINGS)
 def test_other_ways_to_close_keep_the_first_exception(
-    nbdkit: Nbdkit, buffering: int, how: str
+    nbdkit: StartServer, buffering: int, how: str
 ) -> None:
     server = nbdkit("memory", "16M")
     disk: Any = nbd.open(server.uri, "r+b", buffering=buffering)
@@ -115,7 +115,7 @@ def test_other_ways_to_close_keep_the_first_exception(
 
 
 @pytest.mark.parametrize("buffering", BUFFERINGS)
-def test_a_timeout_in_a_with_block_is_what_comes_out(nbdkit: Nbdkit, buffering: int) -> None:
+def test_a_timeout_in_a_with_block_is_what_comes_out(nbdkit: StartServer, buffering: int) -> None:
     server = nbdkit("memory", "16M")
     disk: Any = nbd.open(server.uri, "r+b", buffering=buffering, timeout=0.3)
     with paused(server), pytest.raises(nbd.Timeout, match="try again") as caught, disk:
@@ -125,7 +125,7 @@ def test_a_timeout_in_a_with_block_is_what_comes_out(nbdkit: Nbdkit, buffering: 
 
 
 @pytest.mark.parametrize("buffering", BUFFERINGS)
-def test_close_says_that_data_may_be_lost(nbdkit: Nbdkit, buffering: int) -> None:
+def test_close_says_that_data_may_be_lost(nbdkit: StartServer, buffering: int) -> None:
     server = nbdkit("memory", "16M")
     disk: Any = nbd.open(server.uri, "r+b", buffering=buffering)
     start = time.monotonic()
@@ -158,7 +158,7 @@ def test_a_handler_of_an_older_exception_is_told_that_data_may_be_lost(
 @pytest.mark.parametrize("buffering", BUFFERINGS)
 @pytest.mark.parametrize("name", ["flush", "read"])
 def test_close_flushes_if_the_server_works_again(
-    nbdkit: Nbdkit, tmp_path: Path, name: str, buffering: int
+    nbdkit: StartServer, tmp_path: Path, name: str, buffering: int
 ) -> None:
     image = tmp_path / "image"
     image.write_bytes(bytes(4 * MIB))
@@ -179,7 +179,7 @@ def write_and_raise(disk: Any, data: bytes, kind: type[BaseException]) -> None:
 
 @pytest.mark.parametrize("buffering", BUFFERINGS)
 def test_another_exception_in_a_with_block_loses_nothing(
-    nbdkit: Nbdkit, tmp_path: Path, buffering: int
+    nbdkit: StartServer, tmp_path: Path, buffering: int
 ) -> None:
     image = tmp_path / "image"
     image.write_bytes(bytes(MIB))
@@ -217,7 +217,7 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize("mode", ["rb", "r+b", "wb"])
 @pytest.mark.parametrize("buffering", BUFFERINGS)
 def test_several_threads_can_close_a_file_at_once(
-    nbdkit: Nbdkit, buffering: int, mode: str
+    nbdkit: StartServer, buffering: int, mode: str
 ) -> None:
     server = nbdkit("--threads=4", "memory", "1M")
     failures: list[BaseException] = []
@@ -244,7 +244,7 @@ def test_several_threads_can_close_a_file_at_once(
 
 @pytest.mark.parametrize("buffering", BUFFERINGS)
 def test_a_use_while_another_thread_closes_says_that_it_is_closed(
-    nbdkit: Nbdkit, buffering: int
+    nbdkit: StartServer, buffering: int
 ) -> None:
     server = nbdkit("--threads=4", "memory", "1M")
     calls: list[Callable[[Any], object]] = [
@@ -278,7 +278,7 @@ def test_a_use_while_another_thread_closes_says_that_it_is_closed(
     assert all("closed file" in text for text in texts), texts
 
 
-def test_a_closed_file_keeps_no_memory(nbdkit: Nbdkit) -> None:
+def test_a_closed_file_keeps_no_memory(nbdkit: StartServer) -> None:
     server = nbdkit("memory", "32M")
     disk: Any = nbd.open(server.uri, "r+b")
     disk.write(bytes(9 * MIB))
@@ -292,7 +292,7 @@ def test_a_closed_file_keeps_no_memory(nbdkit: Nbdkit) -> None:
 
 
 @pytest.mark.parametrize("buffering", BUFFERINGS)
-def test_closing_closes_the_descriptors(nbdkit: Nbdkit, buffering: int) -> None:
+def test_closing_closes_the_descriptors(nbdkit: StartServer, buffering: int) -> None:
     server = nbdkit("--threads=4", "memory", "1M")
     files = []
     with nbd.open(server.uri):
@@ -308,7 +308,7 @@ def test_closing_closes_the_descriptors(nbdkit: Nbdkit, buffering: int) -> None:
 
 
 def test_the_child_of_a_fork_can_end_while_a_thread_of_the_parent_had_the_file(
-    nbdkit: Nbdkit,
+    nbdkit: StartServer,
 ) -> None:
     program = """
 import os, sys, threading, time, warnings
@@ -346,7 +346,7 @@ print("done")
     assert (done.stdout, done.stderr) == ("done\n", "")
 
 
-def test_a_closed_handle_of_the_caller_is_an_error_and_not_a_hang(nbdkit: Nbdkit) -> None:
+def test_a_closed_handle_of_the_caller_is_an_error_and_not_a_hang(nbdkit: StartServer) -> None:
     h = nbd.connect(nbdkit("memory", "1M").uri)
     disk = nbd.open(h, "r+b", buffering=0)
     disk.write(b"abc")
@@ -356,7 +356,7 @@ def test_a_closed_handle_of_the_caller_is_an_error_and_not_a_hang(nbdkit: Nbdkit
     assert disk.closed
 
 
-def test_a_signal_handler_cannot_close_the_file_of_the_call_it_stopped(nbdkit: Nbdkit) -> None:
+def test_a_signal_handler_cannot_close_the_file_of_the_call_it_stopped(nbdkit: StartServer) -> None:
     server = nbdkit("memory", "1M")
     collect_garbage()  # PyPy loses what a handler raises in the finalizer of what others have left
     for buffering in BUFFERINGS:

@@ -6,30 +6,25 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.files import BUFFERINGS, raw_of
 from support.hostile import CMD_READ, SIZE, HungUp, Wire, export_info
 from support.programs import run_program
-from support.servers import Server
+from support.servers import StartServer
+from support.sizes import MIB
 from support.usage import collect_garbage, descriptors
 
 import nbd
+import nbd._disks.connections
 
-MIB = 1 << 20
-Nbdkit = Callable[..., Server]
-BUFFERINGS = [0, 1000, -1]
 BOUND = 5.0
 #: HAS_FLAGS, SEND_FLUSH, CAN_MULTI_CONN
 FLAGS = 0x01 | 0x04 | 0x100
-
-
-def raw_of(disk: Any, buffering: int) -> Any:
-    """Return the unbuffered file."""
-    return disk.raw if buffering else disk
 
 
 def in_use(raw: Any) -> int:
@@ -86,7 +81,7 @@ def test_connections_that_never_come_cost_nothing(
         before = descriptors()
         start = time.monotonic()
         with nbd.open(uri, buffering=buffering, connections=4) as disk:
-            raw = raw_of(disk, buffering)
+            raw = raw_of(disk)
             data = b"".join(iter(lambda: disk.read(100_000), b""))
             assert len(data) == SIZE
             assert in_use(raw) == 1
@@ -112,13 +107,13 @@ print(len(disk.read()))
 
 @pytest.mark.parametrize("buffering", BUFFERINGS)
 def test_the_others_join_while_the_file_is_used(
-    nbdkit: Nbdkit, tmp_path: Path, buffering: int
+    nbdkit: StartServer, tmp_path: Path, buffering: int
 ) -> None:
     log = tmp_path / "log"
     filters = "--filter=log", "--filter=delay", "--threads=8"
     server = nbdkit(*filters, "memory", "8M", "rdelay=1ms", f"logfile={log}")
     with nbd.open(server.uri, buffering=buffering, connections=4) as disk:
-        raw = raw_of(disk, buffering)
+        raw = raw_of(disk)
         until = time.monotonic() + 20
         while in_use(raw) < 4:
             disk.seek(0)
@@ -133,7 +128,7 @@ def test_the_others_join_while_the_file_is_used(
     assert len(used) == 4
 
 
-def test_one_long_read_lets_the_others_join(nbdkit: Nbdkit) -> None:
+def test_one_long_read_lets_the_others_join(nbdkit: StartServer) -> None:
     server = nbdkit("--threads=8", "--filter=delay", "memory", "64M", "rdelay=5ms")
     with nbd.open(server.uri, buffering=0, connections=4) as disk:
         assert len(disk.read()) == 64 * MIB
@@ -173,13 +168,13 @@ def test_more_connections_than_a_queue_takes_are_refused(number: int) -> None:
         nbd.open("nbd://nowhere.invalid", connections=number)
 
 
-def test_the_largest_number_of_connections_works(nbdkit: Nbdkit) -> None:
+def test_the_largest_number_of_connections_works(nbdkit: StartServer) -> None:
     with nbd.open(nbdkit("--threads=4", "memory", "1M").uri, connections=64) as disk:
         assert len(disk.read()) == MIB
 
 
 @pytest.mark.parametrize("timeout", [float("inf"), 1e12, 3600])
-def test_a_timeout_may_be_as_long_as_one_likes(nbdkit: Nbdkit, timeout: float) -> None:
+def test_a_timeout_may_be_as_long_as_one_likes(nbdkit: StartServer, timeout: float) -> None:
     with nbd.open(nbdkit("memory", "1M").uri, "r+b", timeout=timeout) as disk:
         disk.write(b"abc")
         disk.flush()

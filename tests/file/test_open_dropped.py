@@ -5,20 +5,18 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.files import BUFFERINGS
 from support.programs import run_program
-from support.servers import Server
+from support.servers import Server, StartServer
+from support.sizes import KIB, MIB
 from support.waits import paused
 
 import nbd
 
-KIB, MIB = 1 << 10, 1 << 20
-Nbdkit = Callable[..., Server]
-BUFFERINGS = [0, 1000, -1]
 MODES = ["r+b", "wb"]
 COUNT = 40
 #: A dropped file waits for about a second, and this machine may be busy.
@@ -34,7 +32,7 @@ def image(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def slow(nbdkit: Nbdkit, image: Path) -> Server:
+def slow(nbdkit: StartServer, image: Path) -> Server:
     """Return a server on the image that takes some time for each write."""
     return nbdkit("--threads=4", "--filter=delay", "file", str(image), "wdelay=10ms")
 
@@ -127,7 +125,7 @@ if sys.argv[3] == "cycle":
 @pytest.mark.parametrize("timeout", [None, 0.2, 60.0])
 @pytest.mark.parametrize("buffering", BUFFERINGS)
 def test_a_server_that_hangs_does_not_stop_the_program(
-    nbdkit: Nbdkit, unraisable: list[Any], buffering: int, timeout: float | None
+    nbdkit: StartServer, unraisable: list[Any], buffering: int, timeout: float | None
 ) -> None:
     server = nbdkit("memory", "4M")
     dropped: list[Any] = [nbd.open(server.uri, "r+b", buffering=buffering, timeout=timeout)]
@@ -141,7 +139,7 @@ def test_a_server_that_hangs_does_not_stop_the_program(
     assert "may be lost" in str(unraisable[0])
 
 
-def test_the_end_of_a_program_does_not_wait_for_a_server_that_hangs(nbdkit: Nbdkit) -> None:
+def test_the_end_of_a_program_does_not_wait_for_a_server_that_hangs(nbdkit: StartServer) -> None:
     server = nbdkit("memory", "4M")
     program = """
 import glob, os, sys, signal, warnings

@@ -16,15 +16,15 @@ from types import FrameType
 from typing import Any, Callable
 
 import pytest
+from support.files import BUFFERINGS
 from support.foreign import unowned_view
-from support.servers import Server
-from support.waits import SHORT, Stop, alarm, paused
+from support.servers import Server, StartServer
+from support.signals import SHORT, Stop, alarm
+from support.sizes import KIB, MIB
+from support.waits import paused
 
 import nbd
 
-KIB, MIB = 1 << 10, 1 << 20
-Nbdkit = Callable[..., Server]
-BUFFERINGS = [0, 1000, -1]
 #: More than is written without waiting.
 TOO_MUCH = 12 * MIB
 
@@ -32,7 +32,7 @@ TOO_MUCH = 12 * MIB
 class Failing:
     """A server whose commands of one kind fail while a file exists."""
 
-    def __init__(self, nbdkit: Nbdkit, folder: Path, kind: str) -> None:
+    def __init__(self, nbdkit: StartServer, folder: Path, kind: str) -> None:
         self.trigger = folder / "fail"
         self.trigger.touch()
         option = f"error-{kind}-file={self.trigger}"
@@ -48,18 +48,13 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-def stop(number: int, frame: FrameType | None) -> None:
-    """Raise from a signal handler."""
-    raise Stop
-
-
 @contextmanager
 def stopped(server: Server, way: str) -> Iterator[None]:
     """Expect a call to be stopped while the server answers nothing."""
     kind: type[BaseException] = nbd.Timeout if way == "timeout" else Stop
     with paused(server), ExitStack() as stack:
         if way == "signal":
-            stack.enter_context(alarm(stop))
+            stack.enter_context(alarm())
         with pytest.raises(kind):
             yield
 
@@ -71,7 +66,7 @@ def patience(way: str) -> float | None:
 
 @pytest.mark.parametrize("buffering", BUFFERINGS)
 def test_a_read_that_fails_is_an_oserror_and_an_error_of_nbd(
-    nbdkit: Nbdkit, tmp_path: Path, buffering: int
+    nbdkit: StartServer, tmp_path: Path, buffering: int
 ) -> None:
     with nbd.open(Failing(nbdkit, tmp_path, "pread").uri, buffering=buffering) as disk:
         for kind in (OSError, nbd.Error, nbd.DiskError):
@@ -80,7 +75,9 @@ def test_a_read_that_fails_is_an_oserror_and_an_error_of_nbd(
             assert caught.value.errno == errno.EIO  # type: ignore[attr-defined]
 
 
-def test_an_error_names_operation_size_offset_and_reason(nbdkit: Nbdkit, tmp_path: Path) -> None:
+def test_an_error_names_operation_size_offset_and_reason(
+    nbdkit: StartServer, tmp_path: Path
+) -> None:
     with nbd.open(Failing(nbdkit, tmp_path, "pread").uri, buffering=0) as disk:
         disk.seek(4096)
         with pytest.raises(nbd.DiskError) as caught:
@@ -97,7 +94,9 @@ def test_an_error_can_be_pickled() -> None:
 
 
 @pytest.mark.parametrize("buffering", BUFFERINGS)
-def test_a_read_works_once_the_server_does(nbdkit: Nbdkit, tmp_path: Path, buffering: int) -> None:
+def test_a_read_works_once_the_server_does(
+    nbdkit: StartServer, tmp_path: Path, buffering: int
+) -> None:
     server = Failing(nbdkit, tmp_path, "pread")
     with nbd.open(server.uri, buffering=buffering) as disk:
         with pytest.raises(nbd.DiskError):
@@ -107,7 +106,7 @@ def test_a_read_works_once_the_server_does(nbdkit: Nbdkit, tmp_path: Path, buffe
         assert disk.read(10) == bytes(10)
 
 
-def test_what_arrived_before_an_error_is_read_first(nbdkit: Nbdkit) -> None:
+def test_what_arrived_before_an_error_is_read_first(nbdkit: StartServer) -> None:
     bad = "[ $(($3 + $4)) -gt 524288 ]"
     fails = f"pread=if {bad}; then echo EIO no >&2; exit 1; fi; head -c $3 /dev/zero"
     server = nbdkit("eval", "get_size=echo 1048576", fails)
@@ -120,7 +119,7 @@ def test_what_arrived_before_an_error_is_read_first(nbdkit: Nbdkit) -> None:
 
 
 @pytest.mark.parametrize("way", ["write", "flush", "close"])
-def test_the_error_of_a_write_comes_out_once(nbdkit: Nbdkit, tmp_path: Path, way: str) -> None:
+def test_the_error_of_a_write_comes_out_once(nbdkit: StartServer, tmp_path: Path, way: str) -> None:
     server = Failing(nbdkit, tmp_path, "pwrite")
     disk = nbd.open(server.uri, "r+b", buffering=0)
     assert disk.write(b"a" * 512) == 512
@@ -151,7 +150,7 @@ PLUGIN = {
 @pytest.mark.parametrize("mode", ["r+b", "wb"])
 @pytest.mark.parametrize("command", ["pwrite", "flush"])
 def test_close_closes_if_it_cannot_flush(
-    nbdkit: Nbdkit, buffering: int, mode: str, command: str
+    nbdkit: StartServer, buffering: int, mode: str, command: str
 ) -> None:
     plugin = {**PLUGIN, command: "echo EIO it is broken >&2; exit 1"}
     uri = nbdkit("eval", *(f"{name}={script}" for name, script in plugin.items())).uri
@@ -168,7 +167,7 @@ def test_close_closes_if_it_cannot_flush(
 
 @pytest.mark.parametrize("buffering", BUFFERINGS)
 def test_a_server_that_dies_is_an_error_and_the_file_can_be_closed(
-    nbdkit: Nbdkit, buffering: int
+    nbdkit: StartServer, buffering: int
 ) -> None:
     server = nbdkit("memory", "1M")
     with nbd.open(server.uri, buffering=buffering) as disk:
@@ -180,7 +179,7 @@ def test_a_server_that_dies_is_an_error_and_the_file_can_be_closed(
         assert caught.value.errno != 0
 
 
-def test_a_server_that_dies_with_writes_in_flight_is_told_by_flush(nbdkit: Nbdkit) -> None:
+def test_a_server_that_dies_with_writes_in_flight_is_told_by_flush(nbdkit: StartServer) -> None:
     server = nbdkit("memory", "4M")
     disk = nbd.open(server.uri, "wb", buffering=0)
     server.pause()
@@ -194,7 +193,7 @@ def test_a_server_that_dies_with_writes_in_flight_is_told_by_flush(nbdkit: Nbdki
 
 
 @pytest.mark.parametrize("mode", ["r+b", "wb"])
-def test_a_read_only_export_is_not_opened_for_writing(nbdkit: Nbdkit, mode: str) -> None:
+def test_a_read_only_export_is_not_opened_for_writing(nbdkit: StartServer, mode: str) -> None:
     with pytest.raises(OSError, match="open it with mode 'rb'") as caught:
         nbd.open(nbdkit("-r", "memory", "1M").uri, mode)
     assert caught.value.errno == errno.EROFS
@@ -203,7 +202,7 @@ def test_a_read_only_export_is_not_opened_for_writing(nbdkit: Nbdkit, mode: str)
 @pytest.mark.parametrize("buffering", BUFFERINGS)
 @pytest.mark.parametrize("way", ["timeout", "signal"])
 def test_a_read_that_was_stopped_can_be_made_again(
-    nbdkit: Nbdkit, image: Path, buffering: int, way: str
+    nbdkit: StartServer, image: Path, buffering: int, way: str
 ) -> None:
     server = nbdkit("--threads=8", "file", str(image))
     data = image.read_bytes()
@@ -220,7 +219,9 @@ def test_a_read_that_was_stopped_can_be_made_again(
 
 
 @pytest.mark.parametrize("way", ["timeout", "signal"])
-def test_reading_ahead_goes_on_after_it_was_stopped(nbdkit: Nbdkit, image: Path, way: str) -> None:
+def test_reading_ahead_goes_on_after_it_was_stopped(
+    nbdkit: StartServer, image: Path, way: str
+) -> None:
     server = nbdkit("--threads=8", "file", str(image))
     parts: list[bytes] = []
     with nbd.open(server.uri, buffering=0, timeout=patience(way)) as disk:
@@ -234,7 +235,7 @@ def test_reading_ahead_goes_on_after_it_was_stopped(nbdkit: Nbdkit, image: Path,
     assert b"".join(parts) == image.read_bytes()
 
 
-def test_a_read_that_timed_out_keeps_the_position(nbdkit: Nbdkit, image: Path) -> None:
+def test_a_read_that_timed_out_keeps_the_position(nbdkit: StartServer, image: Path) -> None:
     server = nbdkit("--threads=8", "file", str(image))
     parts: list[bytes] = []
     with nbd.open(server.uri, buffering=0, timeout=patience("timeout")) as disk:
@@ -247,7 +248,7 @@ def test_a_read_that_timed_out_keeps_the_position(nbdkit: Nbdkit, image: Path) -
 @pytest.mark.parametrize("way", ["timeout", "signal"])
 @pytest.mark.parametrize("buffering", BUFFERINGS)
 def test_a_write_that_was_stopped_can_be_made_again(
-    nbdkit: Nbdkit, image: Path, buffering: int, way: str
+    nbdkit: StartServer, image: Path, buffering: int, way: str
 ) -> None:
     server = nbdkit("--threads=8", "file", str(image))
     data = random.Random(2).randbytes(TOO_MUCH)
@@ -260,7 +261,7 @@ def test_a_write_that_was_stopped_can_be_made_again(
         assert image.read_bytes()[:TOO_MUCH] == data
 
 
-def test_a_timeout_of_a_given_handle_is_kept(nbdkit: Nbdkit, h: nbd.NBD) -> None:
+def test_a_timeout_of_a_given_handle_is_kept(nbdkit: StartServer, h: nbd.NBD) -> None:
     server = nbdkit("memory", "1M")
     h.settimeout(20 * SHORT)
     h.connect_unix(server.socket)
@@ -270,7 +271,7 @@ def test_a_timeout_of_a_given_handle_is_kept(nbdkit: Nbdkit, h: nbd.NBD) -> None
         assert disk.read(1) == b"\0"
 
 
-def test_a_signal_handler_cannot_use_the_file_of_the_call_it_stopped(nbdkit: Nbdkit) -> None:
+def test_a_signal_handler_cannot_use_the_file_of_the_call_it_stopped(nbdkit: StartServer) -> None:
     server = nbdkit("memory", "1M")
     with nbd.open(server.uri, buffering=0) as disk:
 
@@ -282,7 +283,9 @@ def test_a_signal_handler_cannot_use_the_file_of_the_call_it_stopped(nbdkit: Nbd
         assert disk.read(10) == bytes(10)
 
 
-def test_late_answers_do_not_reach_memory_without_an_owner(nbdkit: Nbdkit, image: Path) -> None:
+def test_late_answers_do_not_reach_memory_without_an_owner(
+    nbdkit: StartServer, image: Path
+) -> None:
     memory = ctypes.create_string_buffer(2 * MIB)
     view = unowned_view(memory)
     server = nbdkit("file", str(image))
@@ -295,7 +298,7 @@ def test_late_answers_do_not_reach_memory_without_an_owner(nbdkit: Nbdkit, image
 
 
 def test_a_large_read_that_was_stopped_ends_before_the_next_call_does(
-    nbdkit: Nbdkit, image: Path
+    nbdkit: StartServer, image: Path
 ) -> None:
     server = nbdkit("file", str(image))
     first, second = bytearray(2 * MIB), bytearray(2 * MIB)
@@ -310,7 +313,7 @@ def test_a_large_read_that_was_stopped_ends_before_the_next_call_does(
         assert first == after
 
 
-def test_closing_waits_for_what_is_read_ahead(nbdkit: Nbdkit, h: nbd.NBD) -> None:
+def test_closing_waits_for_what_is_read_ahead(nbdkit: StartServer, h: nbd.NBD) -> None:
     """A server can die of an answer that it cannot send."""
     h.connect_uri(nbdkit("--filter=delay", "memory", "4M", "rdelay=50ms").uri)
     with nbd.open(h) as disk:
@@ -319,7 +322,7 @@ def test_closing_waits_for_what_is_read_ahead(nbdkit: Nbdkit, h: nbd.NBD) -> Non
     assert h.aio_in_flight() == 0
 
 
-def test_closing_a_file_whose_server_hangs_does_not_wait_for_ever(nbdkit: Nbdkit) -> None:
+def test_closing_a_file_whose_server_hangs_does_not_wait_for_ever(nbdkit: StartServer) -> None:
     server = nbdkit("memory", "1M")
     disk = nbd.open(server.uri)
     with paused(server):
@@ -327,7 +330,7 @@ def test_closing_a_file_whose_server_hangs_does_not_wait_for_ever(nbdkit: Nbdkit
     assert disk.closed
 
 
-def test_ctrl_c_ends_a_read(nbdkit: Nbdkit) -> None:
+def test_ctrl_c_ends_a_read(nbdkit: StartServer) -> None:
     server = nbdkit("memory", "1M")
     interrupt = alarm(signal.default_int_handler)
     with nbd.open(server.uri) as disk, paused(server), interrupt, pytest.raises(KeyboardInterrupt):

@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from typing import Callable
 
 import pytest
-from support.servers import Server
+from support.servers import Server, StartServer
+from support.sizes import KIB, MIB
 
 import nbd
 
-KIB, MIB = 1 << 10, 1 << 20
 BLOCK = 512
 
 
 @pytest.fixture
-def server(nbdkit: Callable[..., Server]) -> Server:
+def server(nbdkit: StartServer) -> Server:
     """Return an nbdkit with an empty disk of 4 MiB."""
     return nbdkit("--threads=4", "memory", "4M")
 

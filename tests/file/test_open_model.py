@@ -17,12 +17,11 @@ from typing import Any
 
 import pytest
 from support.forms import SOAK
-from support.servers import Server
+from support.servers import StartServer
+from support.sizes import KIB
 
 import nbd
 
-KIB = 1 << 10
-Nbdkit = Callable[..., Server]
 ROUNDS = 1000 if SOAK else 24
 CALLS = 60
 #: The rounds of one test, so that a failure is found again soon.
@@ -77,7 +76,7 @@ class Model:
 class Round:
     """One file with random settings, and calls on it."""
 
-    def __init__(self, rand: random.Random, nbdkit: Nbdkit) -> None:
+    def __init__(self, rand: random.Random, nbdkit: StartServer) -> None:
         """Choose the settings, and start the server."""
         self.rand = rand
         self.minimum, preferred = rand.choice(BLOCKS)
@@ -259,7 +258,7 @@ class Round:
 
 
 @pytest.mark.parametrize("first", range(0, ROUNDS, SHARE))
-def test_a_file_is_what_a_bytearray_is(nbdkit: Nbdkit, first: int) -> None:
+def test_a_file_is_what_a_bytearray_is(nbdkit: StartServer, first: int) -> None:
     for seed in range(first, first + SHARE):
         turn = Round(random.Random(seed), nbdkit)
         try:

@@ -11,20 +11,19 @@ import shutil
 import tarfile
 import zipfile
 from pathlib import Path
-from typing import IO, Any, Callable, cast
+from typing import IO, Any, cast
 
 import pytest
-from support.servers import Server, program
+from support.servers import StartServer, program
+from support.sizes import MIB
 
 import nbd
 
-MIB = 1 << 20
-Nbdkit = Callable[..., Server]
 DATA = random.Random(1).randbytes(2 * MIB + 5)
 
 
 @pytest.fixture
-def uri(nbdkit: Nbdkit) -> str:
+def uri(nbdkit: StartServer) -> str:
     """Return the URI of an empty disk of 8 MiB."""
     return nbdkit("--threads=4", "memory", "8M").uri
 
@@ -44,7 +43,7 @@ def extracted(file: IO[bytes] | None) -> bytes:
     return file.read()
 
 
-def test_zipfile_reads_a_file_that_a_disk_ends_with(nbdkit: Nbdkit, tmp_path: Path) -> None:
+def test_zipfile_reads_a_file_that_a_disk_ends_with(nbdkit: StartServer, tmp_path: Path) -> None:
     path = tmp_path / "archive.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("data", DATA)
@@ -72,7 +71,7 @@ def test_gzip_writes_and_reads(uri: str) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1000, 3 * MIB])
-def test_copyfileobj_copies_a_disk(uri: str, nbdkit: Nbdkit, length: int) -> None:
+def test_copyfileobj_copies_a_disk(uri: str, nbdkit: StartServer, length: int) -> None:
     with nbd.open(uri, "r+b") as disk:
         disk.write(DATA)
     with nbd.open(uri) as disk, nbd.open(nbdkit("memory", "8M").uri, "r+b") as other:
@@ -115,7 +114,7 @@ def module(name: str) -> Any:
     return pytest.importorskip(name, reason=f"{name} is not installed: pip install {name}")
 
 
-def test_a_reader_of_ext4_finds_files(nbdkit: Nbdkit, ext4: Path) -> None:
+def test_a_reader_of_ext4_finds_files(nbdkit: StartServer, ext4: Path) -> None:
     extfs = module("dissect.extfs")
     with nbd.open(nbdkit("--threads=4", "file", str(ext4)).uri) as disk:
         system = extfs.ExtFS(disk)

@@ -11,25 +11,23 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 from support.figures import Figure
+from support.files import BUFFERINGS
 from support.forms import SOAK
 from support.injection import Injector, came_out, places
-from support.servers import Server
+from support.servers import StartServer
+from support.signals import Stop, handling, stop
+from support.sizes import KIB
 from support.usage import collect_garbage
-from support.waits import Stop
 
 import nbd
 from nbd._disks.connections import _kept
 
-KIB = 1 << 10
-Nbdkit = Callable[..., Server]
 SIZE = 512 * KIB
 DATA = random.Random(1).randbytes(SIZE)
-BUFFERINGS = [0, 1000, -1]
 #: The last place is where the method returns: no `try` of it can be around that.  CPython runs no
 #: signal handler there, but a trace function can raise.
 RETURNS = 1
@@ -46,7 +44,7 @@ def image(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def uri(nbdkit: Nbdkit, image: Path) -> str:
+def uri(nbdkit: StartServer, image: Path) -> str:
     """Return the URI of a server of the image."""
     return nbdkit("file", str(image)).uri
 
@@ -191,30 +189,21 @@ def test_a_stopped_open_or_close_leaves_nothing(
 def test_signals_at_any_moment_lose_no_byte(uri: str, buffering: int) -> None:
     rounds = 5000 if SOAK else 200
     stops = 0
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stop
-
-    before = signal.signal(signal.SIGALRM, stop)
     rand = random.Random(buffering)
-    try:
-        with nbd.open(uri, buffering=buffering) as disk:
-            for _ in range(rounds):
-                start = disk.seek(rand.randrange(SIZE - 20_000))
-                data = b""
+    with handling(stop), nbd.open(uri, buffering=buffering) as disk:
+        for _ in range(rounds):
+            start = disk.seek(rand.randrange(SIZE - 20_000))
+            data = b""
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rand.uniform(1e-5, 3e-4))
                 try:
-                    signal.setitimer(signal.ITIMER_REAL, rand.uniform(1e-5, 3e-4))
-                    try:
-                        data = disk.read(5000)
-                        end = disk.tell()
-                    finally:
-                        signal.setitimer(signal.ITIMER_REAL, 0)
-                except Stop:
-                    stops += 1
-                    continue  # whether the data or the position was taken is not known here
-                assert data == DATA[start : start + len(data)]
-                assert end == start + len(data)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+                    data = disk.read(5000)
+                    end = disk.tell()
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except Stop:
+                stops += 1
+                continue  # whether the data or the position was taken is not known here
+            assert data == DATA[start : start + len(data)]
+            assert end == start + len(data)
     assert stops

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Callable
 
 import pytest
-from support.servers import PATIENCE
+from support.servers import TIMEOUT
 
 import nbd
 from nbd._binding.build import BUNDLED
@@ -31,7 +31,7 @@ def run(*arguments: object, cwd: Path, **variables: str) -> subprocess.Completed
         env={**os.environ, **variables},
         capture_output=True,
         text=True,
-        timeout=4 * PATIENCE,
+        timeout=4 * TIMEOUT,
     )
 
 

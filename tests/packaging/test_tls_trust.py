@@ -12,13 +12,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from support.checkout import CHECKOUT
-from support.servers import PATIENCE, Server, program
+from support.servers import TIMEOUT, StartServer, program
 from support.servers import certificates as make_certificates
 
 import nbd
@@ -67,7 +66,7 @@ class System(NamedTuple):
         environ = {**inherited, "LD_PRELOAD": preload, **variables}
         command = [sys.executable, "-c", READ, self.port]
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=PATIENCE, env=environ, cwd="/"
+            command, capture_output=True, text=True, timeout=TIMEOUT, env=environ, cwd="/"
         )
 
 
@@ -78,7 +77,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def system(nbdkit: Callable[..., Server], certificates: Path, tmp_path: Path) -> System:
+def system(nbdkit: StartServer, certificates: Path, tmp_path: Path) -> System:
     """Return a system whose root folder is empty yet."""
     server = nbdkit("pattern", "1M", tcp=True, tls="require", certificates=certificates)
     root, preloaded = tmp_path / "root", tmp_path / "trust.so"

@@ -6,7 +6,6 @@ import errno
 import gc
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -15,15 +14,15 @@ from pathlib import Path
 from typing import Any, Callable, cast
 
 import pytest
-from support.servers import Server
+from support.servers import StartServer
+from support.signals import Stop, alarm
+from support.sizes import KIB, MIB
 
 import nbd
 import nbd.queue
 from nbd._binding.callbacks import registry
 from nbd._binding.shim import lib
 
-KIB, MIB = 1 << 10, 1 << 20
-Nbdkit = Callable[..., Server]
 Queue = nbd.queue.Queue
 LOST = {"ENOTCONN", "ECONNRESET", "EPIPE", "ESHUTDOWN"}
 
@@ -91,7 +90,7 @@ def test_nothing_is_left_to_wait_for(queue: Queue) -> None:
     assert queue.wait(5, timeout=0) == []
 
 
-def test_a_wait_ends_when_its_time_is_over(nbdkit: Nbdkit, h: nbd.NBD) -> None:
+def test_a_wait_ends_when_its_time_is_over(nbdkit: StartServer, h: nbd.NBD) -> None:
     server = nbdkit("memory", "1M")
     h.connect_uri(server.uri)
     server.pause()
@@ -103,7 +102,7 @@ def test_a_wait_ends_when_its_time_is_over(nbdkit: Nbdkit, h: nbd.NBD) -> None:
         assert [one.error for one in queue.wait()] == [None]
 
 
-def test_a_wake_ends_the_next_wait(nbdkit: Nbdkit, h: nbd.NBD) -> None:
+def test_a_wake_ends_the_next_wait(nbdkit: StartServer, h: nbd.NBD) -> None:
     server = nbdkit("memory", "1M")
     h.connect_uri(server.uri)
     server.pause()
@@ -119,7 +118,7 @@ def test_a_wake_ends_the_next_wait(nbdkit: Nbdkit, h: nbd.NBD) -> None:
         assert queue.wait() == [request]
 
 
-def test_several_handles_share_the_work(nbdkit: Nbdkit, tmp_path: Path) -> None:
+def test_several_handles_share_the_work(nbdkit: StartServer, tmp_path: Path) -> None:
     log = tmp_path / "log"
     uri = nbdkit("--filter=log", "--threads=4", "memory", "1M", f"logfile={log}").uri
     handles = [nbd.connect(uri) for _ in range(3)]
@@ -138,7 +137,7 @@ def test_several_handles_share_the_work(nbdkit: Nbdkit, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [MIB, MIB - 4096, 1_000_003])
-def test_a_disk_with_blocks_is_as_bytes_are(nbdkit: Nbdkit, h: nbd.NBD, size: int) -> None:
+def test_a_disk_with_blocks_is_as_bytes_are(nbdkit: StartServer, h: nbd.NBD, size: int) -> None:
     blocks = 4096 if size % 4096 == 0 else 1
     policy = (
         *(f"blocksize-minimum={blocks}", "blocksize-preferred=4096", "blocksize-maximum=64K"),
@@ -173,7 +172,7 @@ def test_a_range_past_the_end_is_an_error_of_its_request(queue: Queue) -> None:
     assert [error and error.errno for error in errors] == ["EINVAL", "ENOSPC"]
 
 
-def test_an_error_says_what_failed(nbdkit: Nbdkit, h: nbd.NBD) -> None:
+def test_an_error_says_what_failed(nbdkit: StartServer, h: nbd.NBD) -> None:
     options = ("error=EIO", "error-pread-rate=100%")
     h.connect_uri(nbdkit("--filter=error", "memory", "1M", *options).uri)
     with Queue(h) as queue:
@@ -187,7 +186,7 @@ def test_an_error_says_what_failed(nbdkit: Nbdkit, h: nbd.NBD) -> None:
 
 
 def test_zeroes_are_written_where_the_server_has_no_command_for_them(
-    nbdkit: Nbdkit, h: nbd.NBD
+    nbdkit: StartServer, h: nbd.NBD
 ) -> None:
     h.connect_uri(nbdkit("--filter=nozero", "memory", "1M").uri)
     assert not h.can_zero()
@@ -198,7 +197,7 @@ def test_zeroes_are_written_where_the_server_has_no_command_for_them(
     assert h.pread(300_000, 0) == bytes(299_999) + b"x"
 
 
-def test_a_read_only_export_is_an_error_of_each_write(nbdkit: Nbdkit, h: nbd.NBD) -> None:
+def test_a_read_only_export_is_an_error_of_each_write(nbdkit: StartServer, h: nbd.NBD) -> None:
     h.connect_uri(nbdkit("-r", "memory", "1M").uri)
     with Queue(h) as queue:
         queue.write(b"data", 0)
@@ -206,7 +205,9 @@ def test_a_read_only_export_is_an_error_of_each_write(nbdkit: Nbdkit, h: nbd.NBD
         assert all(one.error for one in finished(queue))
 
 
-def test_a_server_that_dies_ends_every_request_with_its_error(nbdkit: Nbdkit, h: nbd.NBD) -> None:
+def test_a_server_that_dies_ends_every_request_with_its_error(
+    nbdkit: StartServer, h: nbd.NBD
+) -> None:
     server = nbdkit("memory", "1M")
     h.connect_uri(server.uri)
     server.pause()
@@ -219,30 +220,19 @@ def test_a_server_that_dies_ends_every_request_with_its_error(nbdkit: Nbdkit, h:
     assert all(one.error for one in found)
 
 
-def test_a_signal_ends_a_wait_and_everything_arrives_later(nbdkit: Nbdkit, h: nbd.NBD) -> None:
-    class Interrupted(Exception):
-        pass
-
-    def interrupt(number: int, frame: object) -> None:
-        raise Interrupted
-
+def test_a_signal_ends_a_wait_and_everything_arrives_later(nbdkit: StartServer, h: nbd.NBD) -> None:
     server = nbdkit("memory", "1M")
     h.connect_uri(server.uri)
     server.pause()
-    before = signal.signal(signal.SIGALRM, interrupt)
     with Queue(h) as queue:
         requests = [queue.read(bytearray(512), 512 * i) for i in range(5)]
-        try:
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
-            with pytest.raises(Interrupted):
-                queue.wait()
-        finally:
-            signal.signal(signal.SIGALRM, before)
+        with alarm(), pytest.raises(Stop):
+            queue.wait()
         server.resume()
         assert sorted(map(id, finished(queue))) == sorted(map(id, requests))
 
 
-def test_what_is_dropped_keeps_its_memory_until_the_answer(nbdkit: Nbdkit, h: nbd.NBD) -> None:
+def test_what_is_dropped_keeps_its_memory_until_the_answer(nbdkit: StartServer, h: nbd.NBD) -> None:
     server = nbdkit("memory", "1M")
     h.connect_uri(server.uri)
     server.pause()
@@ -262,7 +252,7 @@ def test_what_is_dropped_keeps_its_memory_until_the_answer(nbdkit: Nbdkit, h: nb
     buffer.append(0)
 
 
-def test_a_queue_that_is_forgotten_is_dropped(nbdkit: Nbdkit, h: nbd.NBD) -> None:
+def test_a_queue_that_is_forgotten_is_dropped(nbdkit: StartServer, h: nbd.NBD) -> None:
     h.connect_uri(nbdkit("memory", "1M").uri)
     gc.collect()  # what earlier tests have left
     before = len(registry)
@@ -274,7 +264,7 @@ def test_a_queue_that_is_forgotten_is_dropped(nbdkit: Nbdkit, h: nbd.NBD) -> Non
     assert (orphans(h), len(registry)) == (0, before)
 
 
-def test_a_handle_may_be_closed_first(nbdkit: Nbdkit) -> None:
+def test_a_handle_may_be_closed_first(nbdkit: StartServer) -> None:
     server = nbdkit("memory", "1M")
     h = nbd.connect(server.uri)
     server.pause()
@@ -389,7 +379,7 @@ def test_a_wrong_argument_is_refused_and_nothing_is_sent(
     assert queue._shim_queue.kept == {}
 
 
-def test_a_program_may_end_with_a_queue_open(nbdkit: Nbdkit) -> None:
+def test_a_program_may_end_with_a_queue_open(nbdkit: StartServer) -> None:
     program = (
         "import nbd, nbd.queue, sys\n"
         "h = nbd.NBD(); h.connect_uri(sys.argv[1])\n"

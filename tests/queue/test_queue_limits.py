@@ -25,14 +25,14 @@ from support.hostile import (
     Wire,
     export_info,
 )
-from support.servers import Server
+from support.servers import StartServer
+from support.signals import handling
+from support.sizes import KIB, MIB
 
 import nbd
 import nbd.queue
 
-KIB, MIB = 1 << 10, 1 << 20
 CMD_ZERO, EINVAL = 6, 22
-Nbdkit = Callable[..., Server]
 Queue = nbd.queue.Queue
 
 
@@ -94,7 +94,7 @@ def test_zeroes_are_cut_where_the_server_bounds_them(h: nbd.NBD) -> None:
     assert server.refused == 2  # afterwards the queue knows
 
 
-def test_an_error_names_the_request_and_the_place(nbdkit: Nbdkit, h: nbd.NBD) -> None:
+def test_an_error_names_the_request_and_the_place(nbdkit: StartServer, h: nbd.NBD) -> None:
     h.connect_uri(nbdkit("--filter=error", "memory", "4M", "error-pread-rate=0").uri)
     size = 2 * MIB
     with Queue(h) as queue:
@@ -121,7 +121,7 @@ def test_an_error_names_the_request_and_the_place(nbdkit: Nbdkit, h: nbd.NBD) ->
     ]
 
 
-def test_too_many_handles_are_refused(nbdkit: Nbdkit) -> None:
+def test_too_many_handles_are_refused(nbdkit: StartServer) -> None:
     server = nbdkit("memory", "1M")
     handles = [nbd.NBD() for _ in range(65)]
     for handle in handles:
@@ -254,22 +254,17 @@ def test_a_wait_in_a_signal_handler_reports_each_request_once(disk: nbd.NBD) -> 
     def handler(number: int, frame: FrameType | None) -> None:
         reported.extend(queue.wait(1, 0))
 
-    before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
-    try:
-        with Queue(disk, depth=4) as queue:
-            requests: list[Any] = []
-            until = time.monotonic() + 2
-            while time.monotonic() < until:
-                requests += [queue.read(bytearray(512), 512 * n) for n in range(8)]
-                while not all(request.is_done for request in requests):
-                    reported.extend(queue.wait(1, 10))
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            reported.extend(queue.wait(1, 0))
-            assert len(queue) == 0
-    finally:
+    with Queue(disk, depth=4) as queue, handling(handler):
+        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+        requests: list[Any] = []
+        until = time.monotonic() + 2
+        while time.monotonic() < until:
+            requests += [queue.read(bytearray(512), 512 * n) for n in range(8)]
+            while not all(request.is_done for request in requests):
+                reported.extend(queue.wait(1, 10))
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        reported.extend(queue.wait(1, 0))
+        assert len(queue) == 0
     assert len(reported) == len(requests)
     assert set(map(id, reported)) == set(map(id, requests))
 

@@ -6,17 +6,15 @@ import errno
 import select
 import selectors
 from collections.abc import Iterator
-from typing import Any, Callable
+from typing import Any
 
 import pytest
-from support.servers import Server
+from support.servers import TIMEOUT, StartServer
+from support.sizes import KIB, MIB
 
 import nbd
 import nbd.queue
 
-KIB, MIB = 1 << 10, 1 << 20
-PATIENCE = 20  # seconds
-Nbdkit = Callable[..., Server]
 Queue = nbd.queue.Queue
 
 
@@ -36,7 +34,7 @@ def stepped(queue: Queue, count: int) -> list[nbd.queue.Request]:
     """Step as an event loop does, until so many requests are done."""
     done: list[nbd.queue.Request] = []
     while len(done) < count:
-        assert is_ready(queue, PATIENCE)
+        assert is_ready(queue, TIMEOUT)
         done += queue.step()
     return done
 
@@ -67,7 +65,7 @@ def test_the_descriptor_is_not_ready_where_nothing_is_to_do(queue: Queue) -> Non
     assert not is_ready(queue)
 
 
-def test_a_step_does_not_wait_for_a_server_that_is_stopped(nbdkit: Nbdkit, h: nbd.NBD) -> None:
+def test_a_step_does_not_wait_for_a_server_that_is_stopped(nbdkit: StartServer, h: nbd.NBD) -> None:
     server = nbdkit("memory", "1M")
     h.connect_uri(server.uri)
     with Queue(h) as queue:
@@ -86,7 +84,7 @@ def test_an_error_is_told(queue: Queue) -> None:
     assert error.errnum == errno.EINVAL
 
 
-def test_one_descriptor_stands_for_several_connections(nbdkit: Nbdkit) -> None:
+def test_one_descriptor_stands_for_several_connections(nbdkit: StartServer) -> None:
     server = nbdkit("memory", "1M")
     handles = [nbd.connect(server.uri) for _ in range(3)]
     with Queue(handles, depth=12) as queue, selectors.DefaultSelector() as selector:
@@ -94,19 +92,19 @@ def test_one_descriptor_stands_for_several_connections(nbdkit: Nbdkit) -> None:
         requests = [queue.read(bytearray(4096), 4096 * i) for i in range(60)]
         assert [handle.aio_in_flight() for handle in handles] == [4, 4, 4]
         while not all(request.is_done for request in requests):
-            assert selector.select(PATIENCE)
+            assert selector.select(TIMEOUT)
             queue.step()
     for handle in handles:
         handle.close()
 
 
-def test_the_death_of_an_idle_server_is_noticed(nbdkit: Nbdkit, h: nbd.NBD) -> None:
+def test_the_death_of_an_idle_server_is_noticed(nbdkit: StartServer, h: nbd.NBD) -> None:
     server = nbdkit("memory", "1M")
     h.connect_uri(server.uri)
     with Queue(h) as queue:
         assert not is_ready(queue)
         server.kill()
-        assert is_ready(queue, PATIENCE)
+        assert is_ready(queue, TIMEOUT)
         assert not queue.step()
         assert h.aio_is_dead() or h.aio_is_closed()
         assert not is_ready(queue)
@@ -123,7 +121,7 @@ def test_a_command_of_the_handle_itself_is_moved_too(queue: Queue, disk: nbd.NBD
 
     disk.aio_pread(nbd.Buffer(512), 0, completion)
     while not ended:
-        assert is_ready(queue, PATIENCE)
+        assert is_ready(queue, TIMEOUT)
         queue.step()
     assert ended == [0]
 

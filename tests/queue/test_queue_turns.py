@@ -19,22 +19,20 @@ import pytest
 from support.figures import Figure
 from support.forms import SOAK
 from support.hostile import Watchdog
-from support.servers import Server
+from support.servers import Server, StartServer
+from support.signals import Stop, handling
 from support.usage import registered
-from support.waits import Stop, paused, reap
+from support.waits import paused, reap
 
 import nbd
 from nbd.queue import Queue, Request
 
-Nbdkit = Callable[..., Server]
-
 ROUNDS = 50_000 if SOAK else 6_000
-MIB = 1 << 20
 LONG = 10.0  # seconds, and no test may take half of them
 
 
 @pytest.fixture
-def server(nbdkit: Nbdkit) -> Server:
+def server(nbdkit: StartServer) -> Server:
     """Return an nbdkit whose disk has its own offsets as content."""
     return nbdkit("pattern", "1M", "--threads=4")
 
@@ -196,14 +194,6 @@ def work_off(
             assert bytes(one.to_bytearray())[:8] == (512 * at).to_bytes(8, "big")
 
 
-def end_timer(before: Any) -> None:
-    """Stop the timer, and give back SIGALRM when Python has handled the last one."""
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    for _ in range(1000):  # Python looks for signals here
-        pass
-    signal.signal(signal.SIGALRM, before)
-
-
 @contextmanager
 def storm(handle: Callable[[], object]) -> Iterator[None]:
     """Call something in a signal handler, at random moments."""
@@ -221,13 +211,12 @@ def storm(handle: Callable[[], object]) -> Iterator[None]:
                 is_inside = False
         signal.setitimer(signal.ITIMER_REAL, random.uniform(0.00005, 0.001))
 
-    before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.001)
-    try:
-        yield
-    finally:
-        is_over = True
-        end_timer(before)
+    with handling(handler):
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
+        try:
+            yield
+        finally:
+            is_over = True
 
 
 @pytest.mark.parametrize("timeout", [0, 0.0005, None], ids=["look", "half a ms", "for ever"])
@@ -295,28 +284,23 @@ def test_an_exception_of_a_handler_loses_no_request(server: Server, h: nbd.NBD) 
         if is_armed:
             raise Stop
 
-    before = signal.signal(signal.SIGALRM, handler)
-    try:
-        with Queue(h, depth=4) as queue, Watchdog(60, server.kill):
-            for _ in range(ROUNDS // 4):
-                memory = [nbd.Buffer(512) for _ in range(4)]
-                requests = [queue.read(one, 512 * at) for at, one in enumerate(memory)]
-                until = time.monotonic() + 20
-                while not all(request.is_done for request in requests):
-                    assert time.monotonic() < until, f"{len(queue)} requests are never reported"
+    with handling(handler), Queue(h, depth=4) as queue, Watchdog(60, server.kill):
+        for _ in range(ROUNDS // 4):
+            memory = [nbd.Buffer(512) for _ in range(4)]
+            requests = [queue.read(one, 512 * at) for at, one in enumerate(memory)]
+            until = time.monotonic() + 20
+            while not all(request.is_done for request in requests):
+                assert time.monotonic() < until, f"{len(queue)} requests are never reported"
+                try:
                     try:
-                        try:
-                            is_armed = True
-                            signal.setitimer(signal.ITIMER_REAL, random.uniform(0.00003, 0.0005))
-                            queue.wait(4, 0.05)
-                        finally:
-                            is_armed = False
-                    except Stop:
-                        stopped += 1
-            assert len(queue) == 0
-    finally:
-        is_armed = False
-        end_timer(before)
+                        is_armed = True
+                        signal.setitimer(signal.ITIMER_REAL, random.uniform(0.00003, 0.0005))
+                        queue.wait(4, 0.05)
+                    finally:
+                        is_armed = False
+                except Stop:
+                    stopped += 1
+        assert len(queue) == 0
     assert stopped
     assert registered() == 0
 
@@ -326,7 +310,9 @@ def test_an_exception_of_a_handler_loses_no_request(server: Server, h: nbd.NBD) 
 
 @pytest.mark.parametrize("dirty", [False, True], ids=["clean", "dirty"])
 @pytest.mark.parametrize("buffering", [0, -1], ids=["unbuffered", "buffered"])
-def test_threads_may_close_one_file_at_once(nbdkit: Nbdkit, buffering: int, dirty: bool) -> None:
+def test_threads_may_close_one_file_at_once(
+    nbdkit: StartServer, buffering: int, dirty: bool
+) -> None:
     server = nbdkit("memory", "1M", "--threads=4")
     for number in range(30):
         file: Any = nbd.open(server.uri, "r+b", buffering=buffering)

@@ -16,21 +16,20 @@ from typing import Any, Callable
 import pytest
 from support.asyncs import run
 from support.programs import run_program
-from support.servers import Server
+from support.servers import Server, StartServer
+from support.sizes import KIB, MIB
 from support.usage import registered
 from support.waits import orphans, paused, reap
 
 import nbd
 from nbd.queue import Queue
 
-Nbdkit = Callable[..., Server]
-KIB, MIB = 1 << 10, 1 << 20
 MAX_ORPHANS = 64
 MAX_BYTES = 64 * MIB
 
 
 @pytest.fixture
-def server(nbdkit: Nbdkit) -> Server:
+def server(nbdkit: StartServer) -> Server:
     """Return an nbdkit whose disk has its own offsets as content."""
     return nbdkit("pattern", "64M", "--threads=4")
 
@@ -224,7 +223,7 @@ def test_a_huge_timeout_of_a_handle(server: Server, h: nbd.NBD, seconds: float) 
 
 @forever
 def test_a_huge_timeout_of_a_copy(
-    nbdkit: Nbdkit, h: nbd.NBD, tmp_path: Path, seconds: float
+    nbdkit: StartServer, h: nbd.NBD, tmp_path: Path, seconds: float
 ) -> None:
     small = nbdkit("pattern", "1M", "--threads=4")
     stream = io.BytesIO()

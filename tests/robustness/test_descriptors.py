@@ -11,9 +11,7 @@ from typing import Callable
 import pytest
 from support.forms import SOAK
 from support.programs import run_program
-from support.servers import Server
-
-Nbdkit = Callable[..., Server]
+from support.servers import StartServer
 
 ROUNDS = 3000 if SOAK else 300
 COPIES = ROUNDS // 3  # they take longer
@@ -206,7 +204,7 @@ NEEDING = [
 
 
 @pytest.fixture
-def run(nbdkit: Nbdkit, tmp_path: object) -> Callable[[str, str], None]:
+def run(nbdkit: StartServer, tmp_path: object) -> Callable[[str, str], None]:
     """Run a program with one of the functions, which must succeed and write nothing."""
     source, target = nbdkit("pattern", "1M"), nbdkit("memory", "1M")
 

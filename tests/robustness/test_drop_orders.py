@@ -11,14 +11,13 @@ from typing import Any, Callable
 
 import pytest
 from support.handles import drain
-from support.servers import Server
+from support.servers import StartServer
 from support.usage import collect_garbage, registered
 
 import nbd
 
 ORDERS = list(permutations(["handle", "buffer", "callable"]))
 
-StartServer = Callable[..., Server]
 Drop = Callable[[], None]
 
 

@@ -6,17 +6,14 @@ import ctypes
 import os
 import subprocess
 import sys
-from typing import Callable
 
 import pytest
 from support.handles import closed
 from support.programs import run_program
-from support.servers import Server
+from support.servers import StartServer
+from support.sizes import MIB
 
 import nbd
-
-StartServer = Callable[..., Server]
-MIB = 1 << 20
 
 GROWTH = """
 import nbd

@@ -8,11 +8,10 @@ import pytest
 from support.figures import Figure
 from support.forms import SOAK
 from support.programs import run_program
-from support.servers import Server
+from support.servers import StartServer
 
 RUNS = 100 if SOAK else 1
 
-StartServer = Callable[..., Server]
 Ending = Callable[..., None]
 
 DISK = "memory", "1M"

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Callable
-
 import pytest
 from support.programs import run_program
-from support.servers import Server
-
-StartServer = Callable[..., Server]
+from support.servers import StartServer
 
 CONNECTED = """
 import atexit, sys, threading, time, weakref

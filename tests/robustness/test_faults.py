@@ -23,6 +23,8 @@ from support import servers
 from support.figures import Figure
 from support.forms import SOAK
 from support.hostile import BOUND, FATAL, Connection, Script, Watchdog, Wire, export_info
+from support.servers import StartServer
+from support.sizes import MIB
 from support.usage import collect_garbage, descriptors, resident
 
 import nbd
@@ -36,7 +38,6 @@ SIZE = BLOCK * BLOCKS
 LONGEST = 8  # blocks that one command covers
 QUEUE = 16  # commands in flight in the asynchronous run
 IN_FLIGHT = 64  # commands in flight when the server is killed
-MIB = 1 << 20
 
 FAULTY = (
     *("--threads=16", "memory", str(SIZE)),  # so replies come in another order than the commands
@@ -44,8 +45,6 @@ FAULTY = (
     *("--filter=delay", "rdelay=1ms", "wdelay=1ms"),
 )
 STUCK = "memory", str(SIZE), "--filter=delay", "rdelay=600", "wdelay=600", "delay-extents=600"
-
-StartServer = Callable[..., servers.Server]
 
 
 @dataclass

@@ -10,11 +10,8 @@ from support.handles import closed
 from support.hostile import Connection, Wire
 from support.methods import METHODS, call_with_anything
 from support.programs import run_program
-from support.servers import Server
 
 import nbd
-
-StartServer = Callable[..., Server]
 
 # Other handles are made all the time, so that freed memory is used again.  Each handle has a name.
 # If a name changes, somebody has written to memory that is not its own.

@@ -15,19 +15,17 @@ from pathlib import Path
 from typing import Callable
 
 import pytest
-from support.handles import PATIENCE, closed, poll
+from support.handles import closed, poll
 from support.hostile import Connection, HungUp, Script, Wire
 from support.programs import run_program
-from support.servers import Server, told_to_answer
+from support.servers import TIMEOUT, Server, StartServer, told_to_answer
 from support.usage import collect_garbage, descriptors
 
 import nbd
 
-SECONDS = PATIENCE / 1000
 FEW = 50
 MANY = 200
 
-StartServer = Callable[..., Server]
 Use = Callable[[nbd.NBD], object]
 
 Pair = tuple[socket.socket, socket.socket]
@@ -70,7 +68,7 @@ class Strangers:
         for number, (one, other) in enumerate(self.pairs):
             for source, target in (one, other), (other, one):
                 message = b"%d" % number
-                target.settimeout(SECONDS)
+                target.settimeout(TIMEOUT)
                 source.sendall(message)
                 assert target.recv(len(message)) == message
 
@@ -136,7 +134,7 @@ def test_close_beside_a_call_whose_connection_ends_leaves_a_stranger_alone(
                 return
         strangers.take(number)
         taken.set()
-        was_closed.wait(SECONDS)
+        was_closed.wait(TIMEOUT)
 
     with Connection(script) as connection:
         number = connection.fileno()
@@ -146,10 +144,10 @@ def test_close_beside_a_call_whose_connection_ends_leaves_a_stranger_alone(
         h.set_debug(True)
         thread = threading.Thread(target=use, args=(h,))
         thread.start()
-        assert taken.wait(SECONDS)
+        assert taken.wait(TIMEOUT)
         h.close()
         was_closed.set()
-        thread.join(SECONDS)
+        thread.join(TIMEOUT)
         assert not thread.is_alive()
         strangers.check()
 
@@ -217,7 +215,7 @@ def test_close_wakes_a_call_whose_socket_was_not_the_first_that_was_tried(
     thread.start()
     asked.read_text()  # the read is in flight
     h.close()
-    thread.join(SECONDS)
+    thread.join(TIMEOUT)
     assert not thread.is_alive()
     assert len(raised) == 1
     go.write_text("\n")
@@ -282,7 +280,7 @@ def test_the_peer_sees_the_end_of_a_connection(h: nbd.NBD, script: Script, end: 
     with Connection(until_the_end(script, ended)) as connection:
         h.connect_socket(connection.fileno())
         end(h)
-        assert ended.wait(SECONDS)
+        assert ended.wait(TIMEOUT)
     assert closed(h) or h.aio_is_dead() or h.aio_is_closed()
 
 
@@ -308,7 +306,7 @@ def test_the_peer_sees_the_end_of_a_handshake_that_failed(
     with Connection(until_the_end(negotiate_wrongly, ended)) as connection:
         with pytest.raises(nbd.Error):
             connect(h, connection.fileno())
-        assert ended.wait(SECONDS)
+        assert ended.wait(TIMEOUT)
     assert not closed(h)
 
 
@@ -319,7 +317,7 @@ def test_the_peer_sees_the_end_of_a_handle_that_is_dropped() -> None:
         h.connect_socket(connection.fileno())
         del h
         collect_garbage()
-        assert ended.wait(SECONDS)
+        assert ended.wait(TIMEOUT)
 
 
 # --- leaks ------------------------------------------------------------------------------------

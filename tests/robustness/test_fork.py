@@ -12,11 +12,10 @@ import pytest
 from support.figures import Figure
 from support.forms import SOAK
 from support.programs import run_program
-from support.servers import Server, told_to_answer
+from support.servers import StartServer, told_to_answer
 
 RUNS = 20 if SOAK else 1
 
-StartServer = Callable[..., Server]
 Forks = Callable[..., None]
 
 PROGRAM = """

@@ -5,13 +5,9 @@ The child is inside the parent's call, on the parent's connection.
 
 from __future__ import annotations
 
-from typing import Callable
-
 import pytest
 from support.programs import run_program
-from support.servers import Server
-
-StartServer = Callable[..., Server]
+from support.servers import StartServer
 
 PROGRAM = """
 import gc, nbd, os, signal, sys, warnings

@@ -13,9 +13,7 @@ import pytest
 from support.figures import Figure
 from support.forms import SOAK
 from support.programs import run_program
-from support.servers import Server
-
-Nbdkit = Callable[..., Server]
+from support.servers import StartServer
 
 FORKS = 300 if SOAK else 20
 
@@ -25,7 +23,6 @@ import nbd, nbd.queue
 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 warnings.filterwarnings("ignore", "unclosed", ResourceWarning)  # of a child that closes nothing
 uri, folder, forks = sys.argv[1], sys.argv[2], int(sys.argv[3])
-MIB = 1 << 20
 parent = os.getpid()
 is_over = False
 failures = []
@@ -241,7 +238,7 @@ def run(figure: Figure, tmp_path: Path) -> Run:
 @every_work
 @pytest.mark.parametrize("state", STATES)
 def test_a_child_does_not_hang_and_its_parent_reads_on(
-    nbdkit: Nbdkit, run: Run, state: str, work: str
+    nbdkit: StartServer, run: Run, state: str, work: str
 ) -> None:
     run(*STATES[state], work, nbdkit("pattern", "1M", "--threads=4").uri)
 
@@ -249,14 +246,14 @@ def test_a_child_does_not_hang_and_its_parent_reads_on(
 @every_work
 @pytest.mark.parametrize("buffering", [0, -1])
 def test_a_child_does_not_hang_and_its_parent_writes_on(
-    nbdkit: Nbdkit, run: Run, buffering: int, work: str
+    nbdkit: StartServer, run: Run, buffering: int, work: str
 ) -> None:
     state, end = WRITES
     run(state.format(buffering=buffering), end, work, nbdkit("memory", "1M", "--threads=4").uri)
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_a_process_of_multiprocessing_ends(nbdkit: Nbdkit, run: Run, state: str) -> None:
+def test_a_process_of_multiprocessing_ends(nbdkit: StartServer, run: Run, state: str) -> None:
     run(*STATES[state], "pass", nbdkit("pattern", "1M", "--threads=4").uri, PROCESS)
 
 
@@ -295,7 +292,7 @@ SLEEPING = """import time
 @every_work
 @pytest.mark.parametrize("state", HANGS)
 def test_a_child_does_not_hang_where_the_server_does(
-    nbdkit: Nbdkit, figure: Figure, state: str, work: str
+    nbdkit: StartServer, figure: Figure, state: str, work: str
 ) -> None:
     server = nbdkit("memory", "1M", "--threads=4")
     made, call = HANGS[state]

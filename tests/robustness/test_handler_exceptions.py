@@ -14,21 +14,12 @@ from support.figures import Figure, pass_on
 from support.forms import SOAK
 from support.injection import EVENT, Injector
 from support.programs import run_program
-from support.servers import Server
+from support.servers import StartServer
+from support.signals import Stop, handling, stop
+from support.sizes import MIB
 from support.usage import registered
 
 import nbd
-
-Nbdkit = Callable[..., Server]
-KIB, MIB = 1 << 10, 1 << 20
-
-
-class Stop(Exception):
-    """What the signal handlers of these tests raise: no KeyboardInterrupt."""
-
-
-def plain(number: int, frame: Any) -> None:
-    raise Stop
 
 
 def catch_all(*args: Any) -> None:
@@ -41,7 +32,7 @@ def once(number: int, frame: Any) -> None:
 
 
 def indirect(number: int, frame: Any) -> None:
-    plain(number, None)
+    stop(number, None)
 
 
 class Handler:
@@ -61,14 +52,14 @@ def forgetful(number: int, frame: Any) -> None:
 
 
 HANDLERS: dict[str, Any] = {
-    "function": plain,
+    "function": stop,
     "forgetful": forgetful,
     "any arguments": catch_all,
     "only once": once,
     "indirect": indirect,
     "method": Handler().method,
     "object": Handler(),
-    "partial": functools.partial(plain),
+    "partial": functools.partial(stop),
     "generator": lambda *args: next(raising()),
 }
 
@@ -89,9 +80,8 @@ def nothing_is_printed(unraisable: list[Any], capfd: pytest.CaptureFixture[str])
 @pytest.fixture(params=list(HANDLERS.values()), ids=list(HANDLERS))
 def handler(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Have one of the handlers called by a signal."""
-    before = signal.signal(signal.SIGUSR1, request.param)
-    yield request.param
-    signal.signal(signal.SIGUSR1, before)
+    with handling(request.param, signal.SIGUSR1):
+        yield request.param
 
 
 def interrupted(*_: Any) -> int:
@@ -154,7 +144,7 @@ def test_in_a_callback_that_the_end_of_a_with_statement_runs(disk: nbd.NBD) -> N
 
 
 @pytest.mark.usefixtures("handler")
-def test_in_a_callback_that_a_dropped_handle_runs(nbdkit: Nbdkit) -> None:
+def test_in_a_callback_that_a_dropped_handle_runs(nbdkit: StartServer) -> None:
     def drop() -> None:
         handles.clear()
         for _ in range(3):
@@ -170,7 +160,7 @@ def test_in_a_callback_that_a_dropped_handle_runs(nbdkit: Nbdkit) -> None:
 
 def test_what_a_callback_raises_itself_is_still_the_cause(disk: nbd.NBD) -> None:
     def extent(*_: Any) -> int:
-        plain(1, None)
+        stop(1, None)
         return 0
 
     with pytest.raises(nbd.Error) as caught:
@@ -216,7 +206,7 @@ CALLS: dict[str, Callable[[nbd.NBD], object]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_at_every_bytecode(nbdkit: Nbdkit, figure: Figure, name: str) -> None:
+def test_at_every_bytecode(nbdkit: StartServer, figure: Figure, name: str) -> None:
     for _ in range(3):
         gc.collect()  # what is raised in a finalizer is lost
     with nbd.connect(nbdkit("memory", "1M").uri) as h:
@@ -288,7 +278,7 @@ print(f"storm of Exceptions, those that came out as they are: {came}")
 """
 
 
-def test_in_a_storm_of_signals(nbdkit: Nbdkit, figure: Figure) -> None:
+def test_in_a_storm_of_signals(nbdkit: StartServer, figure: Figure) -> None:
     done = run_program(STORM, nbdkit("memory", "1M").uri, "30" if SOAK else "2")
     assert (done.returncode, done.stderr) == (0, "")
     assert "unraisable" not in done.stdout

@@ -26,12 +26,13 @@ from support.forms import SOAK
 from support.hostile import DiskServer, Watchdog
 from support.injection import Injected, Injector, came_out
 from support.servers import short_folder
+from support.signals import Stop, handling
+from support.sizes import MIB
 from support.usage import collect_garbage, descriptors, registered
-from support.waits import Stop, reap
+from support.waits import reap
 
 import nbd
 
-MIB = 1 << 20
 ROUNDS = 3000 if SOAK else 150
 STEP = 1 if SOAK else 23  # an exception is injected at each place, or at one of this many
 
@@ -67,15 +68,11 @@ class Alarm:
 def alarms() -> Iterator[Alarm]:
     """Have SIGALRM handled for a while."""
     alarm = Alarm()
-    before = signal.signal(signal.SIGALRM, alarm)
-    try:
-        yield alarm
-    finally:
-        alarm.is_armed = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for _ in range(1000):  # Python looks for signals here
-            pass
-        signal.signal(signal.SIGALRM, before)
+    with handling(alarm):
+        try:
+            yield alarm
+        finally:
+            alarm.is_armed = False
 
 
 def duration(call: Call) -> float:

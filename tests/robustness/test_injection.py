@@ -17,16 +17,14 @@ import pytest
 from support.figures import Figure
 from support.handles import closed
 from support.injection import Injector, came_out, chain, places
-from support.servers import Server
+from support.servers import Server, StartServer
+from support.sizes import MIB
 from support.usage import registered
 
 import nbd
 
-StartServer = Callable[..., Server]
-
 BLOCK = 1536  # no other test uses this size, so the blocks in the pool are full of OLD
 OLD = 0xA5
-MIB = 1 << 20
 KEPT = 8  # how many blocks of that size are in the pool
 
 

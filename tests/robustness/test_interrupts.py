@@ -16,13 +16,12 @@ import pytest
 from support.figures import Figure, pass_on
 from support.forms import SOAK
 from support.programs import run_program
-from support.servers import PATIENCE, Server
+from support.servers import TIMEOUT, Server, StartServer
+from support.signals import SHORT, Stop, alarm
 from support.usage import registered
-from support.waits import BLOCK, SHORT, Stop, alarm, orphans, paused, reap
+from support.waits import BLOCK, orphans, paused, reap
 
 import nbd
-
-StartServer = Callable[..., Server]
 
 
 @pytest.fixture
@@ -175,7 +174,7 @@ def test_a_signal_while_another_thread_waits_runs_in_the_main_thread(
     thread = threading.Thread(target=lambda: found.append(bytes(slow.pread(BLOCK, 0))))
     thread.start()
     with alarm(Handler(raise_stop), 0.02), pytest.raises(Stop):
-        time.sleep(PATIENCE)
+        time.sleep(TIMEOUT)
     thread.join()
     assert found == [bytes([7]) * BLOCK]
 
@@ -201,7 +200,7 @@ def test_ctrl_c_ends_a_program_that_waits(nbdkit: StartServer) -> None:
         assert program.stdout is not None
         assert program.stdout.readline() == "reads\n"
         program.send_signal(signal.SIGINT)
-        _, errors = program.communicate(timeout=PATIENCE)
+        _, errors = program.communicate(timeout=TIMEOUT)
     assert "KeyboardInterrupt" in errors
     assert program.returncode != 0
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
-from typing import Callable
 
 import pytest
 from support import loops
 from support.figures import Figure, pass_on
 from support.forms import SOAK
 from support.programs import finds_support
-from support.servers import Server
+from support.servers import StartServer
 
 HANG = 1800 if SOAK else 120  # seconds until the loops of a group count as hung
 
@@ -21,7 +20,7 @@ HANG = 1800 if SOAK else 120  # seconds until the loops of a group count as hung
     hasattr(ctypes.CDLL(None), "__asan_init"), reason="AddressSanitizer keeps what is freed"
 )
 @pytest.mark.parametrize("group", loops.GROUPS)
-def test_loops_leave_nothing(group: str, nbdkit: Callable[..., Server], figure: Figure) -> None:
+def test_loops_leave_nothing(group: str, nbdkit: StartServer, figure: Figure) -> None:
     disk = nbdkit("memory", "1M").socket
     failing = nbdkit("memory", "1M", "--filter=error", "error=EIO", "error-rate=100%").socket
     done = subprocess.run(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 from support.programs import run_program
-from support.servers import Server
+from support.servers import StartServer
 from support.usage import registered
 from test_injection import BLOCK, COMMANDS, OLD, arguments, takes, use_blocks
 
 import nbd
-
-StartServer = Callable[..., Server]
 
 # Each call is made with honest numbers and with lying ones of the same value, and must do the same.
 PROGRAM = """

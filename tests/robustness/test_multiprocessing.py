@@ -5,12 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Callable
 
 import pytest
-from support.servers import PATIENCE, Server
-
-StartServer = Callable[..., Server]
+from support.servers import TIMEOUT, StartServer
 
 # A file, and not -c: a process that is not forked imports the program.
 HEAD = """
@@ -125,7 +122,7 @@ PROGRAMS = {
 def run_file(path: Path, program: str, *arguments: str) -> None:
     path.write_text(HEAD + program)
     command = [sys.executable, "-W", "error", str(path), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3 * PATIENCE)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3 * TIMEOUT)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

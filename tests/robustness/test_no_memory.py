@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from typing import Callable
 
 import pytest
 from support.programs import run_program
-from support.servers import Server
-
-StartServer = Callable[..., Server]
+from support.servers import StartServer
 
 pytestmark = [
     pytest.mark.skipif(

@@ -12,16 +12,14 @@ from typing import Any, Callable
 import pytest
 from support.foreign import unowned_view
 from support.hostile import Watchdog
-from support.servers import Server
+from support.servers import Server, StartServer
+from support.sizes import MIB
 from support.usage import registered
 from support.waits import BLOCK, orphans, paused, reap
 
 import nbd
 
-StartServer = Callable[..., Server]
-
 MOST = 64
-MIB = 1 << 20
 
 
 @pytest.fixture

@@ -21,12 +21,12 @@ import pytest
 from support.figures import Figure
 from support.handles import drain
 from support.programs import TESTS, finds_support
+from support.sizes import MIB
 
 import nbd
 from nbd._binding import callbacks
 
 SOURCE = TESTS / "c" / "preload" / "fail_malloc.c"
-MIB = 1 << 20
 
 
 class Scenario(NamedTuple):

@@ -10,12 +10,11 @@ from support import checkout  # noqa: F401 - finds the generator
 from support.figures import Figure
 from support.handles import NO_CALLS, drain
 from support.methods import METHODS, call_with_anything
-from support.servers import Server
+from support.servers import StartServer
+from support.sizes import MIB
 
 import nbd
 from generator.calls import LOCK_FREE
-
-MIB = 1 << 20
 
 Callback = Callable[..., object]
 
@@ -77,7 +76,7 @@ def test_every_call_from_inside_a_callback_is_refused(
 
 @pytest.mark.parametrize("run", NEGOTIATING.values(), ids=NEGOTIATING)
 def test_every_call_from_inside_a_callback_of_an_option_is_refused(
-    nbdkit: Callable[..., Server],
+    nbdkit: StartServer,
     h: nbd.NBD,
     figure: Figure,
     run: Callable[[nbd.NBD, Callback], object],

@@ -10,9 +10,8 @@ from typing import Callable
 
 import pytest
 from support.programs import run_program
-from support.servers import Server
+from support.servers import StartServer
 
-StartServer = Callable[..., Server]
 Runs = Callable[..., None]
 
 PROGRAM = """
@@ -20,7 +19,6 @@ import errno, gc, importlib, sys, threading, weakref
 import nbd as first
 
 SOCKET = sys.argv[1]
-MIB = 1 << 20
 unraisable = []
 sys.unraisablehook = lambda args: unraisable.append(args.exc_value)
 

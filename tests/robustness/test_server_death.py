@@ -9,7 +9,7 @@ from typing import Any, Callable
 
 import pytest
 from support.handles import drain_dying, poll, raiser, retired
-from support.servers import Server
+from support.servers import Server, StartServer
 
 import nbd
 
@@ -17,7 +17,7 @@ STUCK = ["memory", "1M", "--filter=delay", "rdelay=600", "wdelay=600"]
 
 
 @pytest.fixture
-def server(nbdkit: Callable[..., Server], h: nbd.NBD) -> Server:
+def server(nbdkit: StartServer, h: nbd.NBD) -> Server:
     """Return an nbdkit that never answers reads and writes; h is connected to it."""
     started = nbdkit(*STUCK)
     h.connect_unix(started.socket)
@@ -164,7 +164,7 @@ def test_a_server_that_speaks_another_protocol(h: nbd.NBD) -> None:
     assert h.aio_is_dead()
 
 
-def test_a_death_during_negotiation(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_a_death_during_negotiation(nbdkit: StartServer, h: nbd.NBD) -> None:
     server = nbdkit("memory", "1M")
     h.set_opt_mode(True)
     h.connect_unix(server.socket)
@@ -173,7 +173,7 @@ def test_a_death_during_negotiation(nbdkit: Callable[..., Server], h: nbd.NBD) -
         h.opt_list(lambda name, description: 0)
 
 
-def test_a_death_with_an_option_in_flight(nbdkit: Callable[..., Server], h: nbd.NBD) -> None:
+def test_a_death_with_an_option_in_flight(nbdkit: StartServer, h: nbd.NBD) -> None:
     server = nbdkit("memory", "1M")
     h.set_opt_mode(True)
     h.connect_unix(server.socket)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Callable
 
 import pytest
 from support.figures import Figure, pass_on
 from support.forms import SOAK
 from support.programs import run_program
-from support.servers import Server
-
-StartServer = Callable[..., Server]
+from support.servers import StartServer
 
 # Both programs do this again and again, each time with memory that somebody else has used.
 OPERATIONS = """

@@ -8,7 +8,7 @@ from typing import Any, Callable
 import pytest
 from support import checkout  # noqa: F401 - finds the generator
 from support.figures import Figure
-from support.servers import Server
+from support.servers import Server, StartServer
 from support.usage import registered
 from support.waits import (
     BLOCK,
@@ -32,7 +32,6 @@ from generator.model import Waits
 from generator.read import read
 from generator.waiting import stoppable
 
-StartServer = Callable[..., Server]
 DATA = bytes(range(256)) * (BLOCK // 256)
 
 # stop(h, name, call, figure): the two ways to stop a call.

@@ -10,13 +10,12 @@ from typing import Callable
 
 import pytest
 from support.programs import run_program
-from support.servers import Server
+from support.servers import StartServer
 
 pytestmark = pytest.mark.skipif(
     sys.implementation.name != "cpython", reason="only CPython has subinterpreters"
 )
 
-StartServer = Callable[..., Server]
 Runs = Callable[..., str]
 
 KINDS = "isolated", "legacy"

@@ -20,7 +20,7 @@ from support.figures import Figure
 from support.forms import SOAK
 from support.handles import drain, finish
 from support.hostile import Connection, Wire
-from support.servers import Server, told_to_answer
+from support.servers import StartServer, told_to_answer
 
 import nbd
 
@@ -98,7 +98,7 @@ def test_threads_on_one_handle(disk: nbd.NBD, figure: Figure) -> None:
     figure(f"threads: commands by {THREADS} on one handle, data right", sum(done))
 
 
-def test_threads_on_a_handle_each(nbdkit: Callable[..., Server], figure: Figure) -> None:
+def test_threads_on_a_handle_each(nbdkit: StartServer, figure: Figure) -> None:
     server = nbdkit("memory", "1M")
     done: list[int] = []
 
@@ -111,7 +111,7 @@ def test_threads_on_a_handle_each(nbdkit: Callable[..., Server], figure: Figure)
     figure(f"threads: commands by {THREADS} on as many handles, data right", sum(done))
 
 
-def test_threads_open_and_close_handles(nbdkit: Callable[..., Server]) -> None:
+def test_threads_open_and_close_handles(nbdkit: StartServer) -> None:
     server = nbdkit("memory", "1M")
 
     def work(number: int) -> None:
@@ -123,7 +123,7 @@ def test_threads_open_and_close_handles(nbdkit: Callable[..., Server]) -> None:
     in_threads(work)
 
 
-def test_threads_with_commands_in_flight(nbdkit: Callable[..., Server]) -> None:
+def test_threads_with_commands_in_flight(nbdkit: StartServer) -> None:
     server = nbdkit("pattern", "1M")
     whole = None
 
@@ -174,7 +174,7 @@ def test_one_thread_issues_and_another_polls(disk: nbd.NBD) -> None:
 
 
 def test_a_waiting_call_holds_up_no_other_thread(
-    nbdkit: Callable[..., Server], h: nbd.NBD, tmp_path: Path
+    nbdkit: StartServer, h: nbd.NBD, tmp_path: Path
 ) -> None:
     # Two named pipes make the server answer the read only when this thread has gone on.
     plugin, asked, go = told_to_answer(tmp_path)
@@ -253,7 +253,7 @@ WAITS: dict[str, Callable[[nbd.NBD], object]] = {
 
 @pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
 def test_closing_in_another_thread_is_an_exception_and_no_crash(
-    nbdkit: Callable[..., Server], figure: Figure, wait: Callable[[nbd.NBD], object]
+    nbdkit: StartServer, figure: Figure, wait: Callable[[nbd.NBD], object]
 ) -> None:
     server = nbdkit("memory", "1M")
     for _ in range(CLOSES):
@@ -325,7 +325,7 @@ def test_a_thread_that_looks_at_a_buffer_sees_no_old_byte_while_another_reads_in
 
 
 def test_a_thread_that_reaps_does_not_take_the_command_that_another_waits_for(
-    nbdkit: Callable[..., Server], h: nbd.NBD
+    nbdkit: StartServer, h: nbd.NBD
 ) -> None:
     h.connect_unix(nbdkit("memory", "1M").socket)
     over = threading.Event()

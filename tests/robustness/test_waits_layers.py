@@ -24,7 +24,7 @@ import pytest
 from support.cells import cells
 from support.figures import Figure
 from support.programs import finds_support
-from support.servers import PATIENCE, short_folder
+from support.servers import TIMEOUT, short_folder
 
 HANG = float(os.environ.get("NBD_HANG", "8"))  # seconds until a call is a hang
 AT_ONCE = 3
@@ -70,7 +70,7 @@ class Program:
                 bufsize=0,
                 start_new_session=True,
             )
-        assert self._line(PATIENCE) == b"ready\n", self._errors()
+        assert self._line(TIMEOUT) == b"ready\n", self._errors()
         return self._process
 
     def _line(self, seconds: float) -> bytes | None:
@@ -111,7 +111,7 @@ class Program:
         if process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # its servers too: they may be stopped
-            process.wait(PATIENCE)
+            process.wait(TIMEOUT)
             for pipe in (process.stdin, process.stdout):
                 assert pipe is not None
                 with suppress(OSError):

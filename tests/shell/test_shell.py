@@ -7,10 +7,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable
+from typing import Callable
 
 import pytest
 from support import shadows
+from support.servers import StartServer
 
 import nbd
 from nbd._binding.build import BUNDLED
@@ -54,7 +55,7 @@ def nbdsh(tmp_path: Path) -> Run:
 
 
 @pytest.fixture
-def uri(nbdkit: Callable[..., Any]) -> str:
+def uri(nbdkit: StartServer) -> str:
     """Return the URI of an empty disk of 1 MiB."""
     return str(nbdkit("memory", "1M").uri)
 

@@ -9,10 +9,11 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Callable
+from typing import Callable
 
 import pytest
 from support import shadows
+from support.servers import StartServer
 
 import nbd
 
@@ -105,7 +106,7 @@ def session(tmp_path: Path) -> Iterator[Open]:
 
 
 @pytest.fixture
-def uri(nbdkit: Callable[..., Any]) -> str:
+def uri(nbdkit: StartServer) -> str:
     """Return the URI of an empty disk of 1 MiB."""
     return str(nbdkit("memory", "1M").uri)
 
@@ -202,7 +203,7 @@ def test_control_c_stops_what_runs_and_returns_to_the_prompt(session: Open) -> N
 
 
 def test_control_c_stops_a_read_that_hangs_and_the_handle_can_be_used(
-    session: Open, nbdkit: Callable[..., Any]
+    session: Open, nbdkit: StartServer
 ) -> None:
     server = nbdkit("memory", "1M")
     shell = session("-u", server.uri)

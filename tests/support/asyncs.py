@@ -11,11 +11,11 @@ from typing import Any, Callable, TypeVar
 import pytest
 
 import nbd
+from support.servers import TIMEOUT
 
 Result = TypeVar("Result")
 Loop = asyncio.AbstractEventLoop
 
-PATIENCE = 20  # seconds
 
 needs_task_group = pytest.mark.skipif(
     sys.version_info < (3, 11), reason="asyncio.TaskGroup and timeout are new in Python 3.11"
@@ -35,7 +35,7 @@ def run(
     problems: list[dict[str, Any]] = []
     loop.set_exception_handler(lambda _, context: problems.append(context))
     try:
-        return loop.run_until_complete(asyncio.wait_for(coroutine, 3 * PATIENCE))
+        return loop.run_until_complete(asyncio.wait_for(coroutine, 3 * TIMEOUT))
     finally:
         loop.run_until_complete(wind_up(loop))
         loop.close()
@@ -55,7 +55,7 @@ async def wind_up(loop: Loop) -> None:
 
 async def until(reached: Callable[[], object]) -> None:
     """Let the loop go on until something is reached."""
-    for _ in range(PATIENCE * 1000):
+    for _ in range(TIMEOUT * 1000):
         if reached():
             return
         await asyncio.sleep(0.001)

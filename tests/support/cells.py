@@ -29,9 +29,9 @@ import nbd
 from support.forms import SOAK
 from support.hostile import DiskServer
 from support.servers import Server, nbdkit_argv
+from support.sizes import KIB, MIB
 from support.usage import collect_garbage, descriptors, registered
 
-KIB, MIB = 1 << 10, 1 << 20
 TIMEOUT = 0.2  # seconds that a call may wait
 SETTLING = 0.03  # seconds from the place where the server stops until the call certainly waits
 AGAIN = 2.0  # seconds until the threads of a call have to have ended

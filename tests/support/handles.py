@@ -12,14 +12,14 @@ OWN_METHODS = {"gettimeout", "pread_into", "settimeout"}
 #: Those of them that make no call of libnbd.
 NO_CALLS = {"gettimeout", "settimeout"}
 
-PATIENCE = 20_000  # milliseconds until a handle on which nothing happens fails the test
+POLL_TIMEOUT = 20_000  # milliseconds until a handle on which nothing happens fails the test
 
 Extents = list[tuple[str, int, list[Any], int]]
 
 
 def poll(handle: nbd.NBD) -> None:
     """Let the handle make one step; fail where it makes none."""
-    assert handle.poll(PATIENCE) == 1, f"nothing happened in state {handle.connection_state()}"
+    assert handle.poll(POLL_TIMEOUT) == 1, f"nothing happened in state {handle.connection_state()}"
 
 
 def raiser(exception: BaseException) -> Callable[..., int]:

@@ -34,17 +34,17 @@ from support.hostile import (
     Wire,
     counted,
 )
+from support.sizes import MIB
 from support.usage import collect_garbage, descriptors, registered, resident
 
 CALLS = 1_000_000 if SOAK else 2_000
 STRETCHES = 4  # a loop runs so often at the most, and once if nothing leaks
 SLACK = 160 << 10  # a stretch may grow by so many bytes without a leak
-PATIENCE = 1800  # seconds until a server of ours ends by itself
+TIMEOUT = 1800  # seconds until a server of ours ends by itself
 BATCH = 64  # commands in flight
 NAMES = 1000  # exports or contexts in one reply
 DROPS = 5000 if SOAK else 100  # handles dropped before PyPy collects garbage
 CONNECTED_DROPS = 200  # the same for connected handles
-MIB = 1 << 20
 
 
 @dataclass
@@ -270,7 +270,7 @@ def callbacks(place: Place) -> Iterator[Kind]:
     h.set_debug_callback(nothing)
     h.set_debug(True)
     yield Kind("debug", h.get_tls)
-    with Connection(many_names, bound=PATIENCE) as peer, nbd.NBD() as opt:
+    with Connection(many_names, bound=TIMEOUT) as peer, nbd.NBD() as opt:
         opt.set_opt_mode(True)
         opt.connect_socket(peer.fileno())
         yield Kind("list", partial(opt.opt_list, nothing), NAMES)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support.servers import PATIENCE
+from support.servers import TIMEOUT
 
 TESTS = Path(__file__).resolve().parent.parent
 
@@ -20,4 +20,4 @@ def finds_support() -> dict[str, str]:
 def run_program(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the text of a Python program, for which every warning is an error."""
     command = [sys.executable, "-W", "error", "-I", "-c", program, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=3 * PATIENCE)
+    return subprocess.run(command, capture_output=True, text=True, timeout=3 * TIMEOUT)

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Callable
 
 import pytest
 
@@ -39,7 +39,7 @@ PACKAGES = {
 # the number of the process in LISTEN_PID: exec keeps that number.
 ACTIVATE = 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<&0 </dev/null'
 
-PATIENCE = 20  # seconds until a server that does not do what it should fails the test
+TIMEOUT = 20  # seconds until a server that does not do what it should fails the test
 
 
 def program(name: str) -> str:
@@ -120,7 +120,7 @@ class Server:
     def kill(self) -> None:
         """End the server at once (SIGKILL) and wait until it is gone."""
         self.process.kill()
-        self.process.wait(PATIENCE)
+        self.process.wait(TIMEOUT)
 
     def pause(self) -> None:
         """Stop all threads of the server, so that it answers nothing until it is resumed."""
@@ -143,7 +143,7 @@ class Server:
 
     def wait(self) -> int:
         """Wait until the server ends by itself and return its exit status."""
-        return self.process.wait(PATIENCE)
+        return self.process.wait(TIMEOUT)
 
     def close(self) -> None:
         """End the server if it runs and remove its folder."""
@@ -167,6 +167,10 @@ class Server:
     def __str__(self) -> str:
         """Return the command line, for the message of a failed assertion."""
         return shlex.join(self.argv)
+
+
+#: The fixtures `nbdkit` and `qemu_nbd`: functions that start a server.
+StartServer = Callable[..., Server]
 
 
 def state(stat: Path) -> str:
@@ -238,7 +242,7 @@ class NbdServer:
 def run(*argv: str) -> str:
     """Run a program that must succeed and return what it prints."""
     command = [program(argv[0]), *argv[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, f"{shlex.join(command)}: {done.stderr}"
     return done.stdout
 

@@ -16,12 +16,11 @@ import pytest
 import nbd
 from support.figures import Figure
 from support.servers import Server
+from support.signals import SHORT, Stop, alarm
 
 Call = Callable[[Any], object]
 
 BLOCK = 512
-SHORT = 0.05  # seconds that a call may wait, or until a signal arrives
-AGAIN = 20  # seconds until a signal comes again
 
 #: What a connected handle can do.
 COMMANDS: dict[str, Call] = {
@@ -111,10 +110,6 @@ def those_of_this_libnbd(table: dict[str, Any]) -> list[Any]:
     ]
 
 
-class Stop(Exception):
-    """What the signal handler of a test raises."""
-
-
 def orphans(h: nbd.NBD) -> int:
     """Return how many commands of a handle were stopped and have no answer yet."""
     return int(nbd._binding.shim.lib.nbdshim_orphans(h._h))
@@ -124,24 +119,6 @@ def reap(h: nbd.NBD) -> None:
     """Let the server's late answers arrive."""
     while orphans(h):
         h.poll(-1)
-
-
-@contextmanager
-def alarm(
-    handler: Callable[[int, FrameType | None], object], seconds: float = SHORT
-) -> Iterator[None]:
-    """Have a signal handler called after some time.
-
-    What it raises is lost where it happens to run in a finalizer, which PyPy calls at any time.  So
-    it is called again, much later.
-    """
-    before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def time_out(h: nbd.NBD, name: str, call: Callable[[], object], figure: Figure) -> None:
