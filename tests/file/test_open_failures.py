@@ -17,10 +17,10 @@ from typing import Any, Callable
 
 import pytest
 from support.files import BUFFERINGS
-from support.foreign import unowned_view
 from support.servers import Server, StartServer
 from support.signals import SHORT, Stop, alarm
 from support.sizes import KIB, MIB
+from support.unowned_memory import unowned_view
 from support.waits import paused
 
 import nbd

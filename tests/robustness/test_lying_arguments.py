@@ -8,7 +8,7 @@ import pytest
 from support.programs import run_program
 from support.servers import StartServer
 from support.usage import registered
-from test_injection import BLOCK, COMMANDS, OLD, arguments, takes, use_blocks
+from test_exceptions_at_every_bytecode import BLOCK, COMMANDS, OLD, arguments, takes, use_blocks
 
 import nbd
 

@@ -10,10 +10,10 @@ from contextlib import suppress
 from typing import Any, Callable
 
 import pytest
-from support.foreign import unowned_view
 from support.hostile import Watchdog
 from support.servers import Server, StartServer
 from support.sizes import MIB
+from support.unowned_memory import unowned_view
 from support.usage import registered
 from support.waits import BLOCK, orphans, paused, reap
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from support import loops
+from support import leak_loops
 from support.figures import Figure, pass_on
 from support.forms import SOAK
 from support.programs import finds_support
@@ -19,12 +19,12 @@ HANG = 1800 if SOAK else 120  # seconds until the loops of a group count as hung
 @pytest.mark.skipif(
     hasattr(ctypes.CDLL(None), "__asan_init"), reason="AddressSanitizer keeps what is freed"
 )
-@pytest.mark.parametrize("group", loops.GROUPS)
+@pytest.mark.parametrize("group", leak_loops.GROUPS)
 def test_loops_leave_nothing(group: str, nbdkit: StartServer, figure: Figure) -> None:
     disk = nbdkit("memory", "1M").socket
     failing = nbdkit("memory", "1M", "--filter=error", "error=EIO", "error-rate=100%").socket
     done = subprocess.run(
-        [sys.executable, "-m", "support.loops", group, disk, failing],
+        [sys.executable, "-m", "support.leak_loops", group, disk, failing],
         env=finds_support(),
         capture_output=True,
         text=True,

@@ -1,8 +1,9 @@
-"""The cells of a table: every call of the layers that waits, at every place where it can wait.
+"""Every call of files, queues, copies and clients that waits, at each point where it can wait.
 
-A program, `python -m support.cells FOLDER`: for each line `NAME WAY` of its standard input it
-makes that call against a server that stops, and prints what came of it as a line of JSON.  A call
-that hangs hangs this program, and not the tests: test_waits_layers.py ends it, and starts another.
+This is a program, `python -m support.stoppable_calls FOLDER`.  It reads lines `NAME WAY` from its
+standard input.  For each line it makes that call against a server that hangs, and prints the
+outcome as a line of JSON.  If a call hangs, only this program hangs: test_stopped_waits.py ends it
+and starts another.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Loops of every kind of call, callback, error and life of a handle, and what is left of any.
+"""Repeat each kind of call, callback, error and handle, and measure what each of them leaks.
 
-A program, `python -m support.loops GROUP SOCKET FAILING`: a process that has done nothing else has
-no free memory where a leak could hide. Every kind is repeated, and what the process holds is looked
-at in between. A leak is in every stretch of a loop; a cache that fills, or code that is compiled,
-is not. So a stretch without growth shows that there is none.
+This is a program, `python -m support.leak_loops GROUP SOCKET FAILING`: a new process has no free
+memory in which a leak could hide.  It runs each loop in several stretches and measures the process
+after each.  A leak grows in every stretch, whereas a cache fills up once and code is compiled once,
+so a single stretch without growth proves that nothing leaks.
 """
 
 from __future__ import annotations

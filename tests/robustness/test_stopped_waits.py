@@ -1,7 +1,8 @@
-"""Every call of the layers that waits, against a server that stops: a timeout or a signal ends it.
+"""A timeout or a signal stops every wait of a file, queue, copy or client whose server hangs.
 
-The table is in cells.py: each row is a call and a place where the server stops, and each column a
-way to end it.  The calls are made in another process, as one that hangs cannot be ended by a test.
+The table is in support/stoppable_calls.py: a row is a call together with the point at which the
+server hangs, and a column is a way to stop the call.  Another process makes the calls, because a
+test could not end one that hangs.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from support.cells import cells
 from support.figures import Figure
 from support.programs import finds_support
 from support.servers import TIMEOUT, short_folder
+from support.stoppable_calls import cells
 
 HANG = float(os.environ.get("NBD_HANG", "8"))  # seconds until a call is a hang
 AT_ONCE = 3
@@ -59,7 +60,7 @@ class Program:
         return json.loads(line or "{}")  # type: ignore[no-any-return]
 
     def _started(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "support.cells", str(self._folder)]
+        command = [sys.executable, "-m", "support.stoppable_calls", str(self._folder)]
         with (self._folder / "stderr").open("wb") as errors:
             self._process = subprocess.Popen(
                 command,
