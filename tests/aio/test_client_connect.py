@@ -249,3 +249,77 @@ def test_a_port_that_refuses_is_an_error() -> None:
         error = run(outcome(size_of(f"nbd://127.0.0.1:{taken.getsockname()[1]}")))
     assert isinstance(error, nbd.Error)
     assert error.errno == "ECONNREFUSED"
+
+
+def test_a_host_that_is_no_name_is_an_error() -> None:
+    for host in ("a..b", "x" * 70, "-", "\udcff"):
+        error = run(outcome(nbd.aio.connect(f"nbd://{host}", timeout=20).__aenter__()))
+        assert isinstance(error, nbd.Error), (host, error)
+
+
+def test_a_second_use_of_a_connect_is_refused_while_the_first_is_open(nbdkit: StartServer) -> None:
+    async def main() -> None:
+        connecting = nbd.aio.connect(nbdkit("memory", "1M").uri)
+        async with connecting as disk:
+            with pytest.raises(RuntimeError, match=r"call nbd\.aio\.connect again for a"):
+                async with connecting:
+                    pytest.fail("it was entered twice")
+            with pytest.raises(RuntimeError, match="close its client first"):
+                await connecting
+            assert await disk.pread(512, 0) == bytes(512)
+        async with connecting as disk:
+            assert await disk.pread(512, 0) == bytes(512)
+        disk = await connecting
+        with pytest.raises(RuntimeError, match="is in use"):
+            await connecting
+        await disk.close()
+        await (await connecting).close()
+
+    run(main())
+    before = descriptors()
+    run(main())
+    assert descriptors() == before
+
+
+def test_a_second_use_at_the_same_time_is_refused(nbdkit: StartServer) -> None:
+    async def main() -> None:
+        connecting = nbd.aio.connect(nbdkit("memory", "1M").uri)
+        ended = await asyncio.gather(*(outcome(connecting) for _ in range(3)))
+        assert sorted(type(one).__name__ for one in ended) == [
+            "Client",
+            "RuntimeError",
+            "RuntimeError",
+        ]
+        for one in ended:
+            if isinstance(one, nbd.aio.Client):
+                await one.close()
+
+    run(main())
+
+
+def test_a_connect_that_has_failed_can_be_used_again(tmp_sock: str, nbdkit: StartServer) -> None:
+    async def main() -> None:
+        server = nbdkit("memory", "1M")
+        connecting = nbd.aio.connect(server.uri, timeout=0.2)
+        with paused(server):
+            assert isinstance(await outcome(connecting), nbd.Timeout)
+        async with connecting as disk:
+            assert disk.get_size() == MIB
+
+    run(main())
+
+
+def test_a_client_of_a_loop_that_has_ended_does_not_keep_its_connect(nbdkit: StartServer) -> None:
+    connecting = nbd.aio.connect(nbdkit("memory", "1M").uri)
+
+    async def main() -> nbd.aio.Client:
+        return await connecting
+
+    async def close() -> None:
+        async with connecting as disk:
+            assert disk.get_size() == MIB
+
+    left = asyncio.run(main())
+    asyncio.run(close())
+    with pytest.warns(ResourceWarning):
+        left.__del__()

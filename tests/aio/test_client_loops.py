@@ -6,10 +6,7 @@ import asyncio
 import os
 import select
 import selectors
-import signal
-import subprocess
 import sys
-import textwrap
 import threading
 import warnings
 from typing import Any, Callable
@@ -259,46 +256,6 @@ def _in_the_child(disk: Client) -> int:
     except BaseException:
         return 1
     return 2
-
-
-PROGRAM = """
-    import asyncio, signal, sys, nbd
-
-    # What has started the tests may ignore it, and Python leaves that as it is.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def say(what):
-        print(what, flush=True)
-
-    async def main():
-        async with nbd.aio.connect(sys.argv[1]) as disk:
-            asyncio.get_running_loop().call_later(0.05, say, "waiting")
-            try:
-                await asyncio.gather(*(disk.pread(512, 0) for _ in range(9)))
-            finally:
-                say("left")
-
-    try:
-        asyncio.run(main(), debug=True)
-    except KeyboardInterrupt:
-        say("interrupted")
-"""
-
-
-def test_ctrl_c_ends_asyncio_run_at_once(nbdkit: StartServer) -> None:
-    server = nbdkit("--filter=delay", "memory", "1M", "rdelay=60")
-    program = [sys.executable, "-X", "dev", "-W", "error", "-c", textwrap.dedent(PROGRAM)]
-    with subprocess.Popen(
-        [*program, server.uri], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "waiting\n"
-            process.send_signal(signal.SIGINT)
-            out, errors = process.communicate(timeout=TIMEOUT)
-        finally:
-            process.kill()
-    assert (out.split(), errors) == (["left", "interrupted"], "")
 
 
 def test_a_handle_may_be_used_by_another_thread_meanwhile(server: Server) -> None:

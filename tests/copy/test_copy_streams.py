@@ -659,29 +659,3 @@ def test_a_pipe_of_another_process_stays_blocking(nbdkit: StartServer) -> None:
         assert process.stdout is not None
         assert process.stdout.read() == bytes(4 * MIB) + b"True\n"
     assert process.returncode == 0
-
-
-def test_a_suspended_program_is_not_late(nbdkit: StartServer) -> None:
-    """What came while a process was stopped is there when it continues."""
-    read, write = os.pipe()
-    program = """
-import os, sys
-import nbd
-print("ready", flush=True)
-print(nbd.copy(sys.stdin.buffer, sys.argv[1], timeout=0.5).copied)
-"""
-    command = [sys.executable, "-c", program, nbdkit("memory", "1M").uri]
-    with (
-        open(write, "wb", 0) as sink,
-        subprocess.Popen(command, stdin=read, stdout=subprocess.PIPE) as process,
-    ):
-        os.close(read)
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        time.sleep(0.1)
-        process.send_signal(signal.SIGSTOP)
-        time.sleep(1)
-        sink.write(b"x" * 1000)
-        sink.close()
-        process.send_signal(signal.SIGCONT)
-        assert process.stdout.read() == b"1000\n"

@@ -7,8 +7,6 @@ import os
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -342,30 +340,6 @@ def test_a_slow_progress_is_no_timeout(nbdkit: StartServer, tmp_path: Path) -> N
     source = nbdkit("--filter=delay", "memory", "8M", "rdelay=20ms").uri
     nbd.copy(source, tmp_path / "target", sparse=False, progress=rest, timeout=SHORT)
     assert calls >= 3
-
-
-def test_a_program_that_was_suspended_is_no_timeout(nbdkit: StartServer, tmp_path: Path) -> None:
-    program = f"""
-import os, signal
-import nbd
-is_begun = False
-def begun(done, total):
-    global is_begun
-    if not is_begun:
-        is_begun = True
-        print("begun", flush=True)
-        os.kill(os.getpid(), signal.SIGSTOP)
-print(nbd.copy({nbdkit("--filter=delay", "memory", "2M", "rdelay=150ms").uri!r},
-    {str(tmp_path / "target")!r}, sparse=False, depth=4, progress=begun, timeout={SHORT}))
-"""
-    command = [sys.executable, "-I", "-c", program]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "begun\n"
-        time.sleep(3 * SHORT)
-        process.send_signal(signal.SIGCONT)
-        last = process.stdout.readlines()[-1]
-    assert last == "Copied(copied=2097152, zeroed=0)\n"
 
 
 @pytest.mark.parametrize("side", ["source", "target"])

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import sys
 import threading
@@ -65,25 +64,6 @@ def test_one_signal_leaves_a_with_block_whose_server_hangs(
     assert disk.closed
     assert late < BOUND
     figure(f"with nbd.open, {name}: milliseconds from the signal to the end", f"{late * 1000:.0f}")
-
-
-def press_ctrl_c(disk: Any) -> None:
-    """Write, and be stopped in code that is not the file's."""
-    disk.write(b"abc")
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("buffering", BUFFERINGS)
-def test_ctrl_c_in_the_programs_own_code_leaves_a_file_whose_server_hangs(
-    nbdkit: StartServer, buffering: int
-) -> None:
-    server = nbdkit("memory", "16M")
-    disk: Any = nbd.open(server.uri, "r+b", buffering=buffering)
-    start = time.monotonic()
-    with paused(server), pytest.raises(KeyboardInterrupt), disk:
-        press_ctrl_c(disk)
-    assert disk.closed
-    assert time.monotonic() - start < BOUND
 
 
 def flush_and_close(disk: Any, how: str) -> None:
@@ -189,29 +169,6 @@ def test_another_exception_in_a_with_block_loses_nothing(
         with pytest.raises(kind):
             write_and_raise(nbd.open(server.uri, "r+b", buffering=buffering), data, kind)
         assert image.read_bytes()[: len(data)] == data
-
-
-def test_a_server_that_the_file_has_started_and_that_hangs_is_ended() -> None:
-    program = """
-import os, signal, sys, time
-import nbd
-def stop(*_): raise KeyboardInterrupt
-signal.signal(signal.SIGALRM, stop)
-try:
-    server = ["sh", "-c", "echo $$ >$0; exec nbdkit -s memory 1M", sys.argv[1]]
-    with nbd.open(server, "r+b") as disk:
-        with open(sys.argv[1]) as file: os.kill(int(file.read()), signal.SIGSTOP)
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-        disk.read(100)
-except KeyboardInterrupt:
-    print("ended")
-"""
-    path = f"/tmp/nbd-pid-{os.getpid()}"
-    try:
-        done = run_program(program, path)
-    finally:
-        os.unlink(path)
-    assert (done.stdout, done.stderr) == ("ended\n", "")
 
 
 @pytest.mark.parametrize("mode", ["rb", "r+b", "wb"])

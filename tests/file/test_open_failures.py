@@ -8,7 +8,6 @@ import errno
 import os
 import pickle
 import random
-import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -328,10 +327,3 @@ def test_closing_a_file_whose_server_hangs_does_not_wait_for_ever(nbdkit: StartS
     with paused(server):
         disk.close()
     assert disk.closed
-
-
-def test_ctrl_c_ends_a_read(nbdkit: StartServer) -> None:
-    server = nbdkit("memory", "1M")
-    interrupt = alarm(signal.default_int_handler)
-    with nbd.open(server.uri) as disk, paused(server), interrupt, pytest.raises(KeyboardInterrupt):
-        disk.read()

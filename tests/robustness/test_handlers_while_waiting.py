@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -177,32 +174,6 @@ def test_a_signal_while_another_thread_waits_runs_in_the_main_thread(
         time.sleep(TIMEOUT)
     thread.join()
     assert found == [bytes([7]) * BLOCK]
-
-
-PROGRAM = """
-import sys, nbd
-with nbd.NBD() as h:
-    h.connect_unix(sys.argv[1])
-    print("reads", flush=True)
-    h.pread(512, 0)
-"""
-
-
-def test_ctrl_c_ends_a_program_that_waits(nbdkit: StartServer) -> None:
-    server = nbdkit("memory", "1M", "--filter=delay", "rdelay=600")
-    with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, server.socket],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    ) as program:
-        assert program.stdout is not None
-        assert program.stdout.readline() == "reads\n"
-        program.send_signal(signal.SIGINT)
-        _, errors = program.communicate(timeout=TIMEOUT)
-    assert "KeyboardInterrupt" in errors
-    assert program.returncode != 0
 
 
 STORM = """

@@ -229,3 +229,61 @@ def test_no_descriptor_left_is_an_error_that_says_so(
     run: Callable[[str, str], None], once: str
 ) -> None:
     run(EXHAUSTED, once)
+
+
+DESCRIPTORS = """
+import asyncio, gc, nbd, resource, sys
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+gc.disable()
+
+async def main():
+    for _ in range(100):
+        disk = await nbd.aio.connect(sys.argv[1], connections=2)
+        assert await disk.pread(512, 0) == bytes(512)
+        await disk.close()
+
+asyncio.run(main())
+for _ in range(100):
+    h = nbd.connect(sys.argv[1])
+    h.close()
+print("all")
+"""
+
+
+def test_closed_clients_keep_no_descriptor_until_garbage_is_collected(nbdkit: StartServer) -> None:
+    done = run_program(DESCRIPTORS, nbdkit("memory", "1M").uri)
+    assert (done.stdout, done.stderr) == ("all\n", "")
+
+
+NO_DESCRIPTORS = """
+import asyncio, errno, nbd, os, resource, sys
+
+async def main(uri):
+    async with nbd.aio.connect(uri):
+        pass
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    taken = []
+    try:
+        while True:
+            taken.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        pass
+    for free in range(8):
+        try:
+            async with nbd.aio.connect(uri):
+                print("connected")
+                break
+        except (OSError, nbd.Error) as reason:
+            assert (reason.errno in (errno.EMFILE, "EMFILE")), repr(reason)
+        os.close(taken.pop())
+        after = os.dup(taken[0])
+        os.close(after)
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+def test_no_descriptor_left_is_emfile(nbdkit: StartServer) -> None:
+    done = run_program(NO_DESCRIPTORS, nbdkit("memory", "1M").uri)
+    assert (done.stdout, done.stderr) == ("connected\n", "")

@@ -5,16 +5,9 @@ README promises that a handle keeps at most 64 commands and 64 MiB of what nobod
 
 from __future__ import annotations
 
-import asyncio
-import io
-import math
 import os
-import sys
-from pathlib import Path
-from typing import Any, Callable
 
 import pytest
-from support.asyncs import run
 from support.programs import run_program
 from support.servers import Server, StartServer
 from support.sizes import KIB, MIB
@@ -175,98 +168,3 @@ def test_a_closed_file_that_is_referred_to_keeps_no_memory(server: Server) -> No
     done = run_program(CLOSED_FILES, server.uri)
     assert done.stderr == ""
     assert int(done.stdout) < 40  # and not 8 MiB for each
-
-
-# --- huge numbers -----------------------------------------------------------------------------
-
-FOR_EVER = [math.inf, 1e300, 1e12, 2.0**63, sys.maxsize, 1e9]
-forever = pytest.mark.parametrize("seconds", FOR_EVER)
-DATA = (512).to_bytes(8, "big")
-
-
-@forever
-def test_a_huge_timeout_of_a_queue(server: Server, h: nbd.NBD, seconds: float) -> None:
-    h.connect_unix(server.socket)
-    with Queue(h) as queue:
-        request = queue.read(nbd.Buffer(512), 0)
-        assert queue.wait(timeout=seconds) == [request]
-        assert queue.wait(timeout=seconds) == []
-
-
-@pytest.mark.parametrize("least", [sys.maxsize, 2**31, 2**63, 2**64, 10**30, 1000])
-def test_a_huge_number_of_requests_to_wait_for(server: Server, h: nbd.NBD, least: int) -> None:
-    h.connect_unix(server.socket)
-    with Queue(h) as queue:
-        requests = [queue.read(nbd.Buffer(512), 512 * at) for at in range(20)]
-        found = queue.wait(least)
-        assert set(found) == set(requests)
-
-
-@forever
-def test_a_huge_timeout_of_a_file(server: Server, seconds: float) -> None:
-    with nbd.open(server.uri, timeout=seconds, retry_for=seconds) as file:
-        file.seek(512)
-        assert file.read(8) == DATA
-
-
-@forever
-def test_a_huge_timeout_of_a_handle(server: Server, h: nbd.NBD, seconds: float) -> None:
-    h.settimeout(seconds)
-    h.connect_unix(server.socket)
-    assert h.pread(8, 512) == DATA
-    with nbd.open(h) as file:
-        file.seek(512)
-        assert file.read(8) == DATA
-    with nbd.connect(server.uri, timeout=seconds, retry_for=seconds) as other:
-        assert other.pread(8, 512) == DATA
-
-
-@forever
-def test_a_huge_timeout_of_a_copy(
-    nbdkit: StartServer, h: nbd.NBD, tmp_path: Path, seconds: float
-) -> None:
-    small = nbdkit("pattern", "1M", "--threads=4")
-    stream = io.BytesIO()
-    assert sum(nbd.copy(small.uri, tmp_path / "copy", timeout=seconds)) == MIB
-    assert sum(nbd.copy(small.uri, stream, timeout=seconds)) == MIB
-    assert (tmp_path / "copy").read_bytes() == stream.getvalue()
-    assert stream.getvalue()[512:520] == DATA
-
-
-@forever
-def test_a_huge_timeout_of_a_client(server: Server, tmp_path: Path, seconds: float) -> None:
-    async def main() -> None:
-        connecting = nbd.aio.connect(server.uri, timeout=seconds, retry_for=seconds, depth=1)
-        async with connecting as disk:
-            found = await asyncio.gather(disk.pread(8, 512), disk.pread(8, 512))
-            assert list(found) == [DATA, DATA]
-        await nbd.aio.copy(server.uri, tmp_path / "copy", timeout=seconds)
-
-    run(main())
-
-
-BAD = [math.nan, 0, -1, -math.inf]
-
-
-@pytest.mark.parametrize("seconds", BAD)
-def test_what_is_no_time_to_wait_is_a_value_error(
-    server: Server, tmp_path: Path, seconds: float
-) -> None:
-    calls: list[Callable[[], Any]] = [
-        lambda: nbd.open(server.uri, timeout=seconds),
-        lambda: nbd.connect(server.uri, timeout=seconds),
-        lambda: nbd.copy(server.uri, tmp_path / "copy", timeout=seconds),
-        lambda: nbd.aio.connect(server.uri, timeout=seconds),
-        lambda: run(nbd.aio.copy(server.uri, tmp_path / "copy", timeout=seconds)),
-    ]
-    for call in calls:
-        with pytest.raises(ValueError, match=r"^(timeout|seconds): "):
-            call()
-
-
-def test_a_queue_refuses_what_is_not_a_number_of_seconds(server: Server, h: nbd.NBD) -> None:
-    h.connect_unix(server.socket)
-    with Queue(h) as queue:
-        with pytest.raises(ValueError, match="timeout: "):
-            queue.wait(timeout=math.nan)
-        assert queue.wait(timeout=-math.inf) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -10,9 +11,16 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
+from support.asyncs import run
 from support.hostile import CMD_READ, HungUp, Wire, export_info
+from support.programs import run_program
+from support.servers import StartServer
+from support.sizes import MIB
+
+import nbd
 
 TIMEOUT = 0.5
 SIZE = 1 << 20  # more than the socket holds
@@ -78,3 +86,104 @@ def test_an_answer_that_came_while_the_program_was_suspended_is_taken(read: str)
             child.wait()
     assert printed == f"{SIZE}\n"
     assert child.returncode == 0
+
+
+def test_a_program_that_was_suspended_is_no_timeout(nbdkit: StartServer, tmp_path: Path) -> None:
+    program = f"""
+import os, signal
+import nbd
+is_begun = False
+def begun(done, total):
+    global is_begun
+    if not is_begun:
+        is_begun = True
+        print("begun", flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+print(nbd.copy({nbdkit("--filter=delay", "memory", "2M", "rdelay=150ms").uri!r},
+    {str(tmp_path / "target")!r}, sparse=False, depth=4, progress=begun, timeout={TIMEOUT}))
+"""
+    command = [sys.executable, "-I", "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        time.sleep(3 * TIMEOUT)
+        process.send_signal(signal.SIGCONT)
+        last = process.stdout.readlines()[-1]
+    assert last == "Copied(copied=2097152, zeroed=0)\n"
+
+
+def test_a_suspended_program_is_not_late(nbdkit: StartServer) -> None:
+    """What came while a process was stopped is there when it continues."""
+    read, write = os.pipe()
+    program = """
+import os, sys
+import nbd
+print("ready", flush=True)
+print(nbd.copy(sys.stdin.buffer, sys.argv[1], timeout=0.5).copied)
+"""
+    command = [sys.executable, "-c", program, nbdkit("memory", "1M").uri]
+    with (
+        open(write, "wb", 0) as sink,
+        subprocess.Popen(command, stdin=read, stdout=subprocess.PIPE) as process,
+    ):
+        os.close(read)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(0.1)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1)
+        sink.write(b"x" * 1000)
+        sink.close()
+        process.send_signal(signal.SIGCONT)
+        assert process.stdout.read() == b"1000\n"
+
+
+#: The process is stopped in the middle of the wait, for longer than its timeout.
+CLIENT = """
+import asyncio, nbd, os, subprocess, sys
+
+async def main(uri):
+    async def wait(awaited):
+        waiting = asyncio.ensure_future(awaited)
+        await asyncio.sleep(0.05)
+        stop = f"sleep 0.1; kill -STOP {os.getpid()}; sleep 2; kill -CONT {os.getpid()}"
+        with subprocess.Popen(["sh", "-c", stop]):
+            return await waiting
+
+    if sys.argv[2] == "connect":
+        disk = await wait(nbd.aio.connect(uri, timeout=1))
+    else:
+        disk = await nbd.aio.connect(uri, timeout=1)
+        if sys.argv[2] == "pread":
+            assert len(await wait(disk.pread(4096, 0))) == 4096
+        elif sys.argv[2] == "line":
+            reads = asyncio.gather(*(disk.pread(512, 0) for _ in range(100)))
+            assert len(await wait(reads)) == 100
+        else:
+            await wait(disk.block_status(512, 0, lambda *extents: 0))
+    await disk.close()
+    print("in time")
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("call", ["connect", "pread", "line", "block_status"])
+def test_a_process_that_was_suspended_is_not_late(nbdkit: StartServer, call: str) -> None:
+    delay = {"connect": "delay-open=500ms", "block_status": "delay-extents=500ms"}
+    options = delay.get(call, "rdelay=5ms" if call == "line" else "rdelay=500ms")
+    done = run_program(CLIENT, nbdkit("--filter=delay", "memory", "1M", options).uri, call)
+    assert (done.stdout, done.stderr) == ("in time\n", "")
+
+
+def test_a_loop_that_stood_still_for_longer_than_the_timeout_is_not_late(
+    nbdkit: StartServer,
+) -> None:
+    async def main() -> None:
+        async with nbd.aio.connect(nbdkit("memory", "16M").uri, timeout=0.5) as disk:
+            read = asyncio.ensure_future(disk.pread(8 * MIB, 0))
+            await asyncio.sleep(0)
+            time.sleep(1)
+            assert await read == bytes(8 * MIB)
+
+    run(main())
