@@ -104,9 +104,8 @@ def upcall_function(closure: Closure) -> str:
     spent = ""
     if name == "completion":
         again = call.replace("int ret", "    ret", 1)
-        call += (
-            f"\n\n    for (int i = 1; i < NBDSHIM_MAX_TRIES && ret == NBDSHIM_NOT_DONE; i++)\n{again}"
-        )
+        is_due = "ret == NBDSHIM_NOT_DONE"
+        call += f"\n\n    for (int i = 1; i < NBDSHIM_MAX_TRIES && {is_due}; i++)\n{again}"
         once = "    if (closure->completed)\n        return 0;\n    closure->completed = true;\n"
         spent = "    if (ret == 1)\n        closure->released = true;\n"
     return (

@@ -1,12 +1,14 @@
-"""Fixtures: servers that the test which uses them starts, handles, and what must not leak."""
+"""Fixtures for servers and handles, and checks that nothing leaks."""
 
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Callable
 
@@ -18,17 +20,26 @@ import nbd
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare our marker, and refuse to test the source folder instead of the installed package."""
+    """Declare our marker, and refuse to test the checkout instead of the installed package."""
     config.addinivalue_line(
         "markers", "needs(*names): skip where the libnbd in use lacks one of these methods"
     )
     checkout = Path(__file__).resolve().parent.parent
-    if Path(nbd.__file__).resolve().parent.parent == checkout:
-        pytest.exit(f"these tests are for the installed package, but nbd came from {checkout}", 3)
+    if Path(nbd.__file__).resolve().parent.parent == checkout and not is_editable():
+        pytest.exit(f"nbd came from {checkout}, and not from the installed package", 3)
+
+
+def is_editable() -> bool:
+    """Return whether the package was installed by `pip install -e`."""
+    try:
+        origin = distribution("libnbd-cffi").read_text("direct_url.json")
+    except PackageNotFoundError:
+        return False
+    return bool(json.loads(origin or "{}").get("dir_info", {}).get("editable"))
 
 
 def pytest_report_header() -> str:
-    """Say what is tested."""
+    """Name the package and the libnbd under test."""
     return f"nbd: {nbd.__file__}, libnbd {nbd.NBD().get_version()}"
 
 
@@ -42,7 +53,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_process_is_left() -> Iterator[None]:
-    """Fail at the end of the session if a server that a test or a handle started still runs."""
+    """Fail at the end of the session if a server started by a test or a handle is running."""
     yield
     gc.collect()
     left = servers.children()
@@ -51,7 +62,7 @@ def no_process_is_left() -> Iterator[None]:
 
 @pytest.fixture
 def figure(record_property: figures.Figure) -> figures.Figure:
-    """Record what was counted: figure("kills: commands that failed", 64)."""
+    """Record a figure: figure("kills: commands that failed", 64)."""
 
     def record(name: str, value: object) -> None:
         record_property(name, value)
@@ -62,7 +73,7 @@ def figure(record_property: figures.Figure) -> figures.Figure:
 
 @pytest.fixture
 def short_path() -> Iterator[Path]:
-    """Return a folder for Unix sockets: tmp_path can be too long for sun_path."""
+    """Return a folder for Unix sockets: the path of tmp_path can be too long for sun_path."""
     folder = servers.short_folder()
     yield folder
     shutil.rmtree(folder)
@@ -120,19 +131,19 @@ def qemu_nbd() -> Iterator[servers.StartServer]:
 
 @pytest.fixture(scope="session")
 def made_qcow2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make the image of dirty_qcow2 once: it takes three programs."""
+    """Make the image of dirty_qcow2 once, since that takes three programs."""
     return servers.dirty_qcow2(tmp_path_factory.mktemp("qcow2") / "dirty.qcow2")
 
 
 @pytest.fixture
 def dirty_qcow2(made_qcow2: Path, tmp_path: Path) -> Path:
-    """Return a 1 MiB qcow2 image with bitmap "bitmap0", in which 64 KiB at 128 KiB are dirty."""
+    """Return a 1 MiB qcow2 image whose bitmap "bitmap0" has 64 KiB at 128 KiB dirty."""
     return Path(shutil.copy(made_qcow2, tmp_path))
 
 
 @pytest.fixture
 def nbd_server(tmp_path: Path) -> Callable[..., servers.NbdServer]:
-    """Offer nbd-server on a file of 1 MiB: nbd_server("-r").argv is for connect_command."""
+    """Prepare nbd-server on a file of 1 MiB; pass nbd_server("-r").argv to connect_command."""
 
     def offer(*options: str, size: int = MIB) -> servers.NbdServer:
         path = tmp_path / "nbd-server.img"
@@ -145,19 +156,19 @@ def nbd_server(tmp_path: Path) -> Callable[..., servers.NbdServer]:
 
 @pytest.fixture
 def psk(tmp_path: Path) -> Path:
-    """Return a file of pre-shared keys for TLS; its one user is alice."""
+    """Return a file of pre-shared keys for TLS, with the user alice."""
     return servers.psk_file(tmp_path / "keys.psk")
 
 
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with X.509 certificates: an authority, server localhost, client alice."""
+    """Return a folder of X.509 certificates: a CA, the server localhost and the client alice."""
     return servers.certificates(tmp_path_factory.mktemp("pki"))
 
 
 @pytest.fixture
 def h() -> Iterator[nbd.NBD]:
-    """Return a new handle that is not connected; it is closed afterwards if the test did not."""
+    """Return a new handle that is not connected; it is closed after the test."""
     handle = nbd.NBD()
     yield handle
     close(handle)
@@ -165,7 +176,7 @@ def h() -> Iterator[nbd.NBD]:
 
 @pytest.fixture
 def disk(nbdkit: servers.StartServer, h: nbd.NBD) -> nbd.NBD:
-    """Return a handle that is connected to an empty disk of 1 MiB, with base:allocation."""
+    """Return a handle connected to an empty disk of 1 MiB, with base:allocation."""
     h.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
     h.connect_unix(nbdkit("memory", "1M").socket)
     return h
@@ -181,7 +192,7 @@ def opt(nbdkit: servers.StartServer, h: nbd.NBD) -> nbd.NBD:
 
 @pytest.fixture
 def unraisable(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Return the list to which sys.unraisablehook appends what reaches it during the test."""
+    """Return a list of the exceptions that sys.unraisablehook receives during the test."""
     caught: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda args: caught.append(args.exc_value))
     return caught

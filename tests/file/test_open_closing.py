@@ -120,7 +120,7 @@ def test_close_says_that_data_may_be_lost(nbdkit: StartServer, buffering: int) -
 
 @pytest.mark.parametrize("buffering", BUFFERINGS)
 def test_a_handler_of_an_older_exception_is_told_that_data_may_be_lost(
-    nbdkit: Nbdkit, buffering: int
+    nbdkit: StartServer, buffering: int
 ) -> None:
     server = nbdkit("memory", "16M")
     disk: Any = nbd.open(server.uri, "r+b", buffering=buffering)

@@ -1,1 +1,1 @@
-"""What tests share: servers, handles, programs, and what must not be left behind."""
+"""What tests share: servers, handles, programs, signal handlers, and measurements of leaks."""

@@ -1,4 +1,4 @@
-"""A coroutine in an event loop of its own, in asyncio's debug mode: nothing goes wrong unseen."""
+"""Run coroutines in an event loop of their own, in debug mode, and fail on unhandled errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ needs_task_group = pytest.mark.skipif(
 def run(
     coroutine: Coroutine[Any, Any, Result], new_loop: Callable[[], Loop] = asyncio.new_event_loop
 ) -> Result:
-    """Run a coroutine to its end; fail if the loop was told of an error that nobody has caught."""
+    """Run a coroutine to its end; fail if an exception in the loop was handled by no code."""
     try:
         loop = new_loop()
     except BaseException:  # such as a skip
@@ -39,12 +39,12 @@ def run(
     finally:
         loop.run_until_complete(wind_up(loop))
         loop.close()
-        gc.collect()  # then asyncio tells of exceptions that nobody has seen
+        gc.collect()  # asyncio reports an exception that was never retrieved when it is collected
         assert not problems
 
 
 async def wind_up(loop: Loop) -> None:
-    """End what is left in a loop, as asyncio.run does."""
+    """Cancel the remaining tasks of a loop and shut it down, as asyncio.run does."""
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()
@@ -54,7 +54,7 @@ async def wind_up(loop: Loop) -> None:
 
 
 async def until(reached: Callable[[], object]) -> None:
-    """Let the loop go on until something is reached."""
+    """Run the loop until a condition holds."""
     for _ in range(TIMEOUT * 1000):
         if reached():
             return
@@ -63,17 +63,17 @@ async def until(reached: Callable[[], object]) -> None:
 
 
 def commands(disk: nbd.aio.Client) -> int:
-    """Return how many commands libnbd has."""
+    """Return how many commands are in flight in libnbd."""
     return sum(handle.aio_in_flight() for handle in disk.handles)
 
 
 def sent(disk: nbd.aio.Client) -> Callable[[], object]:
-    """Whether at least one command was sent."""
+    """Return a condition for `until`: at least one command was sent."""
     return lambda: commands(disk) > 0
 
 
 async def outcome(awaited: Awaitable[Any]) -> Any:
-    """The result, or the exception."""
+    """Return the result of an awaitable, or the exception that it raised."""
     try:
         return await awaited
     except Exception as raised:

@@ -1,7 +1,8 @@
-"""The checkout that the package under test was built from, for tests of what is not installed.
+"""Locate the checkout, for tests of files that are not installed.
 
-Importing this makes `generator` importable.  The checkout has a folder `nbd` too, without what the
-build adds to it: so the installed package is imported first, and the path is as before afterwards.
+Importing this module makes `generator` importable. The checkout also has a folder `nbd`, which
+lacks the generated modules. Therefore the installed package is imported first, and sys.path is
+restored afterwards.
 """
 
 from __future__ import annotations

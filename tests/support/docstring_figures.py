@@ -1,4 +1,4 @@
-"""Print how much of the package is documented: run it with a Python that has the package.
+"""Print how much of the package is documented; run it with a Python that has the package.
 
 python tests/support/docstring_figures.py
 """
@@ -16,19 +16,19 @@ import nbd
 
 
 def public_methods(cls: type) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Yield the names and functions of a class that are its callers' business."""
+    """Yield the names and functions of a class's public methods."""
     for name in dir(cls):
         if not name.startswith("_") and callable(getattr(cls, name)):
             yield name, getattr(cls, name)
 
 
 def documentation(thing: object) -> str:
-    """Return a docstring as help() shows it; it is not inherited from object."""
+    """Return a docstring as help() shows it, without one inherited from object."""
     return inspect.cleandoc(getattr(thing, "__doc__", None) or "")
 
 
 def has_example(text: str) -> bool:
-    """Tell whether a docstring has an example that doctest can run."""
+    """Return whether a docstring has an example that doctest can run."""
     return bool(doctest.DocTestParser().get_examples(text))
 
 

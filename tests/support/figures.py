@@ -1,7 +1,7 @@
-"""Figures: what a test counted. They go into pytest's XML report, and `./run soak` tabulates them.
+"""Figures: numbers that tests record in pytest's XML report and `./run soak` tabulates.
 
-A test records them with the fixture `figure`. A program that a test starts prints them, a line for
-each, and the test passes them on.
+A test records a figure with the fixture `figure`. A program that a test starts prints one figure
+per line, and the test passes them on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The two forms of a test: short in every run of the suite, long under `./run soak`."""
+"""The two forms of a test: the suite runs the short form, `./run soak` the long one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests do with a handle besides the call they are about: drive it, never wait for ever."""
+"""Drive a handle from a test, with a timeout on every wait."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from typing import Any, Callable
 
 import nbd
 
-#: The methods of a handle that libnbd's own module has not.
+#: The methods of a handle that libnbd's own module lacks.
 OWN_METHODS = {"gettimeout", "pread_into", "settimeout"}
-#: Those of them that make no call of libnbd.
+#: Those of them that never call libnbd.
 NO_CALLS = {"gettimeout", "settimeout"}
 
-POLL_TIMEOUT = 20_000  # milliseconds until a handle on which nothing happens fails the test
+POLL_TIMEOUT = 20_000  # milliseconds until a test fails because nothing happens on its handle
 
 Extents = list[tuple[str, int, list[Any], int]]
 
 
 def poll(handle: nbd.NBD) -> None:
-    """Let the handle make one step; fail where it makes none."""
+    """Poll the handle until it makes a step; fail if it makes none within POLL_TIMEOUT."""
     assert handle.poll(POLL_TIMEOUT) == 1, f"nothing happened in state {handle.connection_state()}"
 
 
 def raiser(exception: BaseException) -> Callable[..., int]:
-    """Return a callback that raises exception when it is called for the first time.
+    """Return a callback that raises the exception when it is called for the first time.
 
-    A later libnbd calls a completion again when a handle is closed whose command is not retired.
+    Newer versions of libnbd call a completion again if the handle is closed before its command was
+    retired.
     """
     waiting = [exception]
 
@@ -44,14 +45,14 @@ def drain(handle: nbd.NBD) -> None:
 
 
 def drain_dying(handle: nbd.NBD) -> None:
-    """Do the same where the server has died, which may but need not be an error of poll."""
+    """Do the same after the server died, when poll may or may not fail."""
     while handle.aio_in_flight():
         with suppress(nbd.Error):
             poll(handle)
 
 
 def run_until(handle: nbd.NBD, reached: Callable[[], bool]) -> None:
-    """Run the handle until a state is reached: run_until(h, h.aio_is_ready)."""
+    """Run the handle until a condition holds: run_until(h, h.aio_is_ready)."""
     while not reached():
         poll(handle)
 
@@ -63,7 +64,7 @@ def finish(handle: nbd.NBD, cookie: int) -> None:
 
 
 def retired(handle: nbd.NBD) -> bool:
-    """Tell whether every command is forgotten: neither in flight nor completed and to be asked."""
+    """Return whether every command was retired: none is in flight or waits to be retired."""
     try:
         handle.aio_peek_command_completed()
     except nbd.Error:
@@ -72,7 +73,7 @@ def retired(handle: nbd.NBD) -> bool:
 
 
 def closed(handle: nbd.NBD) -> bool:
-    """Tell whether close() has been called."""
+    """Return whether close() has been called."""
     try:
         handle.get_debug()
     except nbd.ClosedHandle:
@@ -81,7 +82,7 @@ def closed(handle: nbd.NBD) -> bool:
 
 
 def extents(handle: nbd.NBD, count: int, offset: int = 0, flags: int = 0) -> Extents:
-    """Return what block_status calls its callback with: (context, offset, entries, error)."""
+    """Return the arguments of block_status's callback: (context, offset, entries, error)."""
     found: Extents = []
 
     def extent(context: str, where: int, entries: list[int], error: Any) -> int:

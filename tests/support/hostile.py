@@ -1,9 +1,9 @@
-"""A scripted NBD server for tests of what the client does when the server misbehaves.
+"""A scripted NBD server, for tests of the client against a server that misbehaves.
 
-A script is a function of one Wire, the server's end of a connection. It runs in a thread and sends
-what it likes: the methods of Wire follow the protocol as far as a script wants that, and no
-further. When a script returns the connection is closed. It depends on nothing but the standard
-library, so that what it believes of the protocol is not what the client believes.
+A script is a function of a Wire, which is the server's end of a connection. It runs in a thread and
+may send anything: the methods of Wire follow the protocol only as far as the script asks for it.
+When a script returns, the connection is closed. This module uses nothing but the standard library,
+so that it shares no misunderstanding of the protocol with the client.
 """
 
 from __future__ import annotations
@@ -57,17 +57,17 @@ CHUNK_BLOCK_STATUS_EXT = 6
 CHUNK_ERROR, CHUNK_ERROR_OFFSET = (1 << 15) + 1, (1 << 15) + 2
 CHUNK_DONE = 1
 
-BOUND = 10.0  # seconds until the watchdog hangs up on a client that still waits
-FATAL = 60.0  # seconds more until a client is killed that still waits then
+BOUND = 10.0  # seconds until the watchdog disconnects a client that still waits
+FATAL = 60.0  # further seconds until a client that still waits is killed
 
 
 class HungUp(Exception):
-    """The client closed the connection: the end of every script that waits for more."""
+    """The client closed the connection; this ends a script that waits for more from it."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """What the client sends during the handshake."""
+    """An option that the client sent during the handshake."""
 
     code: int
     payload: bytes
@@ -75,7 +75,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Request:
-    """What the client sends once it is connected."""
+    """A request that the client sent after the handshake."""
 
     flags: int
     command: int
@@ -114,7 +114,7 @@ class Wire:
         return bytes(received)
 
     def linger(self) -> None:
-        """Stay silent, and connected, until the client or the watchdog hangs up."""
+        """Send nothing and stay connected until the client or the watchdog disconnects."""
         while True:
             self.receive(1)
 
@@ -130,7 +130,7 @@ class Wire:
         return Option(code, self.receive(length))
 
     def wait_for(self, code: int) -> Option:
-        """Refuse options until the one with this code comes."""
+        """Refuse options until the one with this code arrives."""
         while True:
             option = self.option()
             if option.code == code:
@@ -146,7 +146,7 @@ class Wire:
         magic: int = OPTION_REPLY_MAGIC,
         length: int | None = None,
     ) -> None:
-        """Send a reply to an option; length is what the header claims, if that is to be a lie."""
+        """Send a reply to an option; pass length to claim a wrong one in the header."""
         claimed = len(payload) if length is None else length
         self.send(struct.pack(">QIII", magic, code, kind, claimed), payload)
 
@@ -158,13 +158,13 @@ class Wire:
         contexts: Sequence[tuple[int, bytes]] = (),
         info: Sequence[bytes] | None = None,
     ) -> None:
-        """Do a whole handshake as a good server does.
+        """Complete a handshake as a correct server does.
 
         Args:
             structured: Agree to structured replies.
             extended: Agree to extended headers.
-            contexts: Numbers and names of the contexts to select, asked for or not.
-            info: What to tell of the export, in place of its size and flags.
+            contexts: Numbers and names of the contexts to select, requested or not.
+            info: The information items about the export, instead of its size and flags.
         """
         self.greet()
         agreed = {OPT_STRUCTURED_REPLY: structured, OPT_EXTENDED_HEADERS: extended}
@@ -191,14 +191,14 @@ class Wire:
         self.answer(OPT_GO, REP_ACK)
 
     def request(self) -> Request:
-        """Receive the client's next request; what is to be written is not read."""
+        """Receive the client's next request; the payload of a write is not received."""
         request = self.any_request()
         if request.command == CMD_DISC:
             raise HungUp
         return request
 
     def any_request(self) -> Request:
-        """Receive the client's next request, which may be the one to disconnect."""
+        """Receive the client's next request, which may be a disconnect."""
         wanted, layout = REQUEST_MAGIC, ">IHHQQI"
         if self.extended:
             wanted, layout = EXTENDED_REQUEST_MAGIC, ">IHHQQQ"
@@ -220,7 +220,7 @@ class Wire:
         cookie: int | None = None,
         length: int | None = None,
     ) -> None:
-        """Send a chunk of a structured reply; cookie and length can be made to lie."""
+        """Send a chunk of a structured reply; pass cookie or length to send a wrong one."""
         flags = CHUNK_DONE if done else 0
         number = request.cookie if cookie is None else cookie
         claimed = len(payload) if length is None else length
@@ -237,13 +237,13 @@ Script = Callable[[Wire], None]
 
 
 class Watchdog:
-    """A bound on how long a block may take; what it does when it barks must wake the client.
+    """A time limit for a block: when it expires, `bark` is called to wake the client.
 
-    A client that not even that wakes is ended with the whole process, and a traceback.
+    If the client does not wake up even then, the whole process is ended with a traceback.
     """
 
     def __init__(self, seconds: float, bark: Callable[[], object]) -> None:
-        """Prepare to call bark after this many seconds."""
+        """Call bark after this many seconds."""
         self.late = False
         self._bark = bark
         self._seconds = seconds
@@ -255,7 +255,7 @@ class Watchdog:
         self._bark()
 
     def __enter__(self) -> Watchdog:
-        """Start to watch."""
+        """Start the timer."""
         faulthandler.dump_traceback_later(self._seconds + FATAL, exit=True)
         self._timer.start()
         return self
@@ -266,16 +266,16 @@ class Watchdog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Stop to watch."""
+        """Stop the timer."""
         self._timer.cancel()
         faulthandler.cancel_dump_traceback_later()
 
 
 class Connection:
-    """A script that runs in a thread, and the socket that its client has to connect.
+    """A script that runs in a thread, and the socket to which its client connects.
 
-    A watchdog closes the connection after a while, so that no client can wait for ever; that it
-    had to is an error unless the script is silent on purpose.
+    A watchdog closes the connection after some time, so that no client waits for ever. If it has
+    to, that is an error, unless the script is silent on purpose.
     """
 
     def __init__(self, script: Script, bound: float = BOUND, silent: bool = False) -> None:
@@ -283,8 +283,8 @@ class Connection:
 
         Args:
             script: What the server does.
-            bound: How many seconds the client has.
-            silent: Whether the client is to wait until the watchdog hangs up.
+            bound: How many seconds the client may take.
+            silent: Whether the client is expected to wait until the watchdog disconnects it.
         """
         self._script = script
         self._silent = silent
@@ -294,7 +294,7 @@ class Connection:
         self._watchdog = Watchdog(bound, self._hang_up)
 
     def fileno(self) -> int:
-        """Give the client's socket away: the caller owns the descriptor."""
+        """Return the client's socket, which the caller owns from now on."""
         return self.client.detach()
 
     def _run(self) -> None:
@@ -320,7 +320,7 @@ class Connection:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """End the script, and fail if it was wrong itself or its client did not come back."""
+        """End the script; fail if the script failed, or if its client did not return in time."""
         self._hang_up()
         self._pool.shutdown()
         self._watchdog.__exit__(kind, error, traceback)
@@ -332,12 +332,12 @@ class Connection:
 
 
 def export_info(size: int = SIZE, flags: int = EXPORT_FLAGS) -> bytes:
-    """Return the item of a reply to GO that tells the export's size and flags."""
+    """Return the item of a reply to GO with the export's size and flags."""
     return struct.pack(">HQH", INFO_EXPORT, size, flags)
 
 
 def counted(text: bytes) -> bytes:
-    """Return text behind its length, as the handshake has names."""
+    """Return text preceded by its length, the format of names in the handshake."""
     return struct.pack(">I", len(text)) + text
 
 
@@ -352,23 +352,23 @@ def hole(offset: int, count: int) -> bytes:
 
 
 def extents(context: int, *entries: int) -> bytes:
-    """Return the payload of a BLOCK_STATUS chunk: lengths and flags in turn."""
+    """Return the payload of a BLOCK_STATUS chunk: lengths and flags alternate."""
     return struct.pack(f">I{len(entries)}I", context, *entries)
 
 
 def wide_extents(context: int, *entries: int, claimed: int | None = None) -> bytes:
-    """Return the payload of a BLOCK_STATUS_EXT chunk; claimed is its number of pairs, or a lie."""
+    """Return the payload of a BLOCK_STATUS_EXT chunk; pass claimed for a wrong number of pairs."""
     pairs = len(entries) // 2 if claimed is None else claimed
     return struct.pack(f">II{len(entries)}Q", context, pairs, *entries)
 
 
 def failure(errno: int, message: bytes = b"", length: int | None = None) -> bytes:
-    """Return the payload of an ERROR chunk; length is that of the message, or a lie."""
+    """Return the payload of an ERROR chunk; pass length for a wrong length of the message."""
     claimed = len(message) if length is None else length
     return struct.pack(">IH", errno, claimed & 0xFFFF) + message
 
 
-#: The commands at which a DiskServer can stop; it can stop at "greet" and "option" too.
+#: The commands at which a DiskServer can stop; it can also stop at "greet" and "option".
 COMMANDS = {
     CMD_READ: "read",
     CMD_WRITE: "write",
@@ -379,23 +379,23 @@ COMMANDS = {
     CMD_WRITE_ZEROES: "zero",
     CMD_BLOCK_STATUS: "block_status",
 }
-STRIPE = 64 << 10  # a DiskServer's disk has data and holes in turn
+STRIPE = 64 << 10  # data and holes of this size alternate on the disk of a DiskServer
 
 
 class DiskServer:
-    """A server with a disk for any number of clients, which can be made to stop.
+    """A server with a disk, for any number of clients, that can be made to stop answering.
 
-    Its disk has STRIPE bytes of data and STRIPE bytes of a hole in turn.  It stops at the first
-    command of the kind that `stop` names: before the command is done and its payload is read; or,
-    for "reply", in the middle of the answer to a read.  From then on no connection gets an answer,
-    and none is closed, until `resume` or `close`.
+    Its disk alternates between STRIPE bytes of data and STRIPE bytes of a hole. It stops at the
+    first command of the kind that `stop` names, before it carries out the command and reads its
+    payload; or, for "reply", in the middle of the reply to a read. From then on every connection
+    stays open and receives nothing, until `resume` or `close`.
 
     Attributes:
         memory: The content of the disk.
         stopped: Set while the server does nothing.
         seen: The kinds of commands that have arrived, in order.
-        line: How many bytes it sends and receives at once, and the seconds between; None for a
-            line that is not slow.
+        line: How many bytes it sends or receives at once, and the seconds between; None for a line
+            that is not slow.
     """
 
     def __init__(
@@ -441,7 +441,7 @@ class DiskServer:
         self._stop_at = at
 
     def resume(self) -> None:
-        """Answer what came meanwhile, and continue."""
+        """Reply to the requests that arrived meanwhile, and continue."""
         with self._lock:
             self._stop_at = None
             self.stopped.clear()
@@ -449,7 +449,7 @@ class DiskServer:
         resumed.set()
 
     def close(self) -> None:
-        """Hang up on all clients, and end the threads."""
+        """Disconnect all clients, and end the threads."""
         self._stop_at = None
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -462,11 +462,11 @@ class DiskServer:
         self._listener.close()
 
     def __enter__(self) -> DiskServer:
-        """Return the server, which listens."""
+        """Return the server, which is listening."""
         return self
 
     def __exit__(self, *raised: object) -> None:
-        """End it."""
+        """Close the server."""
         self.close()
 
     def _start(self, target: Callable[..., None], *args: object) -> None:
@@ -499,7 +499,7 @@ class DiskServer:
                 self._answer(wire, request)
 
     def reach(self, place: str) -> None:
-        """Stop at this place, if this is where the server is to stop; wait while it is stopped."""
+        """Stop here if this is the chosen place, and wait while the server is stopped."""
         with self._lock:
             is_first = place == self._stop_at and not self.stopped.is_set()
             if is_first:
@@ -511,7 +511,7 @@ class DiskServer:
             resumed.wait()
 
     def slowly(self, count: int) -> Iterator[slice]:
-        """Yield the parts of this many bytes, each when the line has room for it."""
+        """Yield the parts of a number of bytes, at the speed of the line."""
         if self.line is None or count <= self.line[0]:
             yield slice(0, count)
             return
@@ -555,13 +555,13 @@ class _StoppingWire(Wire):
         self._stopping = server
 
     def option(self) -> Option:
-        """Receive the client's next option, which may be where the server stops."""
+        """Receive the client's next option; the server may stop at it."""
         option = super().option()
         self._stopping.reach("option")
         return option
 
     def send(self, *parts: bytes) -> None:
-        """Send bytes, over a slow line perhaps, and stop in their middle if they are a reply."""
+        """Send bytes at the speed of the line; the server may stop in the middle of a reply."""
         whole = b"".join(parts)
         if len(whole) > BLOCK // 2:
             super().send(whole[: BLOCK // 2])
@@ -571,7 +571,7 @@ class _StoppingWire(Wire):
             super().send(whole[part])
 
     def receive(self, count: int) -> bytes:
-        """Receive bytes, over a slow line perhaps."""
+        """Receive bytes at the speed of the line."""
         return b"".join(
             super(_StoppingWire, self).receive(len(range(count)[part]))
             for part in self._stopping.slowly(count)

@@ -1,7 +1,7 @@
-"""An exception at every place of a call where a signal handler could raise one.
+"""Raise an exception at each place of a call where a signal handler could raise one.
 
-A place is a bytecode that runs in a frame of the package, also in what C calls upwards.  PyPy tells
-of lines only, so there a place is a line.
+A place is a bytecode of a frame of the package, including the functions that C calls. PyPy's trace
+functions see lines only, so there a place is a line.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ EVENT = "opcode" if sys.implementation.name == "cpython" else "line"
 
 
 class Injected(KeyboardInterrupt):
-    """What a signal handler is made to raise."""
+    """The exception that is raised, as a signal handler would."""
 
 
 class Injector:
-    """Runs a function, and raises at one place of it."""
+    """Run a function, and raise an exception at one of its places."""
 
     def __init__(self, place: int) -> None:
-        """Raise at the place with this number; the first is 1."""
+        """Raise at the place with this number, counted from 1."""
         self.left = place
         self.raised = False
 
@@ -39,7 +39,7 @@ class Injector:
         return self.step
 
     def step(self, frame: FrameType, event: str, argument: object) -> Any:
-        """Count a place, and raise if it is the one."""
+        """Count a place, and raise if it is the chosen one."""
         if event == EVENT:
             self.left -= 1
             if self.left == 0:
@@ -48,10 +48,10 @@ class Injector:
         return self.step
 
     def run(self, function: Callable[[], object]) -> BaseException | None:
-        """Run the function; returns what came out of it.
+        """Run the function and return the exception that it raised, or None.
 
-        In a generator, which has a state of its own of what is being handled: a trace function can
-        raise where no signal handler does, in the midst of the end of an except clause.
+        The function runs in a generator, which has its own exception state: a trace function can
+        raise where no signal handler does, in the middle of the end of an except clause.
         """
         usual = sys.gettrace()
         isolated = (function() for _ in "1")
@@ -78,12 +78,12 @@ def chain(error: BaseException | None) -> list[BaseException]:
 
 
 def came_out(error: BaseException | None) -> bool:
-    """Tell whether the injected exception is what came out, or a part of it."""
+    """Return whether the injected exception is the one that was raised, or in its chain."""
     return any(isinstance(one, Injected) for one in chain(error))
 
 
 def places(once: Callable[[Injector], None], most: int = 5000) -> int:
-    """Call once(injector) for each place until there are no more; returns how many there are."""
+    """Call once(injector) for each place in turn; return the number of places."""
     for place in range(1, most):
         injector = Injector(place)
         once(injector)

@@ -38,34 +38,34 @@ from support.sizes import MIB
 from support.usage import collect_garbage, descriptors, registered, resident
 
 CALLS = 1_000_000 if SOAK else 2_000
-STRETCHES = 4  # a loop runs so often at the most, and once if nothing leaks
-SLACK = 160 << 10  # a stretch may grow by so many bytes without a leak
-TIMEOUT = 1800  # seconds until a server of ours ends by itself
+STRETCHES = 4  # a loop runs at most this many times, and once if nothing leaks
+SLACK = 160 << 10  # bytes by which the process may grow in a stretch without a leak
+TIMEOUT = 1800  # seconds until a scripted server ends by itself
 BATCH = 64  # commands in flight
 NAMES = 1000  # exports or contexts in one reply
-DROPS = 5000 if SOAK else 100  # handles dropped before PyPy collects garbage
-CONNECTED_DROPS = 200  # the same for connected handles
+DROPS = 5000 if SOAK else 100  # handles that are dropped between two collections of garbage on PyPy
+CONNECTED_DROPS = 200  # the same, for connected handles
 
 
 @dataclass
 class Kind:
-    """Something to repeat."""
+    """A kind of call that is repeated."""
 
     name: str
     once: Callable[[], object]
-    calls: int = 1  # how many calls one turn makes
+    calls: int = 1  # how many calls one repetition makes
     share: int = 1  # a slow loop makes this many times fewer calls than CALLS
 
 
 @dataclass
 class Place:
-    """The sockets of two servers: one with a disk, one whose commands fail."""
+    """The sockets of two servers: one with a disk, and one whose commands all fail."""
 
     disk: str
     failing: str
 
     def connect(self, path: str | None = None) -> nbd.NBD:
-        """Return a handle that is connected to a server, the one with a disk if not told."""
+        """Return a handle that is connected to the server with a disk, or to a given one."""
         h = nbd.NBD()
         h.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
         h.connect_unix(path or self.disk)
@@ -76,35 +76,35 @@ class Place:
 
 
 class Raised(Exception):
-    """What a callback raises."""
+    """The exception that a callback raises."""
 
 
 def nothing(*_: object) -> None:
-    """Be a callback that returns nothing."""
+    """Callback that returns None."""
 
 
 def retire(_: object) -> int:
-    """Be a completion callback that retires its command."""
+    """Completion callback that retires its command."""
     return 1
 
 
 def fail(*_: object) -> int:
-    """Be a callback that says that it failed."""
+    """Callback that reports a failure."""
     return -1
 
 
 def raise_it(*_: object) -> None:
-    """Be a callback that raises."""
+    """Callback that raises."""
     raise Raised
 
 
 def return_too_much(*_: object) -> int:
-    """Be a callback whose result no C int holds."""
+    """Callback that returns a number too large for a C int."""
     return 1 << 40
 
 
 def change_errno(*arguments: Any) -> None:
-    """Be a callback that changes the errno, to the one that it is."""
+    """Callback that sets errno to the value that it has."""
     arguments[-1].value += 0
     arguments[-1].value = 28
     arguments[-1].value = 0
@@ -114,12 +114,12 @@ def change_errno(*arguments: Any) -> None:
 
 
 def raising(kind: type[BaseException], call: Callable[..., object], *args: Any) -> partial[None]:
-    """Return a call that has to raise."""
+    """Return a function that makes a call which must raise."""
     return partial(expect, kind, call, *args)
 
 
 def expect(kind: type[BaseException], call: Callable[..., object], *args: Any) -> None:
-    """Make a call that has to raise."""
+    """Make a call that must raise."""
     try:
         call(*args)
     except kind:
@@ -128,7 +128,7 @@ def expect(kind: type[BaseException], call: Callable[..., object], *args: Any) -
 
 
 def settings(_: Place) -> Iterator[Kind]:
-    """Yield what needs no server: one for each way to pass and return a value."""
+    """Yield calls that need no server: one for each type of argument and result."""
     h = nbd.NBD()
     h.add_meta_context("base:allocation")
     path = Path("/nonexistent/keys")
@@ -154,7 +154,7 @@ def settings(_: Place) -> Iterator[Kind]:
 
 
 def buffers(place: Place) -> Iterator[Kind]:
-    """Yield what Buffers do."""
+    """Yield operations of nbd.Buffer."""
     data = bytearray(4096)
     buffer = nbd.Buffer.from_bytearray(data)
     d = place.connect()
@@ -170,7 +170,7 @@ def buffers(place: Place) -> Iterator[Kind]:
 
 
 def fresh_reads(d: nbd.NBD) -> None:
-    """Read into Buffers that nobody keeps."""
+    """Read into Buffers that are dropped at once."""
     for _ in range(BATCH):
         d.aio_pread(nbd.Buffer(4096), 0, retire)
     drain(d)
@@ -199,7 +199,7 @@ def commands(place: Place) -> Iterator[Kind]:
 
 
 def batch(d: nbd.NBD, issue: Callable[[], object]) -> Callable[[], None]:
-    """Return what issues many commands and waits for them all."""
+    """Return a function that issues many commands and waits for all of them."""
 
     def once() -> None:
         for _ in range(BATCH):
@@ -210,7 +210,7 @@ def batch(d: nbd.NBD, issue: Callable[[], object]) -> Callable[[], None]:
 
 
 def batch_of_cookies(d: nbd.NBD, issue: Callable[[], int]) -> Callable[[], None]:
-    """Return the same for commands that are retired by their cookies, also those that failed."""
+    """Return the same for commands retired by cookie, including failed ones."""
 
     def once() -> None:
         cookies = [issue() for _ in range(BATCH)]
@@ -249,7 +249,7 @@ def commands_in_flight(place: Place) -> Iterator[Kind]:
 
 
 def many_names(wire: Wire) -> None:
-    """Be a server that lists many exports and many contexts, again and again."""
+    """Serve long lists of exports and contexts, again and again."""
     replies = {
         OPT_LIST: (REP_SERVER, counted(b"export") + b"description"),
         OPT_LIST_META: (REP_META_CONTEXT, struct.pack(">I", 0) + b"base:allocation"),
@@ -265,7 +265,7 @@ def many_names(wire: Wire) -> None:
 
 
 def callbacks(place: Place) -> Iterator[Kind]:
-    """Yield the kinds of callback, and what else they may do than return."""
+    """Yield each kind of callback, with each thing that it may do besides returning."""
     h, d = nbd.NBD(), place.connect()
     h.set_debug_callback(nothing)
     h.set_debug(True)
@@ -293,7 +293,7 @@ def callbacks(place: Place) -> Iterator[Kind]:
 
 
 def failing_callbacks(place: Place) -> Iterator[Kind]:
-    """Yield what callbacks raise, and other ways for them to fail."""
+    """Yield the exceptions that callbacks raise, and the other ways in which they fail."""
     d = place.connect()
     sys.unraisablehook = nothing
     failures = {"-1": fail, "an exception": raise_it, "no C int": return_too_much}
@@ -309,7 +309,7 @@ def failing_callbacks(place: Place) -> Iterator[Kind]:
 
 
 def errors(place: Place) -> Iterator[Kind]:
-    """Yield the ways for a call to fail."""
+    """Yield the ways in which a call can fail."""
     h, closed = nbd.NBD(), nbd.NBD()
     any_h: Any = h
     closed.close()
@@ -344,7 +344,7 @@ def errors(place: Place) -> Iterator[Kind]:
 
 
 def dropping(make: Callable[[], object], number: int = DROPS) -> Callable[[], None]:
-    """Return what makes many objects, drops each of them, and collects garbage."""
+    """Return a function that makes many objects, drops each, and collects garbage."""
 
     def once() -> None:
         for _ in range(number):
@@ -365,7 +365,7 @@ def close_in_flight(place: Place) -> None:
 
 
 def cycle() -> None:
-    """Make a handle that only a collection lets go."""
+    """Make a handle in a reference cycle, which only the garbage collector frees."""
     h: Any = nbd.NBD()
     h.itself = h
     h.callback = lambda *_: h
@@ -373,7 +373,7 @@ def cycle() -> None:
 
 
 def hung_up() -> None:
-    """Make a handle whose server hangs up at once."""
+    """Make a handle whose server disconnects at once."""
     ours, its = socket.socketpair()
     its.close()
     with nbd.NBD() as h:
@@ -381,7 +381,7 @@ def hung_up() -> None:
 
 
 def negotiating(place: Place) -> None:
-    """Make a handle that ends while it negotiates."""
+    """Make a handle that is closed while it negotiates."""
     with nbd.NBD() as h:
         h.set_opt_mode(True)
         h.connect_unix(place.disk)
@@ -389,19 +389,19 @@ def negotiating(place: Place) -> None:
 
 
 def subprocess_of_its_own() -> None:
-    """Make a handle that starts its server."""
+    """Make a handle that starts its own server."""
     with nbd.NBD() as h:
         h.connect_command(["nbdkit", "-s", "--exit-with-parent", "null", "1M"])
 
 
 def bad_command() -> None:
-    """Make a handle whose server ends at once."""
+    """Make a handle whose server exits at once."""
     with nbd.NBD() as h:
         expect(nbd.Error, h.connect_command, ["true"])
 
 
 class Broken(nbd.NBD):
-    """A handle that is not finished."""
+    """A handle whose __init__ fails."""
 
     def __init__(self) -> None:
         """Raise."""
@@ -416,7 +416,7 @@ def nowhere() -> None:
 
 
 def lives(place: Place) -> Iterator[Kind]:
-    """Yield the lives of a handle."""
+    """Yield the ways in which a handle can be used and end."""
     yield Kind("made, closed", lambda: nbd.NBD().close())
     yield Kind("made, dropped", dropping(nbd.NBD), DROPS)
     yield Kind("made, half", dropping(raising(Raised, Broken)), DROPS)
@@ -451,13 +451,13 @@ GROUPS = {
 
 
 def repeat(once: Callable[[], object], times: int) -> None:
-    """Do something this many times."""
+    """Call a function this many times."""
     for _ in range(times):
         once()
 
 
 def growth(kind: Kind, calls: int) -> tuple[int, int]:
-    """Repeat a kind; return how many bytes are left of each call, and how many calls were made."""
+    """Repeat a kind; return how many bytes each call leaked, and the number of calls."""
     times = max(calls // kind.calls, 1)
     least, limit = 1 << 62, SLACK + times * kind.calls
     repeat(kind.once, max(times // 5, 1))
@@ -474,8 +474,8 @@ def growth(kind: Kind, calls: int) -> tuple[int, int]:
 
 
 def program(group: str, place: Place) -> None:
-    """Repeat what is in a group, and print the figures."""
-    nbd.Buffer(4 * MIB)  # imports ctypes, whose libffi keeps a descriptor open from then on
+    """Repeat the kinds of a group, and print the figures."""
+    nbd.Buffer(4 * MIB)  # imports ctypes; libffi then keeps a descriptor open
     files, handles, calls = descriptors(), len(open_handles), 0
     for kind in GROUPS[group](place):
         each, made = growth(kind, max(CALLS // kind.share, 1))

@@ -1,4 +1,4 @@
-"""Every method of a handle, with acceptable arguments for a call of it."""
+"""Every method of a handle, and arguments that it accepts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import nbd
 
-# One acceptable value for every parameter name of the API; what is missing here gets 0.
+# A valid value for each parameter name of the API; a name that is missing here gets 0.
 ARGUMENTS: dict[str, Any] = {
     "addr": "/nowhere",
     "argv": ["/bin/false"],
@@ -42,7 +42,7 @@ METHODS = sorted(name for name in dir(nbd.NBD) if not name.startswith("_"))
 
 
 def call_with_anything(handle: nbd.NBD, name: str) -> None:
-    """Call a method with acceptable arguments for every parameter that has no default."""
+    """Call a method with valid arguments for every parameter that has no default."""
     parameters = inspect.signature(getattr(nbd.NBD, name)).parameters.values()
     required = [p.name for p in parameters if p.default is p.empty and p.name != "self"]
     arguments: list[Any] = [ARGUMENTS.get(parameter, 0) for parameter in required]

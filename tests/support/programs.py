@@ -1,4 +1,4 @@
-"""Programs that a test runs in a process of their own, with this interpreter."""
+"""Run Python programs in a process of their own, with the interpreter of the tests."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ TESTS = Path(__file__).resolve().parent.parent
 
 
 def finds_support() -> dict[str, str]:
-    """Return the environment of a program that imports `support`, as the tests do."""
+    """Return an environment in which a program can import `support`, as the tests do."""
     return {**os.environ, "PYTHONPATH": str(TESTS)}
 
 
 def run_program(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the text of a Python program, for which every warning is an error."""
+    """Run the text of a Python program, in which every warning is an error."""
     command = [sys.executable, "-W", "error", "-I", "-c", program, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=3 * TIMEOUT)

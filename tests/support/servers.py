@@ -1,8 +1,8 @@
-"""NBD servers for the tests: each listens before it starts, so no test waits for one or sleeps.
+"""NBD servers for the tests; each listens before it starts, so no test has to wait or sleep.
 
-A test process binds and listens by itself and hands the socket to the server by systemd socket
-activation.  A client can connect from that moment on: the kernel queues it until the server
-accepts.  nbd-server knows no activation, so it serves one client over its standard input.
+The test process binds and listens itself, and passes the socket to the server by systemd socket
+activation. A client can connect at once: the kernel queues it until the server accepts. nbd-server
+does not support socket activation, so it serves a single client over its standard input.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ PACKAGES = {
     "qemu-nbd": "qemu-utils",
 }
 
-# Popen can pass the socket as standard input.  Socket activation expects it as descriptor 3, and
-# the number of the process in LISTEN_PID: exec keeps that number.
+# Popen passes the socket as standard input.  Socket activation expects it as descriptor 3, and the
+# process ID in LISTEN_PID; exec does not change the process ID.
 ACTIVATE = 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<&0 </dev/null'
 
-TIMEOUT = 20  # seconds until a server that does not do what it should fails the test
+TIMEOUT = 20  # seconds until a test fails because what it waits for does not happen
 
 
 def program(name: str) -> str:
-    """Return the path of a program, or skip the test with the Debian package that has it."""
+    """Return the path of a program, or skip the test and name its Debian package."""
     path = shutil.which(name)
     if path is None:
         pytest.skip(f"{name} is not installed (Debian package: {PACKAGES[name]})")
@@ -51,7 +51,7 @@ def program(name: str) -> str:
 
 
 def short_folder() -> Path:
-    """Make a folder whose path leaves room for a socket's name in sun_path (108 bytes)."""
+    """Make a folder whose path is short enough for a socket in it (108 bytes in sun_path)."""
     parent = tempfile.gettempdir()
     return Path(tempfile.mkdtemp(prefix="nbd-", dir=parent if len(parent) < 60 else "/tmp"))
 
@@ -65,7 +65,7 @@ def listening_unix(path: Path) -> socket.socket:
 
 
 def listening_tcp(host: str) -> socket.socket:
-    """Return a TCP socket that listens on host at a port which the kernel chose."""
+    """Return a TCP socket that listens on host, on a port chosen by the kernel."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -78,16 +78,16 @@ def listening_tcp(host: str) -> socket.socket:
 
 
 class Server:
-    """A server process, where it listens, and how it ends."""
+    """A server process and the address on which it listens."""
 
     def __init__(
         self, argv: Sequence[str], folder: Path, host: str | None = None, scheme: str = "nbd"
     ) -> None:
-        """Start argv on a socket of its own: TCP on host if given, else a Unix socket.
+        """Start argv on a socket of its own: TCP if host is given, else a Unix socket.
 
         Args:
-            argv: The command line; it must understand systemd socket activation.
-            folder: A short folder, this server's alone, that is removed with it.
+            argv: The command line; the program must support systemd socket activation.
+            folder: A folder with a short path for this server alone; it is removed with the server.
             host: The address of a TCP socket.
             scheme: The start of the URI: "nbd", or "nbds" for a server with TLS.
         """
@@ -114,40 +114,40 @@ class Server:
 
     @property
     def stderr(self) -> str:
-        """What the server has written to its standard error until now."""
+        """Everything that the server has written to its standard error so far."""
         return self._errors.read_text(errors="replace")
 
     def kill(self) -> None:
-        """End the server at once (SIGKILL) and wait until it is gone."""
+        """Kill the server (SIGKILL) and wait until it has ended."""
         self.process.kill()
         self.process.wait(TIMEOUT)
 
     def pause(self) -> None:
-        """Stop all threads of the server, so that it answers nothing until it is resumed."""
+        """Stop all threads of the server (SIGSTOP): it answers nothing until it is resumed."""
         self.process.send_signal(signal.SIGSTOP)
         threads = Path(f"/proc/{self.process.pid}/task")
         while any(state(thread / "stat") != "T" for thread in threads.iterdir()):
             time.sleep(0.001)
 
     def resume(self) -> None:
-        """Let the server go on."""
+        """Let the server continue (SIGCONT)."""
         self.process.send_signal(signal.SIGCONT)
 
     def stop(self) -> int:
-        """Ask the server to end (SIGTERM), wait, and return its exit status.
+        """Terminate the server (SIGTERM), wait for it, and return its exit status.
 
-        nbdkit ends when its clients have gone: close the handles first.
+        nbdkit waits until its clients have disconnected: close the handles first.
         """
         self.process.terminate()
         return self.wait()
 
     def wait(self) -> int:
-        """Wait until the server ends by itself and return its exit status."""
+        """Wait until the server ends by itself, and return its exit status."""
         return self.process.wait(TIMEOUT)
 
     def close(self) -> None:
-        """End the server if it runs and remove its folder."""
-        # Not stop(): nbdkit then waits for its clients, and a test may have left one connected.
+        """Kill the server if it is running, and remove its folder."""
+        # Not stop(): nbdkit would wait for its clients, and a test may have left one connected.
         self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -161,7 +161,7 @@ class Server:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Stop the server."""
+        """Close the server."""
         self.close()
 
     def __str__(self) -> str:
@@ -174,7 +174,7 @@ StartServer = Callable[..., Server]
 
 
 def state(stat: Path) -> str:
-    """Return the state of a process or thread: a letter, from its file in /proc."""
+    """Return the state of a process or thread, a letter, from its stat file in /proc."""
     _, _, rest = stat.read_text(errors="replace").rpartition(")")
     return rest.split()[0]
 
@@ -184,8 +184,8 @@ def nbdkit_argv(
 ) -> list[str]:
     """Return the command line of an nbdkit that serves in the foreground with these arguments.
 
-    With one thread, unless the arguments say otherwise: with more, nbdkit 1.32 aborts now and then
-    when a client leaves commands in flight behind, and the next client finds no server.
+    It has one thread unless the arguments say otherwise: with more, nbdkit 1.32 sometimes aborts
+    when a client disconnects with commands in flight, and the next client finds no server.
     """
     options = ["--foreground", "--exit-with-parent", "--threads=1"]
     if tls is not None:
@@ -198,9 +198,10 @@ def nbdkit_argv(
 
 
 def told_to_answer(folder: Path) -> tuple[list[str], Path, Path]:
-    """Return an nbdkit plugin that answers reads when told to, and two named pipes in a folder.
+    """Return an nbdkit plugin that answers reads on command, and two named pipes in a folder.
 
-    The server says in the first that it was asked for a read, and waits for a line in the second.
+    The server writes a line to the first pipe when it is asked for a read, and then waits for a
+    line from the second.
     """
     asked, go = folder / "asked", folder / "go"
     os.mkfifo(asked)
@@ -211,13 +212,13 @@ def told_to_answer(folder: Path) -> tuple[list[str], Path, Path]:
 
 
 def qemu_nbd_argv(image: Path, options: Sequence[str]) -> list[str]:
-    """Return the command line of a qemu-nbd that serves image to one client after the other."""
+    """Return the command line of a qemu-nbd that serves an image to any number of clients."""
     return [program("qemu-nbd"), "--persistent", "--shared=16", *options, str(image)]
 
 
 @dataclass
 class NbdServer:
-    """nbd-server on a file: it serves the one client at the other end of its standard input."""
+    """nbd-server on a file, serving the one client that is connected to its standard input."""
 
     path: Path
     options: tuple[str, ...] = ()
@@ -225,12 +226,12 @@ class NbdServer:
     @property
     def argv(self) -> list[str]:
         """The command line, for connect_command."""
-        # Port 0 tells nbd-server that the client is at standard input.
+        # Port 0 tells nbd-server that its client is connected to standard input.
         configuration = ["-C", "/dev/null"]
         return [program("nbd-server"), "-d", *configuration, "0", str(self.path), *self.options]
 
     def start(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
-        """Start it on one end of a socket pair and return it with the other end."""
+        """Start it on one end of a socket pair; return the process and the other end."""
         ours, its = socket.socketpair()
         with its:
             process = subprocess.Popen(
@@ -248,7 +249,7 @@ def run(*argv: str) -> str:
 
 
 def dirty_qcow2(path: Path, bitmap: str = "bitmap0") -> Path:
-    """Make a 1 MiB qcow2 image whose persistent bitmap knows of 64 KiB written at 128 KiB."""
+    """Make a 1 MiB qcow2 image with a persistent bitmap in which 64 KiB at 128 KiB are dirty."""
     run("qemu-img", "create", "-q", "-f", "qcow2", str(path), "1M")
     run("qemu-img", "bitmap", "--add", "-g", "65536", str(path), bitmap)
     run("qemu-io", "-f", "qcow2", "-c", "write -P 90 128k 64k", str(path))
@@ -262,10 +263,10 @@ def psk_file(path: Path, username: str = "alice") -> Path:
 
 
 def certificates(folder: Path) -> Path:
-    """Make a certificate authority and a certificate of localhost, as nbdkit and libnbd name them.
+    """Make a CA and a certificate for localhost, with the file names of nbdkit and libnbd.
 
     Args:
-        folder: An existing empty folder that takes the files.
+        folder: An existing empty folder for the files.
     """
     template = folder / "template"
 
@@ -287,7 +288,7 @@ def certificates(folder: Path) -> Path:
 
 
 def children() -> dict[int, str]:
-    """Return the processes whose parent is this process and that still run, with their names."""
+    """Return the running child processes of this process: {pid: name}."""
     found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -301,7 +302,7 @@ def children() -> dict[int, str]:
 
 
 def library_has(module: Any, names: Sequence[str]) -> str | None:
-    """Return why the libnbd in use lacks some of these methods, or None if it has all."""
+    """Return a reason to skip if the libnbd in use lacks one of these methods, else None."""
     missing = [name for name in names if not hasattr(module.NBD, name)]
     if not missing:
         return None

@@ -1,4 +1,4 @@
-"""A folder of files that are called like the modules which are installed, and tell of an import."""
+"""A folder of files named like installed modules, which report that they were imported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def make(parent: Path) -> Path:
-    """Make the folder: it has a file for every module on the path."""
+    """Make the folder, with a file for each module on the path."""
     folder = parent / "shadows"
     folder.mkdir()
     told = parent / "told"

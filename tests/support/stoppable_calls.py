@@ -34,26 +34,26 @@ from support.sizes import KIB, MIB
 from support.usage import collect_garbage, descriptors, registered
 
 TIMEOUT = 0.2  # seconds that a call may wait
-SETTLING = 0.03  # seconds from the place where the server stops until the call certainly waits
-AGAIN = 2.0  # seconds until the threads of a call have to have ended
+SETTLING = 0.03  # seconds after the server stops until the call is certainly waiting
+AGAIN = 2.0  # seconds within which the threads of a call must end
 
-#: How a call ends that waits: by its timeout=, by Ctrl-C (a signal whose handler raises
-#: KeyboardInterrupt), by a handler that raises an Exception, by asyncio; or by itself.
+#: What ends a waiting call: its timeout=, Ctrl-C (a signal whose handler raises
+#: KeyboardInterrupt), a handler that raises an Exception, or asyncio; or the call ends by itself.
 WAYS = ("timeout", "ctrl_c", "handler", "cancel", "wait_for", "itself")
 SIGNALS = ("ctrl_c", "handler")
 
 
 class Stop(Exception):
-    """What the signal handler of a program raises."""
+    """The exception that the signal handler of the program raises."""
 
 
 @dataclass
 class Outcome:
-    """What came of a call."""
+    """The outcome of a call."""
 
     raised: str = ""  # the name of the exception, and its errno
     errnum: int = 0
-    is_ours: bool = False  # whether it is the one that the signal handler raised
+    is_ours: bool = False  # whether it is the object that the signal handler raised
     message: str = ""
     late: float | None = None  # milliseconds from the deadline or the signal to the exception
     total: float = 0.0  # until everything was closed
@@ -62,12 +62,12 @@ class Outcome:
     descriptors: int = 0
     threads: list[str] = field(default_factory=list)
     unraisable: list[str] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)  # what a handler has raised in a finalizer
-    failure: str = ""  # of the cell itself
+    lost: list[str] = field(default_factory=list)  # raised by a handler in a finalizer
+    failure: str = ""  # a failure of the cell itself
 
 
 class Cell:
-    """What a call has while it runs: servers, files, and how it is to be stopped."""
+    """The servers and files of a call, and the way in which the call will be stopped."""
 
     def __init__(self, folder: Path, way: str) -> None:
         self.way = way
@@ -90,31 +90,31 @@ class Cell:
         return self.stack.enter_context(DiskServer(self.folder, size, **settings))
 
     def stopping(self, at: str, size: int = MIB) -> DiskServer:
-        """Start a server that will stop at a command."""
+        """Start a server that stops answering at a command."""
         server = self.server(size)
         self.arm(server, at)
         return server
 
     def arm(self, server: DiskServer, at: str) -> None:
-        """Have a server stop at a command, and then the call be stopped."""
+        """Make a server stop answering at a command, and the call be stopped after that."""
         server.stop(at, self.soon)
 
     def slow(self, size: int, at_once: int) -> DiskServer:
-        """Start a server whose line never pauses for long, but is slow."""
+        """Start a server with a slow line, which never pauses for long."""
         server = self.server(size)
         server.line = at_once, 0.05
-        self.timeout = 0.6  # so that a busy machine is not late, and one reply takes longer
+        self.timeout = 0.6  # a busy machine must not be late, and one reply must take longer
         return server
 
     def handle(self, server: DiskServer) -> nbd.NBD:
-        """Connect a handle, which has the timeout of the call from then on."""
+        """Connect a handle, with the timeout of the call."""
         handle = nbd.connect(server.uri)
         self.stack.callback(handle.__exit__, None, None, None)
         handle.settimeout(self.timeout)
         return handle
 
     def file(self, size: int = MIB) -> Path:
-        """Make a file of data and holes."""
+        """Make a file with data and holes."""
         path = self.folder / "file"
         with path.open("wb") as file:
             file.truncate(size)
@@ -132,7 +132,7 @@ class Cell:
         return ends
 
     def fifo(self) -> Path:
-        """Make a FIFO that nobody else opens."""
+        """Make a FIFO whose other side is not opened."""
         path = self.folder / "fifo"
         os.mkfifo(path)
         return path
@@ -140,7 +140,7 @@ class Cell:
     # --- how it is stopped --------------------------------------------------------------------
 
     def soon(self) -> None:
-        """Stop the call in a moment."""
+        """Stop the call shortly."""
         if self.way in ("ctrl_c", "handler", "cancel"):
             timer = threading.Timer(SETTLING, self._stop)
             timer.daemon = True
@@ -169,11 +169,11 @@ class Cell:
         raise KeyboardInterrupt
 
     def begin(self) -> None:
-        """Note that the call begins; a signal comes when the server stops."""
+        """Note that the call begins; the signal is sent when the server stops."""
         self._began = time.monotonic()
 
     def begin_without_server(self) -> None:
-        """The same where no server says that it has stopped."""
+        """Do the same where no server reports that it has stopped."""
         self.begin()
         timer = threading.Timer(0.05, self.soon)
         timer.daemon = True
@@ -181,18 +181,18 @@ class Cell:
         timer.start()
 
     def begin_suspended(self) -> None:
-        """The same with a server that is stopped now by SIGSTOP."""
+        """Do the same with a server that is stopped right now by SIGSTOP."""
         self.pause()
         self.stack.callback(self.resume)
         self.begin_without_server()
 
     def ended(self) -> None:
-        """Note that the call is over, if nobody has yet."""
+        """Note that the call has ended, unless that was noted before."""
         if self.outcome.late is None and self._due is not None:
             self.outcome.late = 1000 * (time.monotonic() - self._due)
 
     def call(self, call: Callable[[], Any]) -> Any:
-        """Make the call whose end is measured."""
+        """Make the call that is measured."""
         self.begin()
         try:
             return call()
@@ -202,7 +202,7 @@ class Cell:
     # --- what came of it ----------------------------------------------------------------------
 
     def run(self, function: Callable[[Cell], object]) -> Outcome:
-        """Make the call, and close everything."""
+        """Make the call, and close everything afterwards."""
         outcome = self.outcome
         usual_hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         before = descriptors()
@@ -219,7 +219,7 @@ class Cell:
                 self.ended()
                 if self._due is not None:
                     outcome.total = 1000 * (time.monotonic() - self._due)
-        except BaseException:  # a signal that is late
+        except BaseException:  # a late signal
             outcome.failure = traceback.format_exc()
         finally:
             signal.signal(signal.SIGINT, usual)
@@ -230,7 +230,7 @@ class Cell:
         outcome.threads = self._left_over(ours)
         self.stack.close()
         until = time.monotonic() + AGAIN
-        while True:  # daemon threads may still end what the call has left to them
+        while True:  # daemon threads may still be finishing work of the call
             outcome.registered = registered()
             collect_garbage()
             outcome.descriptors = descriptors() - before
@@ -251,7 +251,7 @@ class Cell:
         error.__traceback__ = None
 
     def _left_over(self, ours: set[threading.Thread]) -> list[str]:
-        """Return the names of threads that would keep the program from ending."""
+        """Return the names of threads that would keep the program from exiting."""
         until = time.monotonic() + AGAIN
         left = []
         for thread in set(threading.enumerate()) - ours:
@@ -272,8 +272,8 @@ class Cell:
             self.outcome.unraisable.append(text)
 
 
-#: By their names: the call, the ways to stop it, and how it ends then: by an exception that its
-#: way asks for ("stopped"), or without one ("done").
+#: By name: the call, the ways to stop it, and the expected end: the exception of that way
+#: ("stopped"), or no exception ("done").
 TABLE: dict[str, tuple[Callable[[Cell], object], dict[str, str]]] = {}
 
 SYNC = {"timeout": "stopped", "ctrl_c": "stopped", "handler": "stopped"}
@@ -283,7 +283,7 @@ ASYNC = {"timeout": "stopped", "cancel": "stopped", "wait_for": "stopped", "ctrl
 def cell(
     name: str, ways: dict[str, str], **more: str
 ) -> Callable[[Callable[[Cell], object]], Callable[[Cell], object]]:
-    """Put a function into the table."""
+    """Add a function to the table."""
 
     def add(function: Callable[[Cell], object]) -> Callable[[Cell], object]:
         assert name not in TABLE, name
@@ -294,7 +294,7 @@ def cell(
 
 
 def signalled(ways: dict[str, str] = SYNC) -> dict[str, str]:
-    """Return the ways of a call that has no timeout."""
+    """Return the ways of stopping a call that has no timeout."""
     return {way: end for way, end in ways.items() if way != "timeout"}
 
 
@@ -361,7 +361,7 @@ for how, buffering in (("", -1), (" unbuffered", 0)):
                 finally:
                     server.resume()
                     file.seek(0)
-                    assert file.read(4) == b"data"  # the file can be used as before
+                    assert file.read(4) == b"data"  # the file is still usable
 
     @cell(f"open:{how} read over a handle", SYNC)
     def _(c: Cell, buffering: int = buffering) -> None:
@@ -542,11 +542,11 @@ def _(c: Cell) -> None:
 
 
 def copying(c: Cell, source: Any, target: Any) -> nbd.Copied:
-    """Copy, and tell when it is over."""
+    """Copy, and note when the copy has ended."""
     return c.call(lambda: nbd.copy(source, target, timeout=c.timeout))  # type: ignore[no-any-return]
 
 
-#: What is copied from, or to, beside the server that stops.
+#: The other side of a copy from or to the server that stops.
 SOURCES: dict[str, Callable[[Cell], Any]] = {
     "a path": lambda c: c.file(),
     "an open file": lambda c: c.stack.enter_context(c.file().open("rb")),
@@ -579,7 +579,7 @@ def full_pipe(c: Cell) -> Any:
     return reading
 
 
-#: At its good-byes a copy is done: they are bounded, and take no exception but a signal's.
+#: When a copy disconnects, it is complete: that is bounded, and only a signal's exception ends it.
 LAST = {"timeout": "done", "ctrl_c": "stopped", "itself": "done"}
 BOTH = {"timeout": "stopped", "ctrl_c": "stopped"}
 
@@ -595,7 +595,7 @@ for other, make in TARGETS.items():
         @cell(f"copy: a handle, at {stop}, to {other}", SYNC)
         def _(c: Cell, stop: str = stop, make: Callable[[Cell], Any] = make) -> None:
             server = c.server()
-            with nbd.connect(server.uri) as handle:  # its own timeout is for ever
+            with nbd.connect(server.uri) as handle:  # the handle itself has no timeout
                 c.arm(server, stop)
                 copying(c, handle, make(c))
 
@@ -651,17 +651,17 @@ def _(c: Cell) -> None:
 
 
 def silent(c: Cell) -> Any:
-    """Return a pipe to which nobody writes."""
+    """Return a pipe to which nothing is written."""
     return c.pipe()[0]
 
 
 def full(c: Cell) -> Any:
-    """Return a pipe from which nobody reads."""
+    """Return a full pipe from which nothing is read."""
     return c.pipe()[1]
 
 
 def silent_fifo(c: Cell) -> Path:
-    """Return a FIFO that somebody has opened and does not write to."""
+    """Return a FIFO that is open for writing, but to which nothing is written."""
     path = c.fifo()
     c.stack.callback(os.close, os.open(path, os.O_RDWR))
     return path
@@ -706,7 +706,7 @@ for other, make in BLOCKING_TARGETS.items():
 
 
 def wait_for(c: Cell, coroutine: Callable[[], Any]) -> Any:
-    """Run a coroutine as a program does, and stop its task in the cell's way."""
+    """Run a coroutine as a program does, and stop its task in the way of the cell."""
 
     async def main() -> Any:
         loop = asyncio.get_running_loop()
@@ -720,12 +720,12 @@ def wait_for(c: Cell, coroutine: Callable[[], Any]) -> Any:
         except asyncio.CancelledError:
             c.ended()
             if c.way == "cancel":
-                raise Stop from None  # a CancelledError is not for asyncio.run
+                raise Stop from None  # asyncio.run must not see a CancelledError
             raise
         finally:
             c.ended()
 
-    if c.way == "ctrl_c":  # then asyncio.run does what it does for every program
+    if c.way == "ctrl_c":  # so asyncio.run behaves as in any program
         signal.signal(signal.SIGINT, signal.default_int_handler)
     return asyncio.run(main())
 
@@ -767,7 +767,7 @@ def _(c: Cell) -> None:
 
 
 async def all_extents(disk: Any) -> None:
-    """Go through the extents of a disk."""
+    """Iterate over the extents of a disk."""
     async for _ in disk.extents():
         pass
 
@@ -931,7 +931,7 @@ for other, make in BLOCKING_TARGETS.items():
 
 
 def suspend(c: Cell) -> str:
-    """Start an nbdkit that is stopped once the call has begun; returns its URI."""
+    """Start an nbdkit that is stopped once the call has begun; return its URI."""
     argv = nbdkit_argv(["memory", "1M", "--threads=4"], None, None, None)
     server = Server(argv, Path(tempfile.mkdtemp(dir=c.folder)))
     c.stack.callback(server.close)
@@ -1015,7 +1015,7 @@ def _(c: Cell) -> None:
 
 
 def cells() -> Iterator[tuple[str, str, str]]:
-    """Yield the names of the calls, the ways to stop them, and how they end."""
+    """Yield the names of the calls, the ways to stop them, and the expected ends."""
     for name, (_, ways) in TABLE.items():
         for way, end in ways.items():
             if SOAK or not is_long(name, way):
@@ -1023,7 +1023,7 @@ def cells() -> Iterator[tuple[str, str, str]]:
 
 
 def is_long(name: str, way: str) -> bool:
-    """Tell whether a cell is left to the long form, as another one is nearly the same."""
+    """Return whether only the long form tries a cell, because another is nearly the same."""
     if "copy" in name and "an open file" in name:
         return True
     if way == "handler":
@@ -1031,7 +1031,7 @@ def is_long(name: str, way: str) -> bool:
     return way == "wait_for" and not name.startswith("aio: pread")
 
 
-#: Where the short form has a signal handler raise an Exception, too.
+#: The calls in which a handler also raises an Exception in the short form.
 HANDLED = (
     "connect, at greet",
     "open: read",
@@ -1051,15 +1051,15 @@ def outcome_of(folder: Path, name: str, way: str) -> Outcome:
 
 
 def main() -> None:
-    """Make the calls that standard input asks for."""
+    """Make the calls that standard input names."""
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     folder = Path(sys.argv[1])
-    outcome_of(folder, "open: read", "timeout")  # what is imported late keeps descriptors
+    outcome_of(folder, "open: read", "timeout")  # late imports keep descriptors open
     print("ready", flush=True)
     for line in sys.stdin:
         name, _, way = line.rstrip("\n").rpartition(" ")
         print(json.dumps(outcome_of(folder, name, way).__dict__), flush=True)
-    os._exit(0)  # a thread that is left was reported
+    os._exit(0)  # the threads that remain were reported
 
 
 if __name__ == "__main__":

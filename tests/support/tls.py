@@ -1,4 +1,4 @@
-"""Credentials for TLS that are not in order, made from those that servers.py makes."""
+"""TLS credentials that are wrong in some way, made from those of servers.py."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ ONLY_AUTHORITY = ("ca-cert.pem",)
 
 
 def with_server(good: Path, folder: Path, template: str) -> Path:
-    """Make a copy of good certificates in which the server's is a different one.
+    """Copy good certificates, but with a different certificate for the server.
 
     Args:
-        good: The folder of the good ones; their authority signs this one too.
+        good: The folder of the good certificates; their authority also signs the new one.
         folder: A folder that does not exist yet.
-        template: What the server's certificate says, in certtool's words.
+        template: The content of the server's certificate, as a certtool template.
     """
     shutil.copytree(good, folder)
     (folder / "template").write_text(template)
@@ -48,7 +48,7 @@ def with_server(good: Path, folder: Path, template: str) -> Path:
 
 
 def some_of(good: Path, folder: Path, names: tuple[str, ...] = ONLY_AUTHORITY) -> Path:
-    """Make a folder with copies of some files; without more names a client that has no own key."""
+    """Copy some files to a new folder; by default those of a client without a key of its own."""
     folder.mkdir()
     for name in names:
         shutil.copy(good / name, folder)
@@ -56,7 +56,7 @@ def some_of(good: Path, folder: Path, names: tuple[str, ...] = ONLY_AUTHORITY) -
 
 
 def key_of(psk: Path) -> str:
-    """Return the secret that a file of pre-shared keys holds, as it stands there."""
+    """Return the secret in a file of pre-shared keys, as it is written there."""
     return psk.read_text().strip().partition(":")[2]
 
 
@@ -67,6 +67,6 @@ def qemu_x509(folder: Path, verify: bool = False) -> list[str]:
 
 
 def qemu_psk(psk: Path) -> list[str]:
-    """Return qemu-nbd's options for a file of pre-shared keys, which has to be called keys.psk."""
+    """Return qemu-nbd's options for a file of pre-shared keys, which must be called keys.psk."""
     kind = f"tls-creds-psk,id=tls0,endpoint=server,dir={psk.parent}"
     return ["--object", kind, "--tls-creds=tls0"]

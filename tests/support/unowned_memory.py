@@ -1,4 +1,4 @@
-"""Memory that belongs to no Python object."""
+"""Memory that no Python object owns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WRITABLE = 0x200  # PyBUF_WRITE
 
 
 def unowned_view(memory: ctypes.Array[Any]) -> memoryview:
-    """Return a memoryview without an owner, as CPython's io makes them; PyPy skips the test."""
+    """Return a memoryview without an owner, as CPython's io makes them; skip on PyPy."""
     if sys.implementation.name != "cpython":
         pytest.skip("only CPython can make a view without an owner, as its io does")
     make = ctypes.pythonapi.PyMemoryView_FromMemory

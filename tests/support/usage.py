@@ -1,4 +1,4 @@
-"""What this process holds: memory, file descriptors, and what is kept for libnbd."""
+"""Measure what this process holds: memory, file descriptors, callables and buffers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import nbd
 def collect_garbage() -> None:
     """Collect garbage; PyPy needs more than one collection to run every finalizer.
 
-    On CPython, the memory of the shim that was collected is freed when the next handle is made.
+    On CPython the shim's memory of a collected handle is freed when the next handle is made.
     """
     for _ in range(1 if sys.implementation.name == "cpython" else 3):
         gc.collect()
@@ -21,7 +21,7 @@ def collect_garbage() -> None:
 
 
 def resident() -> int:
-    """Return how many bytes of memory this process has."""
+    """Return the resident memory of this process in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGESIZE")
 
@@ -32,7 +32,7 @@ def descriptors() -> int:
 
 
 def registered() -> int:
-    """Return how many callables and buffers are kept for libnbd, after a collection if any are."""
+    """Return how many callables and buffers are registered for libnbd; collect garbage if any."""
     if nbd._binding.callbacks.registry:
         collect_garbage()
     return len(nbd._binding.callbacks.registry)

@@ -1,4 +1,4 @@
-"""The calls that wait for a server, each as a test makes it, and what stops them."""
+"""The calls of a handle that wait for a server, and the ways to stop them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Call = Callable[[Any], object]
 
 BLOCK = 512
 
-#: What a connected handle can do.
+#: The commands of a connected handle.
 COMMANDS: dict[str, Call] = {
     "block_status": lambda h: h.block_status(65536, 0, lambda *extents: 0),
     "block_status_64": lambda h: h.block_status_64(65536, 0, lambda *extents: 0),
@@ -39,14 +39,14 @@ COMMANDS: dict[str, Call] = {
     "zero": lambda h: h.zero(BLOCK, 65536),
 }
 
-#: What waits for whatever comes, and what ends the connection.
+#: The calls that wait for any event, and the one that ends the connection.
 OTHERS: dict[str, Call] = {
     "poll": lambda h: h.poll(-1),
     "poll2": lambda h: h.poll2(-1, -1),
     "shutdown": lambda h: h.shutdown(),
 }
 
-#: What a handle can do that is negotiating.
+#: The calls of a handle that is negotiating.
 OPTIONS: dict[str, Call] = {
     "opt_extended_headers": lambda h: h.opt_extended_headers(),
     "opt_go": lambda h: h.opt_go(),
@@ -64,7 +64,7 @@ OPTIONS: dict[str, Call] = {
     "opt_structured_reply": lambda h: h.opt_structured_reply(),
 }
 
-#: Why a call that waits is in no table.
+#: The calls that wait but are in no table, and why.
 UNTRIED = {
     "opt_abort": "libnbd does not wait for its answer",
     "connect_vsock": "there is no vsock server here",
@@ -79,20 +79,20 @@ def connect_socket(h: nbd.NBD, server: Server) -> None:
 
 
 def connect_tcp(h: nbd.NBD, server: Server) -> None:
-    """Connect to a port on which somebody listens and nobody accepts."""
+    """Connect to a port that listens and never accepts."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         h.connect_tcp("127.0.0.1", str(listener.getsockname()[1]))
 
 
 def connect_systemd(h: nbd.NBD, server: Server) -> None:
-    """Start a server that never accepts, and end it."""
+    """Start a server that never accepts, and end it afterwards."""
     try:
         h.connect_systemd_socket_activation(["sleep", "600"])
     finally:
         h.kill_subprocess(signal.SIGTERM)
 
 
-#: How a handle can be connected: the server is stopped, or is one that never answers.
+#: The ways to connect a handle, to a server that is stopped or never answers.
 CONNECTS: dict[str, Callable[[nbd.NBD, Server], object]] = {
     "connect_command": lambda h, server: h.connect_command(["sh", "-c", "cat >/dev/null"]),
     "connect_socket": connect_socket,
@@ -104,25 +104,25 @@ CONNECTS: dict[str, Callable[[nbd.NBD, Server], object]] = {
 
 
 def those_of_this_libnbd(table: dict[str, Any]) -> list[Any]:
-    """Return the parameters of a test: the calls of a table that the libnbd in use has."""
+    """Return test parameters for the calls of a table that the libnbd in use has."""
     return [
         pytest.param(*item, id=item[0], marks=pytest.mark.needs(item[0])) for item in table.items()
     ]
 
 
 def orphans(h: nbd.NBD) -> int:
-    """Return how many commands of a handle were stopped and have no answer yet."""
+    """Return how many commands of a handle were abandoned and have no reply yet."""
     return int(nbd._binding.shim.lib.nbdshim_orphans(h._h))
 
 
 def reap(h: nbd.NBD) -> None:
-    """Let the server's late answers arrive."""
+    """Receive the late replies of the server."""
     while orphans(h):
         h.poll(-1)
 
 
 def time_out(h: nbd.NBD, name: str, call: Callable[[], object], figure: Figure) -> None:
-    """Make a call that has to time out, and say how late it did."""
+    """Make a call that must time out, and record how late it does."""
     h.settimeout(SHORT)
     start = time.monotonic()
     with pytest.raises(nbd.Timeout) as caught:
@@ -136,7 +136,7 @@ def time_out(h: nbd.NBD, name: str, call: Callable[[], object], figure: Figure) 
 
 
 def interrupt(name: str, call: Callable[[], object], figure: Figure) -> None:
-    """Make a call that a signal handler has to stop, and say how soon it did."""
+    """Make a call that a signal handler must stop, and record how quickly it does."""
     raised: list[float] = []
 
     def handler(number: int, frame: FrameType | None) -> None:
@@ -151,7 +151,7 @@ def interrupt(name: str, call: Callable[[], object], figure: Figure) -> None:
 
 @contextmanager
 def paused(server: Server) -> Iterator[None]:
-    """Let a server answer nothing for a while."""
+    """Pause a server inside the block."""
     server.pause()
     try:
         yield
