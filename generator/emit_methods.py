@@ -80,7 +80,7 @@ from nbd._binding.convert import (
     as_strings,
     owned_text,
 )
-from nbd._binding.errors import explain, pending, settle
+from nbd._binding.errors import explained, failure_of, pending, raise_pending
 from nbd._binding.handle import Handle
 from nbd._binding.memory import (
     BOUNCES,
@@ -223,23 +223,26 @@ def statements(function: Function, kind: Returns) -> Iterator[str]:
     except what the shim has already taken.
     """
     tokens = [f"{closure.name}_token" for closure in function.closures]
-    body = [*conversions(function), *registrations(function), *call(function, kind)]
+    body = [
+        *conversions(function),
+        *registrations(function),
+        *call(function, kind),
+        *failing(function, kind),
+    ]
     if tokens:
-        body += ["if result < 0 or pending:", "    settle(self._h, result)"]
         yield f"{' = '.join(tokens)} = 0"
     if not function.parameters:
         yield from body
     else:
         yield "try:"
         yield textwrap.indent("\n".join(body), "    ")
-        yield f"except {'BaseException' if tokens else 'Exception'} as raised:"
+        yield "except BaseException as raised:"
         if tokens:
             yield f"    abandon(self._h, {', '.join(tokens)})"
         numbers = [p for p in function.parameters if p.kind is Kind.INT]
         named = [f'{p.name}=({p.name}, "{p.ctype}")' for p in numbers]
-        explained = wrap(f"explain({', '.join(['self._h', 'raised', *named])})", 12)
+        explained = wrap(f"raise explained({', '.join(['self._h', 'raised', *named])})", 12)
         yield textwrap.indent(explained, "    ")
-        yield "    raise"
     yield from outcome(function, kind)
 
 
@@ -358,27 +361,32 @@ def c_arguments(function: Function, parameter: Parameter) -> Iterator[str]:
         yield name + suffix.get(parameter.kind, "")
 
 
-def outcome(function: Function, kind: Returns) -> Iterator[str]:
-    """Raise an exception if the call failed, else return the result as the right type.
+def failing(function: Function, kind: Returns) -> Iterator[str]:
+    """Raise an exception if the call failed, or if a callback or a signal handler raised one.
 
     An unsigned 64-bit result cannot say that the call was refused: it is 0 then, and the shim is
     asked for the reason.
     """
+    failure = f'raise failure_of(self._h, result, "{function.name}")'
     if kind in (Returns.TEXT, Returns.OWNED_TEXT):
-        yield "if not result or pending:"
-        yield "    settle(self._h, result)"
-        yield f"return {'owned_text' if kind is Returns.OWNED_TEXT else 'as_text'}(result)"
-        return
-    if kind is Returns.UNSIGNED:
+        yield "if not result:"
+        yield f"    {failure}"
+    elif kind is Returns.UNSIGNED:
         check = "nbdshim_check_unlocked" if function.name in LOCK_FREE else "nbdshim_check"
-        yield "if not result or pending:"
-        yield f"    settle(self._h, result or lib.{check}(self._h))"
-        yield "return result"
-        return
-    if not function.closures:
-        yield "if result < 0 or pending:"
-        yield "    settle(self._h, result)"
-    if function.form_of:
+        yield f"if not result and lib.{check}(self._h) < 0:"
+        yield f"    {failure.replace('result', f'lib.{check}(self._h)')}"
+    else:
+        yield "if result < 0:"
+        yield f"    {failure}"
+    yield "if pending:"
+    yield "    raise_pending(self._h)"
+
+
+def outcome(function: Function, kind: Returns) -> Iterator[str]:
+    """Return the result as the right type."""
+    if kind in (Returns.TEXT, Returns.OWNED_TEXT):
+        yield f"return {'owned_text' if kind is Returns.OWNED_TEXT else 'as_text'}(result)"
+    elif function.form_of:
         yield "if target is not None and (BOUNCES or is_unowned(target)):"
         yield "    copy_back(target, pin)"
     elif reads_synchronously(function) and function.buffer:
@@ -386,5 +394,5 @@ def outcome(function: Function, kind: Returns) -> Iterator[str]:
         yield f"return {finish}({function.buffer.name}, pin)"
     elif kind is Returns.TRUTH:
         yield "return result != 0"
-    elif kind is Returns.NUMBER:
+    elif kind in (Returns.NUMBER, Returns.UNSIGNED):
         yield "return result"

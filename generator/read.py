@@ -53,16 +53,8 @@ RESERVED = frozenset(keyword.kwlist) | {
     *("BOUNCES", "from_buffer"),
     *("new_result", "new_shown_result", "result_of", "shown_result_of"),
     *("address_of", "as_number", "as_path", "as_string", "as_strings", "as_text", "owned_text"),
-    *(
-        "abandon",
-        "copy_back",
-        "explain",
-        "next_token",
-        "not_callable",
-        "settle",
-        "lib",
-        "NEVER_STALE",
-    ),
+    *("abandon", "copy_back", "explained", "failure_of", "next_token", "not_callable"),
+    *("raise_pending", "lib", "NEVER_STALE"),
     # Builtins that the methods use.
     *("bool", "bytearray", "bytes", "callable", "len", "type"),
     *("BaseException", "Exception"),

@@ -3,7 +3,7 @@
 
 A call fails when libnbd says so, or when the shim refuses it.  Besides, callbacks that ran during
 the call may have raised.  Their exceptions cannot pass through C: they wait in `pending` until the
-call is back in its method, in the same thread.  There `settle` decides what happens to them:
+call is back in its method, in the same thread.  There `raise_pending` decides what happens to them:
 
     KeyboardInterrupt, SystemExit   are raised
     another, and the call failed    becomes the cause of the nbd.Error
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 #: The flag of a code object whose function takes any number of arguments (inspect.CO_VARARGS).
 _HAS_REST = 4
+#: The modules whose functions a method's traceback does not show.
+_HELPERS = frozenset(f"nbd._binding.{name}" for name in ("buffer", "convert", "errors", "memory"))
 #: The instruction with which a function begins; 0 where there is none for that.
 _RESUME = (lambda: 0).__code__.co_code[0] if IS_CPYTHON and sys.version_info >= (3, 11) else 0
 
@@ -158,46 +160,82 @@ class ClosedHandle(ValueError):
 
 
 class UnknownHost(Exception):
-    """An address names a host that cannot be found; `explain` makes an nbd.Error of it."""
+    """An address names a host that cannot be found; `explained` makes an nbd.Error of it."""
 
 
-def settle(handle: Any, result: Any) -> None:
-    """Raise what a method's call left to raise: it failed, or callbacks raised during it."""
-    settle_as(handle, result, sys._getframe(1).f_code.co_name)
+def failure_of(handle: Any, result: Any, method: str) -> BaseException:
+    """The exception for a call that failed; the caller raises it.
+
+    It is returned so that the traceback of a failed call ends with the method.  If a callback or a
+    signal handler raised during the call, this function raises by itself: see `raise_pending`.
+
+    Args:
+        handle: The shim's handle.
+        result: What the shim returned: a negative number or a null pointer.
+        method: The method that the user called, for the message.
+    """
+    failed = _or_end(_failure(handle, result, method))
+    if pending:
+        raise_pending(handle, failed)
+    return failed
 
 
-def settle_as(handle: Any, result: Any, method: str) -> None:
-    """The same for a call that was made for a method of another name."""
-    _raise(handle, _or_end(_failure(handle, result, method)))
+def explained(handle: Any, raised: BaseException, **numbers: tuple[object, str]) -> BaseException:
+    """The exception that a method raises for one that it caught: the same, or a better one.
 
-
-def explain(handle: Any, raised: BaseException, **numbers: tuple[object, str]) -> None:
-    """Raise a better exception for an argument that was refused, if there is a better one.
+    Its traceback does not show the functions of the package that converted an argument or made the
+    exception.  It does show what they called: code of the user, or the handler of a signal.
 
     Args:
         handle: If it is closed, the exception is ClosedHandle, whatever the arguments are.
         raised: What was raised.  cffi's OverflowError tells the value, but not which argument.
         numbers: The value and the C type of each argument that is a number, by its name.
     """
+    better = _better(handle, raised, numbers)
+    if better is None:
+        return raised.with_traceback(_below_helpers(raised.__traceback__))
+    better.__suppress_context__ = True
+    return better
+
+
+def _better(
+    handle: Any, raised: BaseException, numbers: dict[str, tuple[object, str]]
+) -> Exception | None:
+    """The exception to raise instead of one that an argument caused, if there is a better one."""
     if not isinstance(raised, Exception) or isinstance(raised, (ClosedHandle, Error)):
-        return
+        return None
     if lib.nbdshim_check(handle) == lib.NBDSHIM_CLOSED:
-        raise no_handle(handle)
+        return no_handle(handle)
     if isinstance(raised, UnknownHost):
-        raise Error(str(raised), 0) from None
-    if not isinstance(raised, OverflowError):
-        return
+        return Error(str(raised), 0)
+    return _out_of_range(numbers) if isinstance(raised, OverflowError) else None
+
+
+def _out_of_range(numbers: dict[str, tuple[object, str]]) -> OverflowError | None:
+    """The exception for the first number that its C type cannot hold."""
     for name, (value, ctype) in numbers.items():
         try:
             ffi.new(f"{ctype} *", value)
         except OverflowError:
             bits = 8 * ffi.sizeof(ctype)
             signed = int(ffi.cast(ctype, -1)) < 0
-            least, most = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-            text = f"{name}: {value} is not between {least} and {most}"
-            raise OverflowError(text) from None
+            low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+            return OverflowError(f"{name}: {value} is not between {low} and {high}")
         except TypeError:  # the value's own __index__ has raised
             continue
+    return None
+
+
+def _below_helpers(traceback: Any) -> Any:
+    """The part of a method's traceback below the method and its helpers."""
+    traceback = traceback.tb_next
+    while (
+        traceback is not None
+        and traceback.tb_frame.f_globals.get("__name__") in _HELPERS
+        and not _has_just_begun(traceback)  # is_by_handler looks for that
+    ):
+        traceback = traceback.tb_next
+    return traceback
 
 
 def no_handle(handle: Any) -> Exception:
@@ -247,23 +285,16 @@ def end_other_threads() -> None:
     lib.nbdshim_end_other_threads()
 
 
-def _or_end(failure: Exception | None) -> BaseException | None:
-    """The failure of a call; or SystemExit in its place, where this thread has to end."""
-    if failure is None or _ending in (None, get_ident()):
-        return failure
+def _or_end(failed: Exception) -> BaseException:
+    """The exception of a failed call, or SystemExit where this thread has to end."""
+    if _ending in (None, get_ident()):
+        return failed
     return SystemExit("the program ends, and with it this thread")
 
 
-def _failure(handle: Any, result: Any, method: str) -> Exception | None:
-    """The exception for a negative number or a null pointer; None for a good result."""
-    if isinstance(result, int):
-        if result >= 0:
-            return None
-        code = result
-    else:
-        if result:
-            return None
-        code = lib.nbdshim_check(handle) or -1
+def _failure(handle: Any, result: Any, method: str) -> Exception:
+    """The exception for a negative number or a null pointer."""
+    code = result if isinstance(result, int) else lib.nbdshim_check(handle) or -1
     if code == -1:
         return last_error(method)
     if code == lib.NBDSHIM_CLOSED:
@@ -314,8 +345,8 @@ def _waiting(*origins: Any) -> list[Waiting]:
     return [one for one in list(pending) if one[0] == get_ident() and one[1] in origins]
 
 
-def _raise(handle: Any, failure: BaseException | None) -> None:
-    """Raise the failure, or what is urgent; report the rest.
+def raise_pending(handle: Any, failed: BaseException | None = None) -> None:
+    """Raise what callbacks and signal handlers raised during a call; report the rest.
 
     What a signal handler raised is urgent, and so is a KeyboardInterrupt or SystemExit of a
     callback.  Of several, one is raised now.  The others wait for the next calls.
@@ -325,6 +356,11 @@ def _raise(handle: Any, failure: BaseException | None) -> None:
 
     An exception refers to the frames that it passes.  No frame may refer to it in turn: that would
     be a cycle, which keeps the caller's buffer pinned until the next garbage collection.
+
+    Args:
+        handle: The shim's handle.
+        failed: The exception of the call, if it failed.  Another exception than an urgent one
+            becomes its cause; if there is none, `failed` is not raised.
     """
     waiting = _waiting(handle, None, BY_HANDLER)
     urgent = [one for one in waiting if _is_urgent(one)]
@@ -332,13 +368,11 @@ def _raise(handle: Any, failure: BaseException | None) -> None:
     try:
         if urgent:
             _raise_waiting(urgent[0])
-        if failure is not None:
-            if others:
-                _raise_with_cause(failure, others.pop(0))
-            raise failure
+        if failed is not None and others:
+            _raise_with_cause(failed, others.pop(0))
     finally:
         _report(others)
-        del failure, waiting, urgent, others
+        del failed, waiting, urgent, others
 
 
 def _is_urgent(one: Waiting) -> bool:

@@ -9,7 +9,14 @@ import os
 from sys import is_finalizing
 
 from nbd._binding.convert import as_seconds
-from nbd._binding.errors import end_other_threads, explain, pending, report_pending, settle
+from nbd._binding.errors import (
+    end_other_threads,
+    explained,
+    failure_of,
+    pending,
+    raise_pending,
+    report_pending,
+)
 from nbd._binding.lifetime import owned
 from nbd._binding.shim import IS_CPYTHON, ffi, lib
 
@@ -94,8 +101,10 @@ class Handle:
         result = nbdshim_close(self._h)
         if result == 0:
             _open.discard(self._h)
-        if result < 0 or pending:
-            settle(self._h, result)
+        if result < 0:
+            raise failure_of(self._h, result, "close")
+        if pending:
+            raise_pending(self._h)
 
     def settimeout(self, seconds: float | None) -> None:
         """Bound how long each later call on this handle may wait.
@@ -131,12 +140,11 @@ class Handle:
         """
         try:
             limit = 0.0 if seconds is None else as_seconds("seconds", seconds)
-        except Exception as raised:
-            explain(self._h, raised)
-            raise
+        except BaseException as raised:
+            raise explained(self._h, raised)  # noqa: B904 - explained has set the context
         result = lib.nbdshim_set_timeout(self._h, limit)
         if result < 0:
-            settle(self._h, result)
+            raise failure_of(self._h, result, "settimeout")
 
     def gettimeout(self) -> float | None:
         """Return how many seconds a call on this handle may wait.
@@ -152,7 +160,7 @@ class Handle:
         """
         limit: float = lib.nbdshim_timeout(self._h)
         if limit < 0:
-            settle(self._h, int(limit))
+            raise failure_of(self._h, int(limit), "gettimeout")
         return limit or None
 
     def __enter__(self: Self) -> Self:
@@ -166,7 +174,7 @@ class Handle:
     ) -> None:
         _close_quietly(self._h)
         if pending:  # what the handler of a signal has raised meanwhile
-            settle(self._h, 0)
+            raise_pending(self._h)
 
     def __del__(self) -> None:
         if _is_exiting and is_finalizing():  # too late for callbacks: Python has ended

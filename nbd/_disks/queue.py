@@ -17,7 +17,14 @@ from time import monotonic
 from nbd._binding.buffer import readable, writable
 from nbd._binding.callbacks import forget, next_token, registry
 from nbd._binding.convert import as_number
-from nbd._binding.errors import Error, Timeout, pending, report_pending, settle, settle_as
+from nbd._binding.errors import (
+    Error,
+    Timeout,
+    failure_of,
+    pending,
+    raise_pending,
+    report_pending,
+)
 from nbd._binding.lifetime import is_owned, owned
 from nbd._binding.memory import BOUNCES, NEVER_STALE, copy_back, free, from_buffer, is_unowned
 from nbd._binding.methods import NBD
@@ -125,8 +132,10 @@ class ShimQueue:
             )
         if result == lib.NBDSHIM_CLOSED and not lib.nbdshim_check(handle._h):
             raise self.refused(result)
-        if result < 0 or pending:
-            settle_as(handle._h, result, "get_size")
+        if result < 0:
+            raise failure_of(handle._h, result, "get_size")
+        if pending:
+            raise_pending(handle._h)
         self._handles.append(handle)
 
     def add_file(self, side: int, fd: int, base: int, size: int) -> None:
@@ -153,7 +162,7 @@ class ShimQueue:
         if count < 0:
             raise self.refused(count)
         if pending:
-            self._settle(0)
+            self._raise_pending()
         return done, count
 
     def fileno(self) -> int:
@@ -172,7 +181,7 @@ class ShimQueue:
         if count < 0:
             raise self.refused(count)
         if pending:
-            self._settle(0)
+            self._raise_pending()
         return done, count
 
     def error_of(self, handle: Handle) -> int:
@@ -227,20 +236,19 @@ class ShimQueue:
         if self.q:
             self.drop()
 
-    def refused(self, result: int) -> Exception:
+    def refused(self, result: int) -> BaseException:
         """The exception for a refusal of the shim, unless a better one is raised here."""
         if result == lib.NBDSHIM_CLOSED:
             return ValueError("the queue is closed, or of the parent process; make a new one")
         if result == lib.NBDSHIM_NO_MEMORY:
             return MemoryError("no memory for a request")
-        self._settle(result)
-        return RuntimeError("unreachable")  # settle has raised
+        self._raise_pending(1)
+        return failure_of(self._handles[0]._h if self._handles else None, result, "queue")
 
-    def _settle(self, result: int) -> None:
+    def _raise_pending(self, first: int = 0) -> None:
         """Raise what a signal handler, or a callback of one of the handles, has raised."""
-        for handle in self._handles[1:]:
-            settle(handle._h, 0)
-        settle(self._handles[0]._h if self._handles else None, result)
+        for handle in self._handles[first:]:
+            raise_pending(handle._h)
 
 
 class IdleTimer:

@@ -21,7 +21,7 @@ from nbd._binding.constants import (
     TLS_DISABLE,
 )
 from nbd._binding.convert import as_number, as_seconds
-from nbd._binding.errors import ClosedHandle, Error, pending, settle_as
+from nbd._binding.errors import ClosedHandle, Error, failure_of, pending, raise_pending
 from nbd._binding.methods import NBD
 from nbd._binding.shim import lib
 from nbd._disks.connect import NOT_LISTENING, close_all, context_names, prepared, retry_intervals
@@ -319,8 +319,10 @@ class _Attempt:
         while handle.aio_is_connecting():
             is_late = not await self._ready(handle)
             result = lib.nbdcall_poll(handle._h, 0)
-            if result < 0 or pending:
-                settle_as(handle._h, result, method)
+            if result < 0:
+                raise failure_of(handle._h, result, method)
+            if pending:
+                raise_pending(handle._h)
             if is_late and handle.aio_is_connecting():
                 raise self._late()
         if not handle.aio_is_ready() and not handle.aio_is_negotiating():

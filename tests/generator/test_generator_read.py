@@ -107,7 +107,7 @@ def test_a_callback_with_a_null_macro_is_optional() -> None:
     assert parameter("nbd_colour_callback colour_callback", COLOUR, macro).optional
 
 
-@pytest.mark.parametrize("name", ["from", "self", "s", "ret", "size", "result", "settle"])
+@pytest.mark.parametrize("name", ["from", "self", "s", "ret", "size", "result", "failure_of"])
 def test_a_name_that_generated_code_uses_gets_an_underscore(name: str) -> None:
     assert parameter(f"int {name}").name == f"{name}_"
 
