@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* How the pieces of a queue's requests become commands, and how these end; see pieces.h. */
+/* How requests become pieces and commands, and how these end; see pieces.h. */
 
 #include "pieces.h"
 #include "watch.h"
@@ -9,12 +9,15 @@
 #include <string.h>
 #include <unistd.h>
 
-/* Commands without data are not larger than this. */
+/* The largest piece of a request without data: zero, trim or cache. */
 #define MAX_RANGE (UINT64_C(128) << 20)
-/* Of memory that a file opened with O_DIRECT is read into: no block device has larger blocks. */
+/* O_DIRECT needs memory aligned to the blocks of the device; none are larger than this. */
 #define ALIGNMENT 4096
 
-/* Give a slot whose command has ended to `pieces_reap`.  q->lock is locked. */
+/*
+ * Put a slot whose command has ended into q->answered, for pieces_reap.  q->lock is locked.  Any
+ * thread may do this; a forgotten queue has nobody who reaps.
+ */
 static void list_answered(struct slot *slot)
 {
     struct nbdqueue *q = slot->q;
@@ -28,8 +31,8 @@ static void list_answered(struct slot *slot)
 }
 
 /*
- * libnbd's completion callback.  Reads are retired by nbd_aio_command_completed, which alone tells
- * of a reply that has ended too early.
+ * libnbd's completion callback; returns 1 to retire the command.  A read is retired later by
+ * nbd_aio_command_completed, because only that reports a reply which did not cover the whole range.
  */
 // cppcheck-suppress constParameter ; libnbd has declared it
 static int complete(void *user_data, int *error)
@@ -41,10 +44,14 @@ static int complete(void *user_data, int *error)
     if (nbdqueue_is_inherited(q))
         return 1;
     if (!atomic_load_explicit(&q->is_moving, memory_order_relaxed))
-        nbdqueue_note_move(q); /* another thread has moved it */
+        nbdqueue_note_move(q); /* another thread moves this handle */
     pthread_mutex_lock(&q->lock);
     slot->is_answered = true;
     slot->error = *error;
+    /*
+     * A command that is retired here is listed in `retire`, which libnbd calls right afterwards.  A
+     * read is listed now, and the thread that reaps retires it.  Of a dropped queue nobody reaps.
+     */
     is_retired = q->is_dropped || slot->command != NBDQUEUE_READ;
     if (!is_retired)
         list_answered(slot);
@@ -53,8 +60,10 @@ static int complete(void *user_data, int *error)
 }
 
 /*
- * All was forgotten, and no command is in flight: nobody uses the buffers any more.  A queue that
- * was only dropped may have a piece that is not sent yet, or is not copied yet to its buffer.
+ * Release the queue's token when this thread leaves s.  The queue is forgotten and has no command
+ * in flight, so nothing can use the buffers.  It would be too early for a queue that is only marked
+ * as dropped: a piece may still be sent, or copied from a bounce buffer to its own.  q->lock is
+ * locked.
  */
 static void release_buffers(struct nbdqueue *q, struct nbdshim *s)
 {
@@ -69,7 +78,7 @@ static void release_buffers(struct nbdqueue *q, struct nbdshim *s)
     nbdshim_push_released(closure);
 }
 
-/* How many bytes of memory a command in flight needs. */
+/* The number of bytes of memory that a command in flight uses. */
 static size_t bytes_of(const struct slot *slot)
 {
     bool has_data = slot->command == NBDQUEUE_READ || slot->command == NBDQUEUE_WRITE;
@@ -96,7 +105,7 @@ void pieces_unref(struct nbdqueue *q)
     free(q);
 }
 
-/* libnbd's `free` callback: it has no more use for the command. */
+/* libnbd's `free` callback: libnbd does not use the slot any more. */
 static void retire(void *user_data)
 {
     struct slot *slot = user_data;
@@ -111,17 +120,21 @@ static void retire(void *user_data)
     q->in_flight--;
     if (slot->is_orphan)
         nbdshim_remove_orphan(s, &slot->range, bytes_of(slot));
+    /*
+     * libnbd also calls this inside nbd_aio_X if it refuses the command.  Then send_command is
+     * still running, with neither bit set, and will list the slot itself with libnbd's error.
+     */
     if (!slot->is_answered && slot->is_issued)
-        slot->error = ENOTCONN; /* the handle was closed */
+        slot->error = ENOTCONN; /* nbd_close has freed a command without a reply */
     if (slot->is_issued || slot->is_answered)
         list_answered(slot);
     if (q->is_forgotten && q->in_flight == 0)
         release_buffers(q, s);
     pthread_mutex_unlock(&q->lock);
-    pieces_unref(q);
+    pieces_unref(q); /* the command's reference; q and its slots may be gone now */
 }
 
-/* What a command does to a file.  Returns 0 or an errno. */
+/* Do a slot's command on a file.  Returns 0 or an errno. */
 static int use_file(const struct slot *slot, struct queuefile *file)
 {
     uint64_t at = slot->wide_offset, length = slot->wide_length;
@@ -146,7 +159,7 @@ static bool is_changing(enum nbdqueue_operation command)
     return command == NBDQUEUE_WRITE || command == NBDQUEUE_ZERO || command == NBDQUEUE_TRIM;
 }
 
-/* How many bytes of memory the commands have that are in flight on a handle. */
+/* The number of bytes of memory that the commands in flight on a handle use. */
 static size_t bytes_in_flight(const struct nbdqueue *q, const struct member *m)
 {
     size_t sum = 0;
@@ -160,7 +173,7 @@ static size_t bytes_in_flight(const struct nbdqueue *q, const struct member *m)
     return sum;
 }
 
-/* Whether a handle can take one command more: all that is in flight may become orphans. */
+/* Whether a handle can take another command: everything in flight may become orphans. */
 static bool has_capacity(const struct slot *slot, const struct member *m)
 {
     size_t bytes;
@@ -172,8 +185,8 @@ static bool has_capacity(const struct slot *slot, const struct member *m)
 }
 
 /*
- * The handle of an end that has the fewest commands in flight.  Returns NULL if none can take a
- * command; *is_alive is whether one of them will be able to.  q->lock is locked.
+ * The handle of a side that has the fewest commands in flight.  Returns NULL if no handle can take
+ * a command now; *is_alive says whether one may be able to later.  q->lock is locked.
  */
 static struct member *choose_member(const struct slot *slot, enum nbdqueue_side side,
                                     bool *is_alive)
@@ -194,7 +207,7 @@ static struct member *choose_member(const struct slot *slot, enum nbdqueue_side 
     return found;
 }
 
-/* The errno for a command for which there is no connection left. */
+/* The errno for a command of a side that has lost all its connections. */
 static int lost_error(const struct nbdqueue *q, enum nbdqueue_side side)
 {
     for (size_t i = 0; i < q->count; i++) {
@@ -204,7 +217,7 @@ static int lost_error(const struct nbdqueue *q, enum nbdqueue_side side)
     return ENOTCONN;
 }
 
-/* Make the call of libnbd for a slot.  Returns its cookie, or -1. */
+/* Call libnbd for a slot's command.  Returns the cookie, or -1. */
 static int64_t call(struct slot *slot)
 {
     struct nbd_handle *h = slot->member->s->h;
@@ -245,7 +258,7 @@ static bool overlap(const struct slot *a, const struct slot *b)
            b->wide_offset < a->wide_offset + a->wide_length;
 }
 
-/* Whether a command has to wait for one of this queue that was cancelled.  q->lock is locked. */
+/* Whether a command overlaps a cancelled change of this queue in flight.  q->lock is locked. */
 static bool waits_for_cancelled(const struct slot *slot)
 {
     const struct nbdqueue *q = slot->q;
@@ -261,7 +274,7 @@ static bool waits_for_cancelled(const struct slot *slot)
     return false;
 }
 
-/* Whether a command has to wait for an orphan on one of the handles.  q->lock is locked. */
+/* Whether a command overlaps what an orphan of one of the handles changes.  q->lock is locked. */
 static bool waits_for_orphan(const struct slot *slot)
 {
     const struct nbdqueue *q = slot->q;
@@ -276,21 +289,29 @@ static bool waits_for_orphan(const struct slot *slot)
     return false;
 }
 
-/* Whether a command has to wait for one that nobody waits for.  q->lock is locked. */
+/* Whether a command has to wait for a change that nobody waits for any more.  q->lock is locked. */
 static bool is_blocked(const struct slot *slot)
 {
     return slot->command != NBDQUEUE_FLUSH && (waits_for_cancelled(slot) || waits_for_orphan(slot));
 }
 
 /*
- * Give a slot to a handle if its command can be sent now.  Else it gets into q->blocked or, with an
- * error, into q->answered.  Returns whether it can be sent.
+ * Assign a slot to a handle if its command can be sent now.  If not, put it into q->blocked or,
+ * with an error, into q->answered.  The caller has the turn.  Returns whether the command can be
+ * sent.
  */
 static bool assign_member(struct slot *slot)
 {
     struct nbdqueue *q = slot->q;
     bool is_alive;
 
+    /*
+     * All of this is one step under the lock.  nbdqueue_cancel either marks the request before, and
+     * the command is not sent, or it finds the slot in flight, and other commands wait for it.
+     *
+     * A command that becomes an orphan after this check does not matter: its caller is still
+     * waiting now, so the two are concurrent, and nothing orders them.
+     */
     pthread_mutex_lock(&q->lock);
     slot->member = choose_member(slot, side_of(slot), &is_alive);
     if (slot->request->is_cancelled || q->is_dropped || !is_alive) {
@@ -306,13 +327,13 @@ static bool assign_member(struct slot *slot)
         slot->token = slot->request->token;
         slot->member->in_flight++;
         q->in_flight++;
-        atomic_fetch_add(&q->references, 1);
+        atomic_fetch_add(&q->references, 1); /* libnbd's, until `retire` */
     }
     pthread_mutex_unlock(&q->lock);
     return slot->member != NULL;
 }
 
-/* Use the file of an end, which is done at once. */
+/* Do a slot's command on a file, synchronously, and list the slot. */
 static void use_file_now(struct slot *slot, struct queuefile *file)
 {
     struct nbdqueue *q = slot->q;
@@ -326,9 +347,9 @@ static void use_file_now(struct slot *slot, struct queuefile *file)
 }
 
 /*
- * Send a slot's command, unless its request was cancelled or the queue was dropped.  Whatever
- * becomes of it, the slot gets into q->answered in the end; q->blocked has it until then if it has
- * to wait.
+ * Send a slot's command, unless its request was cancelled or the queue was dropped.  In every case
+ * the slot ends up in q->answered; it is in q->blocked as long as the command has to wait.  The
+ * caller has the turn.
  */
 static void send_command(struct slot *slot)
 {
@@ -345,6 +366,11 @@ static void send_command(struct slot *slot)
     if (!assign_member(slot))
         return;
 
+    /*
+     * Without q->lock, because libnbd may call `complete` and `retire` from inside.  From here on
+     * another thread that moves the handle may do so too; but they only mark and list the slot.
+     * Only the thread with the turn takes slots from the list, so the slot is still ours below.
+     */
     cookie = call(slot);
 
     pthread_mutex_lock(&q->lock);
@@ -377,7 +403,7 @@ static bool is_change(enum nbdqueue_operation operation)
     return operation == NBDQUEUE_WRITE || operation == NBDQUEUE_ZERO;
 }
 
-/* Whether the operation moves data, which the server may bound. */
+/* Whether the operation transfers data, so that the maximum block size applies. */
 static bool has_payload(const struct nbdqueue *q, enum nbdqueue_operation operation)
 {
     return operation == NBDQUEUE_READ || operation == NBDQUEUE_WRITE ||
@@ -385,7 +411,7 @@ static bool has_payload(const struct nbdqueue *q, enum nbdqueue_operation operat
            (operation == NBDQUEUE_ZERO && !q->endpoints[NBDQUEUE_TARGET].has_zero);
 }
 
-/* Where the next piece of a request ends. */
+/* Where the next piece of a request stops. */
 static uint64_t stop_of_piece(const struct nbdqueue *q, const struct request *r)
 {
     const struct endpoint *endpoint = &q->endpoints[NBDQUEUE_TARGET];
@@ -397,14 +423,14 @@ static uint64_t stop_of_piece(const struct nbdqueue *q, const struct request *r)
 
     if (r->operation != NBDQUEUE_ZERO)
         return last;
-    if (r->cut != block) /* the edges of a zero are pieces of their own */
+    if (r->cut != block) /* an edge of a zero is a piece of its own */
         return smaller(last, block + endpoint->minimum);
     if (last == endpoint->size)
         return last;
     return last - block > endpoint->minimum ? round_down(last, endpoint->minimum) : last;
 }
 
-/* Give the next piece of a request to a slot, but do not cut it off yet. */
+/* Fit the next piece of a request into a slot, without cutting it off yet. */
 static void fit(struct slot *slot, struct request *r)
 {
     const struct nbdqueue *q = slot->q;
@@ -423,7 +449,10 @@ static void fit(struct slot *slot, struct request *r)
     slot->merges = is_change(r->operation) && slot->wide_length != slot->length;
 }
 
-/* Whether a change of blocks has to wait: a merge must be alone there.  q->lock is locked. */
+/*
+ * Whether a change of blocks has to wait.  A merge reads its blocks and writes them back later: a
+ * change of the same blocks in between would be undone.  q->lock is locked.
+ */
 static bool has_to_wait(const struct slot *slot)
 {
     const struct nbdqueue *q = slot->q;
@@ -440,7 +469,7 @@ static bool has_to_wait(const struct slot *slot)
     return false;
 }
 
-/* Put a request into the list of those that are done.  q->lock is locked. */
+/* Append a request to the list of those that are done.  q->lock is locked. */
 static void finish_request(struct nbdqueue *q, struct request *r)
 {
     r->next = NULL;
@@ -449,7 +478,7 @@ static void finish_request(struct nbdqueue *q, struct request *r)
     q->done_length++;
 }
 
-/* Take the first request off the list of those that are not cut up.  q->lock is locked. */
+/* Remove the first request from the list of those not fully cut.  q->lock is locked. */
 static void unqueue(struct nbdqueue *q)
 {
     q->queued = q->queued->next;
@@ -458,8 +487,8 @@ static void unqueue(struct nbdqueue *q)
 }
 
 /*
- * Cut a piece off the first request.  Returns its slot; NULL if there is none, or if it has to
- * wait.
+ * Cut a piece off the first request.  Returns its slot, or NULL if there is no request or no free
+ * slot, or if the piece has to wait.
  */
 static struct slot *next_piece(struct nbdqueue *q)
 {
@@ -468,7 +497,7 @@ static struct slot *next_piece(struct nbdqueue *q)
 
     pthread_mutex_lock(&q->lock);
     while (q->queued != NULL &&
-           q->queued->cut == q->queued->stop) { /* it has failed, or is empty */
+           q->queued->cut == q->queued->stop) { /* failed, cancelled or empty */
         r = q->queued;
         unqueue(q);
         if (r->in_flight == 0)
@@ -496,13 +525,13 @@ static struct slot *next_piece(struct nbdqueue *q)
     return slot;
 }
 
-/* Memory that files opened with O_DIRECT take, too; NULL if there is none. */
+/* Allocate memory that also suits files opened with O_DIRECT; NULL if out of memory. */
 static char *aligned_memory(size_t size)
 {
     return aligned_alloc(ALIGNMENT, (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
 }
 
-/* Memory for a piece that is not read or written in place, or zeroes.  Returns 0 or ENOMEM. */
+/* Choose a slot's memory: the caller's buffer, zeroes or a bounce buffer.  Returns 0 or ENOMEM. */
 static int choose_memory(struct slot *slot)
 {
     struct nbdqueue *q = slot->q;
@@ -529,6 +558,7 @@ static int choose_memory(struct slot *slot)
     return slot->bounce == NULL ? ENOMEM : 0;
 }
 
+/* Send the first command of a new piece.  The caller has the turn. */
 static void start(struct slot *slot)
 {
     struct nbdqueue *q = slot->q;
@@ -552,7 +582,7 @@ static void start(struct slot *slot)
     pthread_mutex_unlock(&q->lock);
 }
 
-/* Try once more to send what was held back. */
+/* Try again to send the blocked commands, which may block again.  The caller has the turn. */
 static void send_blocked(struct nbdqueue *q)
 {
     struct slot *list = q->blocked, *next;
@@ -574,7 +604,8 @@ void pieces_pump(struct nbdqueue *q)
         start(slot);
 }
 
-/* The end of a piece: its slot is free, and its request may be done.  q->lock is locked. */
+/* Finish a piece: free its slot, and finish its request if that was the last.  q->lock is locked.
+ */
 static void finish_piece(struct slot *slot)
 {
     struct nbdqueue *q = slot->q;
@@ -587,7 +618,7 @@ static void finish_piece(struct slot *slot)
         r->error_side = side_of(slot);
     }
     if (slot->error != 0) {
-        r->cut = r->stop; /* if it is still queued, next_piece finds it */
+        r->cut = r->stop; /* send no more; next_piece finishes it if it is queued */
     } else if (r->operation == NBDQUEUE_COPY) {
         atomic_fetch_add(&q->copied, slot->length);
         r->moved += slot->length;
@@ -606,9 +637,9 @@ static void finish_piece(struct slot *slot)
 }
 
 /*
- * Cut a command without data that was too large for the server, which may take no more than its
- * maximum block size; and go on with the next part of one that was cut.  Returns whether a command
- * follows.
+ * Prepare the next command of a piece without data that takes more than one.  A server may refuse
+ * such a command if it is larger than its maximum block size; then repeat it with that size, and
+ * continue with the next part.  Returns whether another command follows.
  */
 static bool cut_further(struct slot *slot)
 {
@@ -631,7 +662,10 @@ static bool cut_further(struct slot *slot)
     return true;
 }
 
-/* What follows when a command of a slot has ended: the next one, or the end of the piece. */
+/*
+ * Continue a slot whose command has ended: send the next command of its piece, or finish the piece.
+ * The caller has the turn, and libnbd does not use the slot.
+ */
 static void advance(struct slot *slot)
 {
     struct nbdqueue *q = slot->q;
@@ -671,7 +705,7 @@ void pieces_mark_lost(const struct nbdqueue *q, struct member *m, int error)
         nbdshim_note_end(m->s);
 }
 
-/* Retire the command of a read, and find out its error. */
+/* Retire a read, and get its error. */
 static void retire_read(struct slot *slot)
 {
     struct member *m = slot->member;
@@ -681,8 +715,9 @@ static void retire_read(struct slot *slot)
 }
 
 /*
- * Commands that a dead connection has not sent fail with EINVAL, and those that it has sent with
- * ENOTCONN: tell the connection's error.  Any other error is the server's answer.
+ * Replace the error of a command by that of its connection, if the connection is dead.  libnbd then
+ * refuses new commands with EINVAL, and fails those in flight with ENOTCONN.  Any other error of an
+ * answered command is the server's, and stays.
  */
 static void explain(struct slot *slot)
 {
@@ -701,6 +736,10 @@ bool pieces_reap(struct nbdqueue *q)
     struct slot *list, *next;
     bool is_some;
 
+    /*
+     * Take the whole list.  From here on these slots are ours: list_answered leaves a slot alone
+     * that is already listed, and is_listed stays set until we are done with it.
+     */
     pthread_mutex_lock(&q->lock);
     list = q->answered;
     q->answered = NULL;
@@ -709,25 +748,35 @@ bool pieces_reap(struct nbdqueue *q)
     for (; list != NULL; list = next) {
         bool is_in_flight;
 
+        /*
+         * A slot in flight is a read that was answered and not retired: `complete` has left that to
+         * us.  Read `next` under the lock, before `advance` puts the slot into another list.
+         */
         pthread_mutex_lock(&q->lock);
         next = list->next;
         is_in_flight = list->is_in_flight;
         if (is_in_flight && !list->member->is_entered)
-            list->is_listed = false; /* nbd_close, in another thread, will retire and list it */
+            list->is_listed = false; /* closed: nbd_close in another thread retires and lists it */
         pthread_mutex_unlock(&q->lock);
         if (is_in_flight && !list->member->is_entered)
             continue;
+        /*
+         * This thread has entered the handle, so nbd_close cannot retire the read meanwhile. libnbd
+         * calls `retire` inside, which takes q->lock; it does not list the slot again.
+         */
         if (is_in_flight)
             retire_read(list);
         if (list->error != 0 && list->member != NULL)
             explain(list);
+        /* libnbd has retired the command, so no other thread lists this slot before it is sent
+         * again. */
         list->is_listed = false;
         advance(list);
     }
     return is_some;
 }
 
-/* Retire the reads that were answered: nobody asks for them any more. */
+/* Retire the reads that were answered but not reaped: nobody needs their results any more. */
 static void retire_answered(struct nbdqueue *q)
 {
     for (unsigned i = 0; i < q->depth; i++) {
@@ -742,7 +791,11 @@ static void retire_answered(struct nbdqueue *q)
     }
 }
 
-/* What libnbd still has of a slot is an orphan from now on.  q->lock is locked. */
+/*
+ * Drop the request of a slot, and make its command an orphan if libnbd still has it.  q->lock is
+ * locked, so `retire` runs either before, and the slot is not in flight any more, or after, and
+ * removes the orphan again.
+ */
 static void orphan(struct slot *slot)
 {
     struct request *r = slot->request;
@@ -759,6 +812,7 @@ static void orphan(struct slot *slot)
         free(r);
 }
 
+/* Free the requests of a list, except those that slots still refer to; `orphan` frees these. */
 static void free_requests(struct request *list)
 {
     for (struct request *next; list != NULL; list = next) {
@@ -815,7 +869,7 @@ int pieces_check(const struct nbdqueue *q, struct request *r)
          (r->stop != endpoint->size && r->stop % endpoint->minimum != 0) ||
          (r->stop != source->size && r->stop % source->minimum != 0)))
         return EINVAL;
-    if (r->operation == NBDQUEUE_TRIM) { /* only whole blocks */
+    if (r->operation == NBDQUEUE_TRIM) { /* leave out the edges */
         r->cut = r->start + (endpoint->minimum - r->start % endpoint->minimum) % endpoint->minimum;
         if (r->stop != endpoint->size)
             r->stop = round_down(r->stop, endpoint->minimum);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* A queue of requests, and who moves it when; see queue.h, and queue_internal.h for its inside. */
+/* A queue of requests, and which thread moves it when; see queue.h, and queue_internal.h. */
 
 #include "queue.h"
 #include "pieces.h"
@@ -11,12 +11,12 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-/* A queue that never sleeps runs the handlers of signals so often. */
+/* The interval at which a queue that never sleeps runs signal handlers. */
 #define HANDLER_INTERVAL (20 * NBDSHIM_MILLISECOND)
-/* A step of an event loop ends after so long, even if there is more to do. */
+/* The time after which a step ends, even if there is more to do. */
 #define MAX_STEP_SECONDS 0.001
 
-/* What `move` returns besides refusals. */
+/* The results of `move`, besides refusals. */
 enum { IDLE, HAS_MOVED, INTERRUPTED };
 
 struct nbdqueue *nbdqueue_create(unsigned depth, uint32_t piece, uintptr_t token)
@@ -30,7 +30,7 @@ struct nbdqueue *nbdqueue_create(unsigned depth, uint32_t piece, uintptr_t token
     q->wakeup_fd = -1;
     if (q->slots != NULL && q->closure != NULL && pthread_mutex_init(&q->lock, NULL) == 0)
         q->wakeup_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (q->wakeup_fd < 0) { /* errno is that of the call that failed: free keeps it */
+    if (q->wakeup_fd < 0) { /* errno is that of the call that failed; free preserves it */
         free(q->slots);
         free(q->closure);
         free(q);
@@ -61,7 +61,7 @@ int nbdqueue_make(struct nbdqueue **made, unsigned depth, uint32_t piece, uintpt
     return *made != NULL ? 0 : errno;
 }
 
-/* One of the server's block size constraints; 0 if there is none. */
+/* One of the server's block size constraints, or 0. */
 static uint32_t constraint(struct nbdshim *s, int which)
 {
 #ifdef LIBNBD_HAVE_NBD_GET_BLOCK_SIZE
@@ -98,15 +98,16 @@ double nbdqueue_last_moved(const struct nbdqueue *q)
     return (double)last / (double)NBDSHIM_SECOND;
 }
 
-/* Whether a queue was destroyed, or belongs to the parent of this process. */
+/* Whether a queue was destroyed, or belongs to the parent of this forked process. */
 static bool is_unusable(const struct nbdqueue *q)
 {
     return q == NULL || nbdqueue_is_inherited(q);
 }
 
-/* Take over the handles that were added.  The caller has the turn. */
+/* Put the handles that were added meanwhile to use.  The caller has the turn. */
 static void take_over(struct nbdqueue *q)
 {
+    /* Acquire: add_member filled the members in before it increased q->added. */
     size_t added = atomic_load_explicit(&q->added, memory_order_acquire);
 
     if (added != atomic_load_explicit(&q->count, memory_order_relaxed))
@@ -114,8 +115,8 @@ static void take_over(struct nbdqueue *q)
 }
 
 /*
- * Enter all handles, also those that were added meanwhile.  Those that are closed are lost. Returns
- * 0 or NBDSHIM_REENTERED.
+ * Enter all handles, including those that were added meanwhile; closed ones are lost.  The caller
+ * has the turn.  Returns 0, or NBDSHIM_REENTERED without having entered any.
  */
 static int enter_all(struct nbdqueue *q)
 {
@@ -141,11 +142,15 @@ static int enter_all(struct nbdqueue *q)
     return 0;
 }
 
-/* The event loop may sleep from now on, unless there is something to tell. */
+/* Prepare for the event loop to sleep, or wake it if there is something to report. */
 static void let_loop_sleep(struct nbdqueue *q)
 {
     watch_update(q);
     pthread_mutex_lock(&q->lock);
+    /*
+     * Under one lock: a slot that is answered before this is seen here, and a later one finds
+     * is_sleeping set and writes to the eventfd.
+     */
     q->is_sleeping = q->epoll >= 0;
     if (q->answered != NULL || q->done_length > q->reported)
         nbdqueue_wake_poll(q);
@@ -153,8 +158,8 @@ static void let_loop_sleep(struct nbdqueue *q)
 }
 
 /*
- * Give the turn back and leave the handles.  In this order: leaving hands tokens over, and that may
- * run functions which use the queue, and which would wait for the turn.
+ * Give the turn back, and then leave the handles.  The order matters: leaving releases tokens, and
+ * the upcall `release` may use the queue and would wait for the turn of its own thread.
  */
 static void give_back_turn(struct nbdqueue *q)
 {
@@ -168,14 +173,18 @@ static void give_back_turn(struct nbdqueue *q)
             entered[count++] = q->members[i].s;
         q->members[i].is_entered = false;
     }
+    /*
+     * From here on another thread may have the turn, and q->members belongs to it.  So this thread
+     * uses its own list; the calls that it has counted keep the handles open.
+     */
     sem_post(&q->turn);
     while (count > 0)
         nbdshim_leave(entered[--count]);
 }
 
 /*
- * Ask a handle that was entered what the queue has to know of its export.  Returns 0; -1 if libnbd
- * fails, or NBDSHIM_TOO_LARGE.
+ * Describe the export of a handle that this thread has entered.  Returns 0, -1 if libnbd fails, or
+ * NBDSHIM_TOO_LARGE.
  */
 static int ask_export(struct endpoint *export, struct nbdshim *s)
 {
@@ -193,7 +202,8 @@ static int ask_export(struct endpoint *export, struct nbdshim *s)
     return 0;
 }
 
-/* Before the first request: make an end as small as its next handle needs.  q->lock is locked. */
+/* Before the first request: reduce an endpoint to what its next handle can do.  q->lock is locked.
+ */
 static void narrow(struct endpoint *endpoint, const struct endpoint *export)
 {
     if (endpoint->count == 0 || export->size < endpoint->size)
@@ -205,7 +215,7 @@ static void narrow(struct endpoint *endpoint, const struct endpoint *export)
     endpoint->has_zero = export->has_zero && (endpoint->count == 0 || endpoint->has_zero);
 }
 
-/* Later: whether the next handle of an end can do all that is asked of the others. */
+/* After it: whether the next handle of an endpoint can do everything that the others can. */
 static bool fits(const struct endpoint *endpoint, const struct endpoint *export)
 {
     bool has_maximum =
@@ -215,7 +225,7 @@ static bool fits(const struct endpoint *endpoint, const struct endpoint *export)
            (export->has_zero || !endpoint->has_zero);
 }
 
-/* Give an end one handle more.  Returns 0 or a refusal. */
+/* Add a handle to a side.  Returns 0 or a refusal. */
 static int add_member(struct nbdqueue *q, enum nbdqueue_side side, struct nbdshim *s,
                       const struct endpoint *export)
 {
@@ -235,7 +245,7 @@ static int add_member(struct nbdqueue *q, enum nbdqueue_side side, struct nbdshi
         atomic_fetch_add(&s->references, 1);
         endpoint->count++;
         q->members[q->added] = (struct member){.s = s, .side = side, .socket = -1};
-        atomic_fetch_add(&q->added, 1); /* from now on the thread that waits may use it */
+        atomic_fetch_add(&q->added, 1); /* publishes the member, which is complete now */
         q->has_news = true;
         nbdqueue_wake_poll(q);
     }
@@ -264,7 +274,7 @@ int nbdqueue_add(struct nbdqueue *q, enum nbdqueue_side side, struct nbdshim *s)
     return ret;
 }
 
-/* Whether this thread is in a callback of one of the handles, where libnbd's lock is held. */
+/* Whether this thread is inside a callback of one of the handles, where it holds libnbd's lock. */
 static bool is_reentry(const struct nbdqueue *q)
 {
     for (size_t i = 0; i < q->count; i++) {
@@ -275,8 +285,8 @@ static bool is_reentry(const struct nbdqueue *q)
 }
 
 /*
- * Let the handlers of signals run.  Returns 0 or NBDSHIM_STOPPED; in a child that one of them has
- * forked NBDSHIM_CLOSED, since the queue is the parent's.
+ * Run signal handlers.  Returns 0, NBDSHIM_STOPPED, or NBDSHIM_CLOSED in a child that one of them
+ * has forked: the queue belongs to the parent.
  */
 static int run_handlers(struct nbdqueue *q)
 {
@@ -307,8 +317,8 @@ static int take_turn(struct nbdqueue *q, int64_t until)
 }
 
 /*
- * Run the handlers of signals.  They may use the queue and the handles, so the turn is given back.
- * Returns 0, or as run_handlers: then the turn is not taken again.
+ * Run signal handlers without the turn, because they may use the queue and its handles.  Returns 0,
+ * or as run_handlers; then this thread does not have the turn any more.
  */
 static int pause_for_handlers(struct nbdqueue *q)
 {
@@ -320,13 +330,13 @@ static int pause_for_handlers(struct nbdqueue *q)
         return ret;
     ret = take_turn(q, NBDSHIM_NEVER);
     if (ret == 0)
-        (void)enter_all(q); /* this thread is in no callback, so it is not refused */
+        (void)enter_all(q); /* not refused: this thread is not inside a callback */
     return ret;
 }
 
 /*
- * Take the turns of the handles that have commands in flight; of all, if an event loop watches
- * them.  Returns whether one is missing.
+ * Take the turns of the handles that have commands in flight, or of all handles if an event loop
+ * watches them or a slot is blocked.  Returns whether another thread has one of them.
  */
 static bool take_member_turns(struct nbdqueue *q)
 {
@@ -340,6 +350,7 @@ static bool take_member_turns(struct nbdqueue *q)
             continue;
         if (m->in_flight == 0 && q->epoll < 0 && q->blocked == NULL)
             continue;
+        /* Do not block on it, since this thread has the queue's turn; and let waiters go first. */
         m->has_turn = atomic_load(&m->s->waiters) == 0 && sem_trywait(&m->s->turn) == 0;
         m->is_shared = !m->has_turn;
         is_missing |= m->is_shared;
@@ -348,6 +359,7 @@ static bool take_member_turns(struct nbdqueue *q)
     return is_missing;
 }
 
+/* Give back the turns that take_member_turns has taken. */
 static void give_back_member_turns(struct nbdqueue *q)
 {
     for (size_t i = 0; i < q->count; i++) {
@@ -357,7 +369,7 @@ static void give_back_member_turns(struct nbdqueue *q)
     }
 }
 
-/* What to poll a handle for. */
+/* The descriptor and the events to poll for a handle. */
 static struct pollfd poll_of(const struct nbdqueue *q, struct member *m)
 {
     struct pollfd fd = {.fd = -1};
@@ -374,11 +386,15 @@ static struct pollfd poll_of(const struct nbdqueue *q, struct member *m)
     return fd;
 }
 
-/* Sleep in poll, until `until` at the most.  Returns what poll does. */
+/* Sleep in poll for at most `longest` nanoseconds.  Returns its result. */
 static int sleep_in_poll(struct nbdqueue *q, struct pollfd *fds, nfds_t count, int64_t longest)
 {
     int ready;
 
+    /*
+     * Other threads change these under q->lock.  What they changed before is seen here; for what
+     * they change later, they find is_sleeping set and write to the eventfd, which ends the poll.
+     */
     pthread_mutex_lock(&q->lock);
     if (q->answered != NULL || q->has_news || q->is_woken || q->is_dropped)
         longest = 0;
@@ -392,7 +408,7 @@ static int sleep_in_poll(struct nbdqueue *q, struct pollfd *fds, nfds_t count, i
     return ready;
 }
 
-/* Tell libnbd what poll has said of the handles, at the time `now`. */
+/* Notify libnbd of the events that poll returned, at the time `now`. */
 static void notify_all(struct nbdqueue *q, const struct pollfd *fds, int64_t now)
 {
     uint64_t count;
@@ -407,11 +423,12 @@ static void notify_all(struct nbdqueue *q, const struct pollfd *fds, int64_t now
             (nbd_aio_is_dead(m->s->h) == 1 || nbd_aio_is_closed(m->s->h) == 1))
             pieces_mark_lost(q, m, nbd_get_errno());
     }
+    /* Reset the eventfd: whatever it announced is found by the caller, which has the turn. */
     if (fds[q->count].revents != 0)
         (void)!read(q->wakeup_fd, &count, sizeof count);
 }
 
-/* Enter the handles that were added while this thread waits. */
+/* Enter the handles that were added since this thread took the turn. */
 static void enter_new(struct nbdqueue *q)
 {
     size_t before = q->count;
@@ -427,9 +444,9 @@ static void enter_new(struct nbdqueue *q)
 }
 
 /*
- * Wait for the sockets, at most `longest` nanoseconds, and let libnbd go on.  Returns HAS_MOVED;
- * IDLE if nothing has happened; INTERRUPTED if a signal kept it from looking at the sockets; or as
- * pause_for_handlers.
+ * Move the queue: wait for the sockets for at most `longest` nanoseconds, notify libnbd, and reap.
+ * The caller has the turn.  Returns HAS_MOVED; IDLE if nothing has happened; INTERRUPTED if a
+ * signal ended the poll; or, without the turn, a refusal of pause_for_handlers.
  */
 static int move(struct nbdqueue *q, int64_t longest)
 {
@@ -438,30 +455,42 @@ static int move(struct nbdqueue *q, int64_t longest)
     int64_t now;
     int ready, ret;
 
+    /* Only the thread with the turn changes q->count, so fds has the same members throughout. */
     enter_new(q);
     is_shared = take_member_turns(q);
     for (size_t i = 0; i < q->count; i++)
         fds[i] = poll_of(q, &q->members[i]);
     fds[q->count] = (struct pollfd){.fd = q->wakeup_fd, .events = POLLIN};
+    /*
+     * The thread that moves a shared handle does not know about this queue.  `complete` wakes us
+     * for our replies, but nothing does when that thread gives the turn back: so try again soon.
+     */
     if (is_shared && longest > SHARED_RETRY_INTERVAL)
         longest = SHARED_RETRY_INTERVAL;
+    /*
+     * With the turns of the handles, no other thread can read from their sockets between this poll
+     * and the notification: see wait.h.
+     */
     ready = sleep_in_poll(q, fds, q->count + 1, longest);
     now = nbdshim_now();
+    /* Only saves clock reads: `complete` need not read the time while notify_all has noted it. */
     atomic_store_explicit(&q->is_moving, true, memory_order_relaxed);
     if (ready > 0)
         notify_all(q, fds, now);
     atomic_store_explicit(&q->is_moving, false, memory_order_relaxed);
+    /* Before pieces_reap, which copies data and writes to files: calls that wait need not wait for
+     * it. */
     give_back_member_turns(q);
     ret = pieces_reap(q) || ready > 0 ? HAS_MOVED : ready < 0 ? INTERRUPTED : IDLE;
     if (ready < 0 || now >= q->handlers_due) {
-        int stopped = pause_for_handlers(q);
+        int stopped = pause_for_handlers(q); /* gives the turn back, and takes it again */
 
         return stopped != 0 ? stopped : ret;
     }
     return ret;
 }
 
-/* Whether a wait is over, for another reason than its time. */
+/* Whether a wait is over for another reason than its timeout. */
 static bool is_over(struct nbdqueue *q, unsigned enough)
 {
     bool is_over;
@@ -473,7 +502,7 @@ static bool is_over(struct nbdqueue *q, unsigned enough)
     return is_over;
 }
 
-/* Write those that are done to `done`, at most `capacity` of them, and return how many. */
+/* Report requests that are done, at most `capacity`.  Returns how many, or NBDSHIM_CLOSED. */
 static int report(struct nbdqueue *q, struct nbdqueue_done *done, int capacity)
 {
     const struct request *r;
@@ -497,7 +526,7 @@ static int report(struct nbdqueue *q, struct nbdqueue_done *done, int capacity)
     return count;
 }
 
-/* The handle whose call in this thread hands the token over when it ends. */
+/* The handle whose call in this thread will release the queue's token when it ends. */
 static struct nbdshim *releaser(const struct nbdqueue *q)
 {
     for (size_t i = 0; i < q->count; i++) {
@@ -507,12 +536,13 @@ static struct nbdshim *releaser(const struct nbdqueue *q)
     return q->count > 0 ? q->members[0].s : NULL;
 }
 
-/* Close the descriptors of a queue that was dropped: nobody sleeps on them any more. */
+/* Close the descriptors of a dropped queue.  The caller has the turn, so no thread polls them. */
 static void close_descriptors(struct nbdqueue *q)
 {
     int wakeup_fd;
 
     watch_end(q);
+    /* Threads without the turn write to it, but only under q->lock and if it is not -1. */
     pthread_mutex_lock(&q->lock);
     wakeup_fd = q->wakeup_fd;
     q->wakeup_fd = -1;
@@ -521,7 +551,7 @@ static void close_descriptors(struct nbdqueue *q)
         close(wakeup_fd);
 }
 
-/* Forget everything, give the turn back, and hand the token over if that is the end of it. */
+/* Free all requests, give the turn back, and release the queue's token if that is possible now. */
 static void forget_and_leave(struct nbdqueue *q)
 {
     pieces_forget(q, releaser(q));
@@ -547,19 +577,31 @@ int nbdqueue_wait(struct nbdqueue *q, struct nbdqueue_done *done, int capacity, 
         return ret;
     ret = enter_all(q);
     if (ret == 0) {
+        /*
+         * Reap before the first sleep: calls in other threads may have received replies while
+         * nobody had the turn.  Reaping frees slots, so pump afterwards.
+         */
         (void)pieces_reap(q);
         pieces_pump(q);
         while (!is_over(q, enough)) {
             ret = move(q, nbdshim_slice(until));
             if (ret < 0)
-                return ret; /* without a turn */
+                return ret; /* move has given the turn back and left the handles */
             pieces_pump(q);
-            /* 0 seconds: as long as something has happened; else the time is the limit */
+            /*
+             * A timeout of 0 continues as long as there is something to move without sleeping; a
+             * longer one ends on time even then.  After an interrupted poll nothing is known about
+             * the sockets, so look at least once more.
+             */
             if ((ret == IDLE || (ret == HAS_MOVED && timeout > 0)) && nbdshim_slice(until) == 0)
                 break;
         }
         ret = report(q, done, capacity);
     }
+    /*
+     * A thread that drops the queue inside a callback cannot take the turn, and leaves the rest to
+     * the thread that has it: this one.
+     */
     if (ret == NBDSHIM_CLOSED)
         forget_and_leave(q);
     else
@@ -597,8 +639,8 @@ int nbdqueue_step(struct nbdqueue *q, struct nbdqueue_done *done, int capacity)
     if (is_reentry(q))
         return NBDSHIM_REENTERED;
     if (sem_trywait(&q->turn) != 0)
-        return 0; /* who has it rouses the event loop at the end */
-    q->handlers_due = NBDSHIM_NEVER;
+        return 0; /* its holder wakes the event loop when it gives the turn back */
+    q->handlers_due = NBDSHIM_NEVER; /* the event loop runs signal handlers itself */
     ret = enter_all(q);
     if (ret == 0) {
         watch_stop_timer(q);
@@ -637,12 +679,12 @@ void nbdqueue_cancel(struct nbdqueue *q, uintptr_t token)
     pthread_mutex_unlock(&q->lock);
 }
 
-/* Take a request out of the list of those that are done, if it is there.  q->lock is locked. */
+/* Remove a request from q->done, if it is there, and free it.  q->lock is locked. */
 static void take(struct nbdqueue *q, uint64_t serial)
 {
     struct request **link = &q->done, *r;
 
-    while (*link != NULL && (*link)->serial != serial) /* mostly it is the first one */
+    while (*link != NULL && (*link)->serial != serial) /* usually it is the first */
         link = &(*link)->next;
     r = *link;
     if (r == NULL)
@@ -686,6 +728,7 @@ int nbdqueue_submit(struct nbdqueue *q, enum nbdqueue_operation operation, uintp
                           .cut = offset,
                           .stop = offset + length,
                           .flags = flags};
+    /* Nobody else knows r yet, so this needs no lock. */
     r->error = pieces_check(q, r);
     if (r->error != 0) {
         r->error_offset = offset;
@@ -698,6 +741,10 @@ int nbdqueue_submit(struct nbdqueue *q, enum nbdqueue_operation operation, uintp
         free(r);
         return NBDSHIM_CLOSED;
     }
+    /*
+     * This may make q->piece smaller, without the turn.  It is safe because there are no requests:
+     * the thread with the turn reads q->piece only for a request, and r is not in the list yet.
+     */
     if (q->length == 0 && q->in_flight == 0)
         pieces_choose_size(q);
     q->is_started = true;
@@ -706,11 +753,21 @@ int nbdqueue_submit(struct nbdqueue *q, enum nbdqueue_operation operation, uintp
     q->last_queued = &r->next;
     q->length++;
     pthread_mutex_unlock(&q->lock);
+    /*
+     * From here on r belongs to the queue: another thread may send, finish and take it at any time.
+     * If nobody has the turn, send its commands in this thread, so that the server works on them
+     * before anybody waits.
+     */
     if (sem_trywait(&q->turn) == 0) {
         if (enter_all(q) == 0)
             pieces_pump(q);
         give_back_turn(q);
     } else {
+        /*
+         * The thread with the turn may have pumped before r was in the list, and may be about to
+         * sleep.  It reads has_news and sets is_sleeping under the lock: so it either sees the news
+         * and does not sleep, or is woken here.
+         */
         pthread_mutex_lock(&q->lock);
         q->has_news = true;
         nbdqueue_wake_poll(q);
@@ -760,7 +817,7 @@ uint64_t nbdqueue_zeroed(struct nbdqueue *q)
     return atomic_load_explicit(&q->zeroed, memory_order_relaxed);
 }
 
-/* Mark a queue as dropped, and end the wait of another thread.  Returns whether it was not yet. */
+/* Mark a queue as dropped, and end the wait of another thread.  Returns false if it was dropped. */
 static bool mark_dropped(struct nbdqueue *q)
 {
     bool was_dropped;
@@ -773,13 +830,14 @@ static bool mark_dropped(struct nbdqueue *q)
     return !was_dropped;
 }
 
-/* Take the turn for the last time.  The thread that has it gives it back at once. */
+/* Take the turn of a dropped queue: the thread that has it gives it back at once. */
 static void take_last_turn(struct nbdqueue *q)
 {
     while (sem_wait(&q->turn) != 0)
-        ; /* interrupted by a signal */
+        ; /* a signal interrupted it */
 }
 
+/* Close a descriptor, if there is one, and forget it. */
 static void close_one(int *fd)
 {
     if (*fd >= 0)
@@ -787,7 +845,7 @@ static void close_one(int *fd)
     *fd = -1;
 }
 
-/* In the child of a fork: close its copies of the descriptors, and leave the rest alone. */
+/* In a forked child: close its copies of the descriptors, and leave everything else alone. */
 static void close_inherited(struct nbdqueue *q)
 {
     close_one(&q->wakeup_fd);
@@ -799,7 +857,10 @@ void nbdqueue_drop(struct nbdqueue *q)
 {
     if (q != NULL && nbdqueue_is_inherited(q))
         close_inherited(q);
-    /* In a callback of a handle this thread may have the turn: then nbdqueue_wait forgets. */
+    /*
+     * Inside a callback of one of the handles this thread may already have the turn, below on its
+     * stack.  It only marks the queue then, and the call that has the turn frees the requests.
+     */
     if (is_unusable(q) || !mark_dropped(q) || is_reentry(q))
         return;
     take_last_turn(q);
@@ -812,7 +873,7 @@ bool nbdqueue_uses(struct nbdqueue *q, uintptr_t token)
     bool is_used;
 
     if (is_unusable(q))
-        return true; /* in the child of a fork that is not known */
+        return true; /* a forked child cannot know */
     pthread_mutex_lock(&q->lock);
     is_used = !q->is_forgotten;
     for (unsigned i = 0; i < q->depth; i++)

@@ -1,45 +1,48 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
 /*
- * nbdqueue: many commands in flight, over one handle or several, without an upcall for each.
+ * nbdqueue: many commands in flight on one or several handles, without an upcall for each of them.
  *
- * Requests.  A request is given to the queue by nbdqueue_submit.  It is cut into pieces: commands
- * as large as the queue's piece and the server's block size constraints allow.  So many commands as
- * the queue's depth are in flight, in the order of the requests; the server may answer them in any
- * order.  When all pieces of a request are done, nbdqueue_wait tells of it, once, with its first
- * error.  After an error no more pieces of that request are sent.
+ * Requests.  nbdqueue_submit adds a request.  The queue cuts it into pieces: commands that are as
+ * large as the queue's piece size and the server's block size constraints allow.  At most `depth`
+ * commands are in flight at a time, in the order of the requests; the server may answer them in any
+ * order.  When all pieces of a request have ended, the request is done, and nbdqueue_wait reports
+ * it with the error of the piece that failed first.  After an error the queue sends no more pieces
+ * of that request.
  *
- * Ends.  A queue has a target, and for NBDQUEUE_COPY also a source.  All requests but the copy's
- * read are made to the target.  An end is one file, or one handle or several of the same export.
+ * Sides.  A queue has a target, and for NBDQUEUE_COPY also a source.  Every request goes to the
+ * target, except the read half of a copy, which goes to the source.  The endpoint of a side is
+ * either one file, or one or several handles of the same export.
  *
- * Alignment.  If the target has a minimum block size, a read that is not aligned is read wider.  A
- * write that is not aligned is read, merged and written; the queue sends no other write to these
- * blocks meanwhile.  A zero is merged at its edges; a trim leaves its edges out.  A copy has to be
- * aligned to both ends, except for the end of the source.  A block at the end of the export is as
- * short as the export.  Where the server has no command for zeroes, they are written.
+ * Alignment.  If the target has a minimum block size, the queue widens an unaligned read.  It does
+ * an unaligned write by reading the blocks, merging the data and writing them back, and it changes
+ * nothing else in these blocks meanwhile.  It merges the edges of a zero in the same way, and
+ * leaves out the edges of a trim.  A copy has to be aligned to both endpoints, except that it may
+ * end where an endpoint ends.  The last block of an export is as short as the export.  Where the
+ * server has no zero command, the queue writes zeroes.
  *
- * Buffers.  The caller keeps a buffer in place until its request was told of.  When a queue is
- * dropped, commands in flight become orphans (see wait.h).  Then the token of the queue is handed
- * over by the upcall `release` when no command can use a buffer any more.
+ * Buffers.  The caller keeps a buffer alive and in place until its request was reported.  When a
+ * queue is dropped, the commands in flight become orphans (see wait.h), and the token of the queue
+ * is passed to the upcall `release` as soon as no command can use any of the buffers.
  *
- * Order.  Commands are not ordered, with one exception.  What nobody waits for any more, because it
- * was cancelled or its caller was stopped, may still happen: so a command that overlaps such a
- * write, zero or trim is held back until that one has ended.
+ * Order.  The queue does not order commands, with one exception.  A write, zero or trim that was
+ * cancelled, or whose caller was stopped, may still happen; so the queue holds back a command that
+ * overlaps it until it has ended.
  *
- * NULL stands for a queue that was destroyed: it refuses as one that was dropped.
+ * NULL stands for a queue that was destroyed; calls are refused as on a dropped queue.
  *
- * Threads.  Any thread may call any function, except nbdqueue_destroy.  One thread at a time waits.
- * It moves the connections, and it lets calls that wait on one of the handles go first.
+ * Threads.  Any thread may call any function, except nbdqueue_destroy.  One thread at a time has
+ * the queue's turn and moves the connections; it lets waiting calls on one of the handles go first.
  *
- * Fork.  In the child of a fork a queue of the parent refuses as one that was dropped, and dropping
- * it closes its descriptors: a thread of the parent may have been in the middle of a call.  The
- * buffers of its requests are kept until the child ends.
+ * Fork.  In a forked child, a queue of the parent refuses calls as a dropped queue does, because a
+ * thread of the parent may have been in the middle of changing it.  Dropping it closes the child's
+ * copies of its descriptors.  The buffers of its requests stay alive until the child ends.
  */
 #ifndef NBDSHIM_QUEUE_H
 #define NBDSHIM_QUEUE_H
 
 #include "nbdshim.h"
 
-/* The largest number of handles that a queue takes. */
+/* The largest number of handles of a queue, both sides together. */
 enum { NBDQUEUE_MAX_HANDLES = 64 };
 
 enum nbdqueue_side { NBDQUEUE_TARGET, NBDQUEUE_SOURCE };
@@ -51,121 +54,129 @@ enum nbdqueue_operation {
     NBDQUEUE_TRIM,
     NBDQUEUE_CACHE,
     NBDQUEUE_FLUSH,
-    NBDQUEUE_COPY /* read from the source, and write to the target */
+    NBDQUEUE_COPY /* read from the source and write to the target */
 };
 
 /* A request that is done. */
 struct nbdqueue_done {
     uintptr_t token;
-    uint64_t serial; /* of the request in this queue; nbdqueue_take needs it */
-    uint64_t offset; /* the piece that failed first: where it starts, */
-    uint64_t length; /* and its size in bytes, without what was added for the alignment */
-    uint64_t moved;  /* bytes of the request that were copied or set to zero */
-    int error;       /* the errno of the piece that failed first, or 0 */
-    int side;        /* enum nbdqueue_side: where it failed */
+    uint64_t serial; /* identifies the request; nbdqueue_take needs it */
+    uint64_t offset; /* the start of the piece that failed first, */
+    uint64_t length; /* and its size in bytes, without the widening for alignment */
+    uint64_t moved;  /* how many bytes were copied or set to zero */
+    int error;       /* its errno, or 0 if no piece failed */
+    int side;        /* enum nbdqueue_side: the side that failed */
 };
 
 struct nbdqueue;
 
 /*
- * A new queue, to be ended by nbdqueue_destroy; NULL with errno if there is no memory or no
- * descriptor left.  depth is how many commands are in flight, piece the size of the largest in
- * bytes.  token stands for the buffers of all requests.
+ * Create a queue; nbdqueue_destroy frees it.  Returns NULL with errno if out of memory or
+ * descriptors.  depth is the largest number of commands in flight, piece the largest size of one in
+ * bytes.  token stands for the buffers of all requests: it is released when no command can use
+ * them.
  */
 struct nbdqueue *nbdqueue_create(unsigned depth, uint32_t piece, uintptr_t token);
 
 /*
- * The same for a caller whom a signal may interrupt before it has the result: *made is set. Returns
- * 0 or an errno.
+ * Create a queue, and store it in *made before returning: a caller that a signal handler interrupts
+ * before it has the result still finds the queue.  Returns 0 or an errno.
  */
 int nbdqueue_make(struct nbdqueue **made, unsigned depth, uint32_t piece, uintptr_t token);
 
 /*
- * Give the queue a handle that is connected.  The queue keeps its memory in place.  Any thread may
- * do this at any time: a handle that joins after the first request takes commands from then on, and
- * its export has to be the same one (size, block sizes).  Returns 0, -1 (libnbd's failure, such as
- * that the handle is not connected), or a refusal: NBDSHIM_TOO_MANY, NBDSHIM_OTHER_EXPORT, or
- * NBDSHIM_TOO_LARGE for an export of 2^63 bytes or more.
+ * Add a connected handle to a side.  The queue holds a reference to s.  Any thread may do this at
+ * any time.  A handle that is added after the first request takes part from then on, and its export
+ * must match that of the others in size and block sizes.  Returns 0; -1 if libnbd fails, for
+ * example because the handle is not connected; or a refusal: NBDSHIM_TOO_MANY,
+ * NBDSHIM_OTHER_EXPORT, or NBDSHIM_TOO_LARGE for an export of 2^63 bytes or more.
  */
 int nbdqueue_add(struct nbdqueue *q, enum nbdqueue_side side, struct nbdshim *s);
 
 /*
- * The same for a file of size bytes, which begins at base in the file.  The caller owns the
- * descriptor, and keeps it open.
+ * Make size bytes of a file, from the offset base on, the endpoint of a side.  The caller owns the
+ * descriptor and keeps it open.
  */
 void nbdqueue_add_file(struct nbdqueue *q, enum nbdqueue_side side, int fd, uint64_t base,
                        uint64_t size);
 
-/* The size of an end in bytes, and its minimum block size. */
+/* The size of a side's endpoint, and its minimum block size, both in bytes. */
 uint64_t nbdqueue_size(const struct nbdqueue *q, enum nbdqueue_side side);
 uint32_t nbdqueue_minimum(const struct nbdqueue *q, enum nbdqueue_side side);
 
 /*
- * Add a request.  Never waits.  token comes back in struct nbdqueue_done.  Returns 0 or a refusal:
- * NBDSHIM_NO_MEMORY, NBDSHIM_CLOSED if the queue was dropped, NBDSHIM_REENTERED.
+ * Add a request, without waiting.  struct nbdqueue_done repeats its token.  length and offset are
+ * in bytes; flags are libnbd's.  Returns 0 or a refusal: NBDSHIM_NO_MEMORY, NBDSHIM_REENTERED, or
+ * NBDSHIM_CLOSED if the queue was dropped.
  */
 int nbdqueue_submit(struct nbdqueue *q, enum nbdqueue_operation operation, uintptr_t token,
                     char *buffer, uint64_t length, uint64_t offset, uint32_t flags);
 
 /*
- * Wait until `min_done` requests are done, until none is left to wait for, or for so many seconds;
- * less than 0 is for ever, 0 does not sleep.  Writes at most `capacity` of those that are done to
- * `done`, and returns how many; they are told of again until nbdqueue_take.  Returns
- * NBDSHIM_STOPPED if the handler of a signal has raised an exception, NBDSHIM_CLOSED if the queue
- * was dropped, or NBDSHIM_REENTERED.  Then everything stays as it is.
+ * Wait until min_done requests are done, all requests are done, or the timeout expires.  A timeout
+ * below 0 never expires; with 0 the call does not sleep.  Reports at most `capacity` of the
+ * requests that are done in `done`, and returns how many; the same ones are reported again until
+ * nbdqueue_take.  Returns NBDSHIM_STOPPED if a signal handler has raised, NBDSHIM_CLOSED if the
+ * queue was dropped, or NBDSHIM_REENTERED; all requests are unaffected then.
  */
 int nbdqueue_wait(struct nbdqueue *q, struct nbdqueue_done *done, int capacity, int min_done,
                   double timeout);
 
 /*
- * Forget requests that nbdqueue_wait or nbdqueue_step has reported in `done`.  Those that were
- * taken before, by a signal handler or another thread, are ignored.
+ * Remove requests that nbdqueue_wait or nbdqueue_step has reported.  Those that a signal handler or
+ * another thread has taken before are ignored.
  */
 void nbdqueue_take(struct nbdqueue *q, const struct nbdqueue_done *done, int count);
 
 /*
- * When a byte was last sent or received on one of the connections, or moved from or to a file: in
- * seconds of the monotonic clock.  0 if that has not happened yet.
+ * The time at which a byte was last sent or received on a connection, or read from or written to a
+ * file, in seconds of the monotonic clock; 0 if none was yet.
  */
 double nbdqueue_last_moved(const struct nbdqueue *q);
 
 /*
- * For an event loop: a descriptor that can be read, as poll says, when nbdqueue_step has something
- * to do.  It is always the same one, and the queue closes it when it is freed.  From then on also
- * handles without a command in flight are moved, so that the end of a connection is noticed.
- * Returns -1 with errno if there is none, or as nbdqueue_wait.
+ * Return a descriptor for an event loop.  It is readable when nbdqueue_step has something to do,
+ * and does not change.  The queue owns it.  From the first call on, the queue also moves handles
+ * that have no command in flight, so that it notices the end of a connection.  Returns -1 with
+ * errno if out of descriptors or memory, or a refusal as nbdqueue_wait does.
  */
 int nbdqueue_fd(struct nbdqueue *q);
 
-/* The same as nbdqueue_wait, but it never sleeps, and works for a millisecond at the most. */
+/*
+ * Move the queue without sleeping, for at most about a millisecond.  Reports as nbdqueue_wait does;
+ * returns 0 if another thread has the turn.
+ */
 int nbdqueue_step(struct nbdqueue *q, struct nbdqueue_done *done, int capacity);
 
 /*
- * Send no more commands for the requests with this token.  When those in flight have ended, the
- * request is done, with ECANCELED.  One whose commands were all sent goes on.
+ * Send no more commands for the requests with this token.  Such a request is done, with ECANCELED,
+ * when its commands in flight have ended.  A request whose commands were all sent is not cancelled.
  */
 void nbdqueue_cancel(struct nbdqueue *q, uintptr_t token);
 
-/* End the wait of another thread, or the next one. */
+/* Make nbdqueue_wait return: the call that runs in another thread, or else the next one. */
 void nbdqueue_wake(struct nbdqueue *q);
 
-/* The errno with which the connection of one of the handles has ended; 0 if it has not. */
+/* The errno with which the connection of handle s has ended; 0 if it has not. */
 int nbdqueue_error(const struct nbdqueue *q, const struct nbdshim *s);
 
-/* How many requests were not taken yet. */
+/* The number of requests that were not taken yet. */
 unsigned nbdqueue_length(struct nbdqueue *q);
 
-/* How many bytes were copied, or were set to zero, in all requests for that. */
+/* The total number of bytes that copies have copied, and that zeroes have set to zero. */
 uint64_t nbdqueue_copied(struct nbdqueue *q);
 uint64_t nbdqueue_zeroed(struct nbdqueue *q);
 
-/* Forget all requests.  Commands in flight become orphans.  Does not wait for the server. */
+/*
+ * Drop all requests, without waiting for the server.  Commands in flight become orphans.  Waits for
+ * the thread that has the turn, which gives it back at once.
+ */
 void nbdqueue_drop(struct nbdqueue *q);
 
-/* Whether a command of the request with this token may still use its buffer after the drop. */
+/* Whether a command may still use the buffer of the request with this token, after a drop. */
 bool nbdqueue_uses(struct nbdqueue *q, uintptr_t token);
 
-/* Drop the queue, and free it when no command is in flight any more.  q may be NULL. */
+/* Drop the queue, and free it as soon as no command is in flight.  q may be NULL. */
 void nbdqueue_destroy(struct nbdqueue *q);
 
 #endif

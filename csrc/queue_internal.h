@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
 /*
- * The inside of a queue: what queue.c, which waits, pieces.c, which works, and watch.c share.
+ * The inside of a queue, shared by queue.c, which waits, pieces.c, which sends commands, and
+ * watch.c, which watches sockets for an event loop.  queue.c uses the other two, and pieces.c uses
+ * watch.c.
  *
- * The way of a piece.  `pieces_pump` cuts it off the first request and gives it to a slot.
- * `send_command` makes one command of it.  libnbd calls `complete` when the server has answered,
- * and `retire` when it has no more use for the slot; this happens in the thread that moves the
- * connection, which may be one that makes another call.  `pieces_reap` takes the answered slots in
- * the thread that waits on the queue, and `advance` decides: the next command of the same piece, or
- * its end.  A slot whose command has to wait for another one is in q->blocked, and `pieces_pump`
- * tries it again.
+ * The way of a piece.  pieces_pump cuts it off the first request and assigns it to a slot.
+ * send_command sends one command for it.  libnbd calls `complete` when the server has replied, and
+ * `retire` when it does not need the slot any more, both in the thread that moves the connection;
+ * that may be a thread inside another call.  Either of them puts the slot into q->answered.
+ * pieces_reap takes the slots from there, in the thread that has the queue's turn, and `advance`
+ * sends the next command of the piece or ends the piece.  A slot whose command has to wait for
+ * another command is in q->blocked, and pieces_pump tries again to send it.
  *
- * Locks.  Who has q->turn moves the queue: it sends, polls and reaps.  q->lock protects the lists
- * and counters, also from callbacks, which run while libnbd's lock is held.  So libnbd is never
- * called while q->lock is locked.
+ * Locks.  The thread that has q->turn moves the queue: it sends, polls and reaps.  q->lock protects
+ * the lists and counters, also from libnbd's callbacks.  These run while libnbd's lock is held, and
+ * take q->lock; so libnbd must not be called while q->lock is locked.
  */
 #ifndef NBDSHIM_QUEUE_INTERNAL_H
 #define NBDSHIM_QUEUE_INTERNAL_H
@@ -23,30 +25,31 @@
 
 #include <unistd.h>
 
-/* The retry interval for the turn of a handle that another thread moves. */
+/* The retry interval for the turn of a handle that another thread is moving. */
 #define SHARED_RETRY_INTERVAL (10 * NBDSHIM_MILLISECOND)
 
-/* A handle of the queue. */
+/* A handle that belongs to the queue. */
 struct member {
     struct nbdshim *s;
     enum nbdqueue_side side;
-    unsigned in_flight; /* commands that libnbd has */
-    int error;          /* of the connection, if it is lost */
-    bool is_lost;       /* it is closed, or its connection has ended */
-    bool is_entered;    /* by the thread that has the queue's turn, as has_turn */
-    bool has_turn;
-    bool is_shared;  /* the last time, another thread had its turn */
-    int socket;      /* what the epoll watches, or -1; see watch.h */
-    uint32_t events; /* what the epoll watches it for */
+    unsigned in_flight; /* commands of the queue that libnbd has */
+    int error;          /* why it was lost, an errno */
+    bool is_lost;       /* it was closed, or its connection has ended */
+    bool is_entered;    /* by the thread that has the queue's turn */
+    bool has_turn;      /* likewise: it has the handle's turn as well */
+    bool is_shared;     /* another thread had its turn at the last try */
+    int socket;         /* that the epoll watches, or -1; see watch.h */
+    uint32_t events;    /* that the epoll watches it for */
 };
 
+/* What stands at one side of the queue. */
 struct endpoint {
     size_t count;          /* of its handles */
-    struct queuefile file; /* its fd is -1 if the end has handles */
+    struct queuefile file; /* its fd is -1 if the endpoint has handles */
     uint64_t size;
-    uint32_t minimum, maximum; /* of the server's block size constraints; maximum 0 is none */
-    bool has_zero;             /* it has a command for zeroes */
-    bool is_bounded;           /* commands without data are not larger than maximum, either */
+    uint32_t minimum, maximum; /* the server's block size constraints; a maximum of 0 is none */
+    bool has_zero;             /* the server has a zero command */
+    bool is_bounded;           /* maximum also limits commands without data */
 };
 
 struct request {
@@ -55,84 +58,84 @@ struct request {
     uintptr_t token;
     uint64_t serial;
     char *buffer;
-    uint64_t start, cut, stop; /* the range; what is before cut was given to slots */
+    uint64_t start, cut, stop; /* the range; slots have what is before cut */
     uint32_t flags;
-    unsigned in_flight; /* its slots */
+    unsigned in_flight; /* slots that work on it */
     uint64_t moved;     /* bytes that were copied or set to zero */
-    int error;          /* of the piece that failed first: */
+    int error;          /* of the piece that failed first */
     uint64_t error_offset, error_length;
     enum nbdqueue_side error_side;
-    bool is_cancelled; /* nobody waits for it */
+    bool is_cancelled; /* nobody waits for it any more */
 };
 
-/* A piece of a request. */
+/* A piece of a request, and the command in flight for it. */
 struct slot {
-    struct slot *next; /* free, or answered */
+    struct slot *next; /* in q->free, q->answered or q->blocked */
     struct nbdqueue *q;
     struct request *request;
-    uint64_t offset, length;           /* the piece */
-    uint64_t wide_offset, wide_length; /* what a command reads or writes for it */
-    char *bounce;                      /* memory for wide ranges and copies; may be NULL */
-    char *data;                        /* what the command reads into, or writes from */
-    enum nbdqueue_operation command;   /* what is in flight */
-    bool merges;                       /* it is read first, then merged and written */
-    struct member *member;             /* NULL if it did not get to a handle */
+    uint64_t offset, length;           /* of the piece, in bytes */
+    uint64_t wide_offset, wide_length; /* of the command, rounded to whole blocks */
+    char *bounce; /* the bounce buffer, for widened commands and copies, or NULL */
+    char *data;   /* that the command reads into or writes from */
+    enum nbdqueue_operation command; /* that is in flight */
+    bool merges;                     /* it reads, merges and writes back */
+    struct member *member;           /* that has the command; NULL if it was not sent */
     uint64_t cookie;
     uintptr_t token; /* of the request whose buffer the command uses */
     int error;
-    struct nbdshim_range range; /* of an orphan, for those who have to wait for it */
-    bool is_in_flight;          /* libnbd has it */
-    bool is_issued;             /* the call that gives it to libnbd has returned */
-    bool is_answered;           /* the completion was called */
-    bool is_listed;             /* in q->answered */
-    bool is_orphan;
+    struct nbdshim_range range; /* of an orphan, for commands that overlap it */
+    bool is_in_flight;          /* libnbd has the command */
+    bool is_issued;             /* the call that passed it to libnbd has returned */
+    bool is_answered;           /* `complete` was called */
+    bool is_listed;             /* it is in q->answered, or being reaped */
+    bool is_orphan;             /* the queue has dropped its request */
 };
 
 struct nbdqueue {
-    sem_t turn;
-    pthread_mutex_t lock;
-    atomic_uint references; /* the caller's, and one for each command in flight */
-    int wakeup_fd;          /* an eventfd, which ends the poll of the thread that waits */
-    int epoll, timer;       /* of watch.h, or -1 */
-    bool is_timing;         /* the timer was started */
-    bool is_sleeping;       /* the thread that waits is in poll, or the event loop is */
-    bool has_news;          /* requests or handles were added while another thread had the turn */
-    bool is_started;        /* a request was added: the ends are settled */
+    sem_t turn;             /* its holder moves the queue */
+    pthread_mutex_t lock;   /* protects the lists and counters */
+    atomic_uint references; /* the caller's, and one per command in flight */
+    int wakeup_fd;          /* an eventfd that ends the sleep in poll */
+    int epoll, timer;       /* see watch.h; or -1 */
+    bool is_timing;         /* the timer runs */
+    bool is_sleeping;       /* the waiting thread, or the event loop, may be in poll */
+    bool has_news;          /* something was added while another thread had the turn */
+    bool is_started;        /* a request was added: the endpoints are final */
     bool is_woken, is_dropped;
-    bool is_forgotten; /* dropped, and no request is left */
+    bool is_forgotten; /* dropped, and all requests are freed */
     unsigned depth, in_flight;
-    unsigned forks; /* nbdshim_forks of the process that made the queue */
+    unsigned forks; /* nbdshim_forks of the process that created the queue */
     uint32_t piece;
     struct endpoint endpoints[2];
     struct member members[NBDQUEUE_MAX_HANDLES];
-    atomic_size_t added; /* members that were given to the queue; q->lock is locked to change it */
-    atomic_size_t count; /* those that are in use: who has the turn takes over the others */
+    atomic_size_t added; /* members that were added; changed under q->lock */
+    atomic_size_t count; /* of them in use; only the turn's holder changes it */
     struct slot *slots, *free, *answered;
-    struct slot *blocked; /* not sent yet, because of what must end before; of who has the turn */
-    unsigned cancelled;   /* slots of requests that were cancelled */
+    struct slot *blocked; /* whose commands have to wait; used only with the turn */
+    unsigned cancelled;   /* slots of cancelled requests */
     struct request *queued, **last_queued;
     struct request *done, **last_done;
     unsigned length, done_length;
-    unsigned reported; /* how many of those that are done the last call has reported */
-    uint64_t serial;   /* of the last request */
-    struct nbdshim_closure *closure; /* its token stands for the buffers */
-    char *zeroes;                    /* a piece of them */
+    unsigned reported;               /* how many of `done` the last call has reported */
+    uint64_t serial;                 /* of the latest request */
+    struct nbdshim_closure *closure; /* its token keeps the buffers */
+    char *zeroes;                    /* a piece full of zeroes, or NULL */
     atomic_uint_fast64_t copied, zeroed;
-    _Atomic int64_t last_moved; /* when a byte last moved, in nanoseconds; 0 is never */
-    atomic_bool is_moving;      /* who has the turn notes it */
-    int64_t handlers_due;       /* when the handlers of signals are to run, at the latest */
+    _Atomic int64_t last_moved; /* when a byte last moved, monotonic; 0 is never */
+    atomic_bool is_moving;      /* the turn's holder updates last_moved */
+    int64_t handlers_due;       /* when signal handlers have to run at the latest */
 };
 
 /*
- * In the child of a fork nothing of the parent's queue is used: a thread of the parent may have
- * been in the middle of a change, with q->lock locked.
+ * Whether the queue belongs to the parent of this forked process.  Then nothing of it may be used:
+ * a thread of the parent may have been in the middle of a change, with q->lock locked.
  */
 static inline bool nbdqueue_is_inherited(const struct nbdqueue *q)
 {
     return atomic_load_explicit(&nbdshim_forks, memory_order_relaxed) != q->forks;
 }
 
-/* Have the thread that sleeps in poll look again.  q->lock is locked. */
+/* Wake the thread that sleeps in poll, so that it looks again.  q->lock is locked. */
 static inline void nbdqueue_wake_poll(struct nbdqueue *q)
 {
     const uint64_t one = 1;
@@ -142,7 +145,7 @@ static inline void nbdqueue_wake_poll(struct nbdqueue *q)
     q->is_sleeping = false;
 }
 
-/* Note that a byte has moved. */
+/* Record that a byte has moved just now. */
 static inline void nbdqueue_note_move(struct nbdqueue *q)
 {
     atomic_store_explicit(&q->last_moved, nbdshim_now(), memory_order_relaxed);

@@ -1,24 +1,24 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* A file as the end of a queue; see queuefile.h. */
+/* A file as the endpoint of a queue; see queuefile.h. */
 
 #include "queuefile.h"
 
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/falloc.h> /* musl's fcntl.h has not all of it */
+#include <linux/falloc.h> /* musl's fcntl.h lacks some of it */
 #include <linux/fs.h>
 #include <stdbool.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
-/* Smaller writes are left to the system, which can put several together. */
+/* Write-back of smaller writes is left to the kernel, which can combine them. */
 #define MIN_WRITTEN_BACK (64 * 1024)
 
-/* What has become of `done` bytes (of pread or pwrite).  Returns 0 to go on, or an errno. */
+/* Check the result of pread or pwrite.  Returns 0 to continue, or an errno. */
 static int check(ssize_t done)
 {
     if (done == 0)
-        return EIO; /* the file is shorter than it was */
+        return EIO; /* the file has become shorter */
     return done < 0 && errno != EINTR ? errno : 0;
 }
 
@@ -38,7 +38,7 @@ int queuefile_read(const struct queuefile *file, char *data, uint64_t length, ui
     return 0;
 }
 
-/* Write without a thought of the cache.  at is a place in the file. */
+/* Write all bytes; `at` is an offset in the file.  Returns 0 or an errno. */
 static int write_all(int fd, const char *data, uint64_t length, uint64_t at)
 {
     uint64_t done = 0;
@@ -54,14 +54,16 @@ static int write_all(int fd, const char *data, uint64_t length, uint64_t at)
     return 0;
 }
 
-/* Wait until a range is on the disk, and have the cache forget it.  Returns 0 or an errno. */
+/* Wait until a range is on the disk, and drop it from the page cache.  Returns 0 or an errno. */
 static int finish(int fd, uint64_t at, uint64_t length)
 {
     const unsigned all =
         SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
 
-    /* A failure that is told here is not told again by fdatasync.  Others are no failure to write:
-       not every file can do this. */
+    /*
+     * fdatasync does not report again a write error that is reported here.  Other errors mean only
+     * that this kind of file does not support the call.
+     */
     if (sync_file_range(fd, (off_t)at, (off_t)length, all) == -1 &&
         (errno == EIO || errno == ENOSPC || errno == EDQUOT))
         return errno;
@@ -69,8 +71,7 @@ static int finish(int fd, uint64_t at, uint64_t length)
     return 0;
 }
 
-/* Have a range written to the disk, and finish the oldest of such ranges.  Returns 0 or an errno.
- */
+/* Start the write-back of a range, and finish that of the oldest range.  Returns 0 or an errno. */
 static int write_back(struct queuefile *file, uint64_t at, uint64_t length)
 {
     unsigned oldest = file->oldest;
@@ -95,7 +96,7 @@ int queuefile_write(struct queuefile *file, const char *data, uint64_t length, u
     return error;
 }
 
-/* Have the file system or the device make zeroes.  Returns whether it did. */
+/* Let the file system or the device zero a range.  Returns whether it did. */
 static bool zero_range(int fd, uint64_t at, uint64_t length)
 {
     uint64_t range[2] = {at, length};

@@ -460,7 +460,7 @@ int nbdshim_begin_command(struct nbdshim_wait *w, struct nbdshim *s, const char 
     /*
      * Wait for orphans.  This thread has the turn, so it has to move the connection itself to make
      * them retire.  A command that becomes an orphan after this check does not matter: its caller
-     * was still waiting when this call began, so the two are concurrent, and nothing orders them.
+     * is still waiting now, so the two are concurrent, and nothing orders them.
      */
     while (ret == 0 && (nbdshim_is_full(s, 0, plan->size) ||
                         (plan->count > 0 && nbdshim_is_changing(s, plan->offset, stop))))

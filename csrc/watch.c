@@ -7,13 +7,13 @@
 #include <sys/timerfd.h>
 #include <unistd.h>
 
-/* Whether this process has made the epoll.  If not, it belongs to the parent. */
+/* Whether this process created the epoll; if not, it belongs to the parent. */
 static bool is_ours(const struct nbdqueue *q)
 {
     return atomic_load_explicit(&nbdshim_forks, memory_order_relaxed) == q->forks;
 }
 
-/* Add a descriptor to the epoll, change its events, or remove it if there are none. */
+/* Add a descriptor to the epoll, change its events, or remove it if `events` is 0. */
 static int change(const struct nbdqueue *q, int fd, uint32_t before, uint32_t events)
 {
     struct epoll_event event = {.events = events};
@@ -48,7 +48,7 @@ int watch_begin(struct nbdqueue *q)
     return -1;
 }
 
-/* What libnbd waits for. */
+/* The events that libnbd waits for. */
 static uint32_t wanted(const struct member *m)
 {
     unsigned direction = nbd_aio_get_direction(m->s->h);
@@ -61,6 +61,7 @@ static uint32_t wanted(const struct member *m)
     return events;
 }
 
+/* Make the epoll ready after the retry interval. */
 static void start_timer(struct nbdqueue *q)
 {
     struct itimerspec once = {.it_value.tv_nsec = SHARED_RETRY_INTERVAL};
@@ -74,7 +75,7 @@ void watch_stop_timer(struct nbdqueue *q)
     const struct itimerspec never = {.it_value.tv_nsec = 0};
 
     if (q->is_timing && is_ours(q))
-        (void)timerfd_settime(q->timer, 0, &never, NULL); /* also forgets that it was over */
+        (void)timerfd_settime(q->timer, 0, &never, NULL); /* this also resets an expiry */
     q->is_timing = false;
 }
 
@@ -95,7 +96,7 @@ void watch_update(struct nbdqueue *q)
         events = m->is_shared ? 0 : wanted(m);
         if (change(q, m->socket, m->events, events) == 0)
             m->events = events;
-        if (events == 0 || q->blocked != NULL) /* another thread may move what it waits for */
+        if (events == 0 || q->blocked != NULL) /* another thread may move the handle */
             start_timer(q);
     }
 }
