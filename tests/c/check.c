@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
 #include "check.h"
-#include "owner.h"
+#include "tokens.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
 
-/* A test that takes longer hangs: SIGALRM ends the program.  Valgrind needs most of it. */
+/* A test that takes longer than this hangs, and SIGALRM ends the program.  Valgrind is slow. */
 #define SECONDS 120
 
 static bool failed;
@@ -31,9 +31,10 @@ int run_tests(const struct test *tests, size_t count)
 {
     int status = EXIT_SUCCESS;
 
-    /* Line by line, so that what was proven before a crash is told, and no child repeats it. */
+    /* Flush each line: results before a crash are printed, and forked children do not repeat them.
+     */
     setvbuf(stdout, NULL, _IOLBF, 0);
-    own_tokens();
+    register_tokens();
     for (size_t i = 0; i < count; i++) {
         failed = false;
         subject = NULL;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* A test program is a table of functions, each named by what it proves, and a call of run_tests. */
+/* A test program is a table of functions, named by what they prove, and a call of run_tests. */
 #ifndef CHECK_H
 #define CHECK_H
 
@@ -13,10 +13,10 @@ struct test {
 
 #define TEST(function) ((struct test){#function, function})
 
-/* Let the running test fail, and say where, unless the condition holds. */
+/* Fail the running test and print the line, unless the condition holds. */
 #define CHECK(condition) check(condition, __FILE__, __LINE__, #condition)
 
-/* The same for a condition without which the test cannot go on. */
+/* Likewise, and return from the test: for conditions without which it cannot continue. */
 #define REQUIRE(condition)                                                                         \
     do {                                                                                           \
         if (!CHECK(condition))                                                                     \
@@ -25,7 +25,7 @@ struct test {
 
 bool check(bool held, const char *file, int line, const char *condition);
 
-/* What a failure is about, for tests that go through a list; NULL for nothing. */
+/* Name the subject that failures are about, for tests that loop over a list; NULL for none. */
 void checking(const char *subject);
 
 /* Run the tests, print `ok NAME` or `not ok NAME` for each, and return main's exit status. */

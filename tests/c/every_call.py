@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Write every_call.h, a table of a call of each function of nbdglue.h, for test_every_call.c.
+"""Write every_call.h: a table with one call of each function of nbdglue.h, for test_every_call.c.
 
 Usage: python every_call.py FOLDER
 """
@@ -19,7 +19,7 @@ from generator.model import Function, Kind, Parameter  # noqa: E402
 from generator.read import read  # noqa: E402
 from generator.waiting import stoppable  # noqa: E402
 
-#: What each kind of parameter is given; integers are 0 but for these.
+#: The arguments for each kind of parameter, and for some integers; other integers are 0.
 VALUES = {
     Kind.BOOL: ("true",),
     Kind.STRING: ("a->text",),
@@ -33,7 +33,7 @@ INTEGERS = {"count": "512", "sock": "-1"}
 
 
 def arguments(function: Function) -> list[str]:
-    """The arguments of the call, the handle first."""
+    """Return the arguments of the call, the handle first."""
     found = ["s"]
     for parameter in function.parameters:
         found += values(function, parameter)
@@ -43,7 +43,7 @@ def arguments(function: Function) -> list[str]:
 
 
 def values(function: Function, parameter: Parameter) -> tuple[str, ...]:
-    """What a parameter is given."""
+    """Return the arguments for a parameter."""
     if parameter.kind is Kind.CLOSURE:
         token = f"give(&a->tokens[{function.closures.index(parameter)}])"
         return (token, "true") if parameter.optional else (token,)
@@ -53,7 +53,7 @@ def values(function: Function, parameter: Parameter) -> tuple[str, ...]:
 
 
 def maker(function: Function) -> str:
-    """A C function that makes the call, with its result as an integer."""
+    """Return a C function that makes the call and returns its result as an integer."""
     call = f"nbdcall_{function.name}({', '.join(arguments(function))})"
     body = f"    return (int64_t){call};"
     if function.returns.endswith("*"):
@@ -70,7 +70,7 @@ def maker(function: Function) -> str:
 
 
 def row(function: Function) -> str:
-    """Its row of the table."""
+    """Return the row of a function in the table."""
     has_zero = function.returns.endswith("*") or function.returns in UNSIGNED_64
     flags = (has_zero, function.name in LOCK_FREE)
     fields = [

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* Handles that are connected to something. */
+/* Connected handles, and the servers behind them. */
 #ifndef SERVER_H
 #define SERVER_H
 
@@ -9,39 +9,38 @@
 
 #define DISK_SIZE (1 << 20)
 
-/* A handle to nbdkit's memory plugin, DISK_SIZE bytes, with base:allocation. */
+/* A handle connected to nbdkit's memory plugin: DISK_SIZE bytes, with base:allocation. */
 struct nbdshim *connected(void);
 
-/* The same in opt mode: the handshake has reached the options. */
+/* A handle connected in the same way that is negotiating options. */
 struct nbdshim *negotiating(void);
 
-/* Connect s to nbdkit in a process of our own; returns its process, for kill_server. */
+/* Connect s to nbdkit in a child of this process; returns its process id, for kill_server. */
 pid_t connect_to_child(struct nbdshim *s);
 void kill_server(pid_t server);
 
 /*
- * Connect s to a socket on which the oldstyle handshake offers an export of so many bytes, and
- * nothing more ever comes; returns the server's end, which the caller closes, or -1.
+ * Connect s to a socket pair.  The server's side sends the oldstyle handshake for an export of
+ * `size` bytes, and nothing else.  Returns the server's socket, which the caller closes.
  */
 int connect_to_silence(struct nbdshim *s, uint64_t size);
 
-/* A command as a server receives it. */
+/* A command as the server receives it. */
 struct command {
     uint16_t flags, type;
     uint64_t cookie, offset;
     uint32_t size;
 };
 
-/* What stands at the server's end of connect_to_silence: take the next command, and answer one. */
+/* Receive the next command from a socket of connect_to_silence, and reply to a command. */
 struct command receive_command(int server);
 void answer(int server, struct command command, uint32_t error, const void *data, size_t size);
 
-/* Start a read of `count` bytes that calls the token back if is_called, and only frees it if not.
- */
+/* Start a read of `count` bytes.  Its completion is called if is_called; if not, only released. */
 int64_t start_read(struct nbdshim *s, void *buf, size_t count, uint64_t offset, uintptr_t token,
                    bool is_called);
 
-/* Drive s until no command is in flight, or no more can be driven. */
+/* Poll s until no command is in flight, or nothing happens any more. */
 void drain(struct nbdshim *s);
 
 #endif

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* Socket addresses: byte for byte what the system's own functions make. */
+/* Socket addresses equal those of the system's own functions, byte for byte. */
 #include "check.h"
 #include "nbdshim.h"
 
@@ -16,7 +16,7 @@
 
 static char addr[128];
 
-/* Whether the first `size` bytes of addr are this address, and those behind it are untouched. */
+/* Whether `addr` starts with this address of `size` bytes, and the bytes after it are untouched. */
 static bool holds(uint32_t size, const void *address, uint32_t expected)
 {
     bool is_equal = size == expected && memcmp(addr, address, size) == 0;
@@ -27,7 +27,7 @@ static bool holds(uint32_t size, const void *address, uint32_t expected)
     return is_equal;
 }
 
-/* getaddrinfo's first answer for a numeric host, and its size; 0 if there is none. */
+/* Get getaddrinfo's first address for a numeric host; returns its size, or 0. */
 static uint32_t resolve(const char *host, const char *port, int family, void *address)
 {
     const struct addrinfo hints = {.ai_family = family,
@@ -66,7 +66,7 @@ static void an_abstract_name_has_no_nul_behind_it(void)
     CHECK(holds(make_unix("\0nbd", 4), &sun, size));
 }
 
-/* The kernel's own view: what a socket bound to it is called. */
+/* Bind a socket to the address, and compare with the name that the kernel reports. */
 static void the_kernel_gives_an_abstract_name_back(void)
 {
     char name[32], bound[128];

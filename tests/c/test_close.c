@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* Closing a handle, also while other threads are inside its calls. */
+/* Closing a handle, including while other threads are inside its calls. */
 #include "check.h"
 #include "handle.h"
-#include "owner.h"
+#include "tokens.h"
 #include "server.h"
 
 #include <pthread.h>
@@ -62,7 +62,7 @@ static void *connect_in_vain(void *argument)
     return NULL;
 }
 
-/* Start a thread, and come back when it is inside its call. */
+/* Start a thread, and return when it is inside its call. */
 static pthread_t call_in_thread(struct caller *caller, void *(*call)(void *))
 {
     pthread_t thread;
@@ -98,7 +98,7 @@ static void closing_wakes_a_call_that_waits(void)
     close(server);
 }
 
-/* A call that is running keeps libnbd's handle alive: it ends with the call. */
+/* A running call keeps libnbd's handle open; it is closed when the call returns. */
 static void closing_wakes_a_call_that_connects_and_ends_with_it(void)
 {
     struct caller caller = {.s = nbdshim_create()};
@@ -120,11 +120,11 @@ static void closing_wakes_a_call_that_connects_and_ends_with_it(void)
     CHECK(debug.releases == 1);
 }
 
-/* A thread of a crowd, and the one token that it gives to each of its calls. */
+/* One of many threads, with the token that it passes to each of its calls. */
 struct member {
     struct crowd *crowd;
     struct token token;
-    int given; /* how often a call has taken it */
+    int given; /* how often a call has taken the token */
 };
 
 struct crowd {
@@ -134,7 +134,7 @@ struct crowd {
     struct member members[THREADS];
 };
 
-/* Whether a call came back as it may: done, ended by the closing, or refused after it. */
+/* Whether the result is a valid one: success, failure because of the close, or refusal after it. */
 static bool is_expected(struct crowd *crowd, int result)
 {
     return result == 0 || result == NBDSHIM_CLOSED ||

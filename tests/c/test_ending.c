@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* The end of the process: nothing is called upwards any more but in the thread where it ends. */
+/* At the end of the process, only the thread that ends it makes upcalls. */
 #include "check.h"
 #include "handle.h"
-#include "owner.h"
+#include "tokens.h"
 #include "server.h"
 
 #include <pthread.h>

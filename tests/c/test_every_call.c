@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* What holds for every call of libnbd.h: it enters and leaves, or is refused, in every state. */
+/* Every call of libnbd.h, in every state of a handle, either enters and leaves or is refused. */
 #include "check.h"
 #include "every_call.h"
 #include "handle.h"
-#include "owner.h"
+#include "tokens.h"
 #include "server.h"
 
 #include <string.h>
@@ -25,7 +25,7 @@ static void check_released_once(const struct call *call, struct arguments *a)
         CHECK(a->tokens[i].releases == (i < call->tokens));
 }
 
-/* A refused call has not taken its tokens, and a stale buffer is still known to be stale. */
+/* A refused call has not taken its tokens, and a stale buffer is still marked as stale. */
 static void check_refused(const struct call *call, struct nbdshim *s, int reason)
 {
     struct arguments a = arguments();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* The helpers for memory: zeroes, and advice. */
+/* The helpers for buffers: zeroes, stale buffers, and advice to the kernel. */
 #include "check.h"
 #include "buffer.h"
 
@@ -49,7 +49,7 @@ static void what_is_clean_is_not_cleared(void)
     CHECK(memcmp(bytes, "xxxxxxxx", sizeof bytes) == 0);
 }
 
-/* As a read that another thread has begun: it overwrites what is here, and then says so. */
+/* Act like a read in another thread: overwrite a claimed buffer, and then mark it as clean. */
 static void *overwrite(void *argument)
 {
     int *state = argument;

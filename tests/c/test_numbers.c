@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* Numbers and texts that libnbd returns. */
+/* The numbers and strings that libnbd returns. */
 #include "check.h"
-#include "owner.h"
+#include "tokens.h"
 #include "server.h"
 
 #include <errno.h>
@@ -26,7 +26,7 @@ static void a_size_is_returned_as_it_is(void)
     CHECK(size_of_export(INT64_MAX) == INT64_MAX);
 }
 
-/* libnbd returns it as a negative number, or refuses it by itself: no refusal of ours. */
+/* libnbd either returns it as a negative number or fails: it must not look like a refusal. */
 static void a_size_beyond_63_bits_is_no_refusal(void)
 {
     const uint64_t sizes[] = {(uint64_t)1 << 63, UINT64_MAX - 1, UINT64_MAX - 2, UINT64_MAX - 3};

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
 /*
- * What nobody waits for any more may still happen: commands that overlap it wait for it, no others
- * do, and its number is bounded.  And handles that join a queue later.
+ * Commands that overlap an orphan or a cancelled command wait for it, and no others do.  The number
+ * of orphans is limited.  Also: handles that are added to a queue later.
  */
 #include "check.h"
 #include "rig.h"
@@ -20,7 +20,7 @@
 
 static const char bytes[SIZE];
 
-/* Whether the client has sent something that was not received yet. */
+/* Whether the client has sent a command that was not received yet. */
 static bool was_sent(int server)
 {
     char byte;
@@ -28,7 +28,7 @@ static bool was_sent(int server)
     return recv(server, &byte, 1, MSG_PEEK | MSG_DONTWAIT) == 1;
 }
 
-/* Take the next command, which has to be a write of SIZE bytes, and its data. */
+/* Receive the next command, which has to be a write of SIZE bytes, and its data. */
 static struct command receive_write(int server)
 {
     struct command command = receive_command(server);
@@ -39,13 +39,13 @@ static struct command receive_write(int server)
     return command;
 }
 
-/* Let a queue send and receive what it can. */
+/* Let the queue send and receive everything that it can. */
 static void move(struct rig *rig)
 {
     CHECK(nbdqueue_wait(rig->q, rig->done, MAX_DONE, 1, SHORTLY) == 0);
 }
 
-/* A rig, and the write at offset 0 that a call on its handle has given up. */
+/* A rig, and an orphan: the write at offset 0 of a call on its handle that timed out. */
 static struct command set_up_after_a_write_that_timed_out(struct rig *rig)
 {
     set_up(rig, 4, SIZE);
@@ -76,7 +76,7 @@ static void a_call_that_does_not_overlap_it_does_not_wait(void)
     (void)set_up_after_a_write_that_timed_out(&rig);
     CHECK(nbdcall_pread(rig.s, image, SIZE, SIZE, 0) == NBDSHIM_TIMED_OUT);
     CHECK(receive_command(rig.server).offset == SIZE);
-    CHECK(nbdcall_flush(rig.s, 0) != 0); /* it has no range; this server has none */
+    CHECK(nbdcall_flush(rig.s, 0) != 0); /* a flush has no range; this server has no flush */
     tear_down(&rig);
 }
 
@@ -247,7 +247,7 @@ static void each_request_is_taken_by_its_number(void)
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     answer(rig.server, receive_command(rig.server), 0, image, SIZE);
     CHECK(nbdqueue_wait(rig.q, outer, MAX_DONE, 1, FOR_EVER) == 1);
-    finish(&rig, 1); /* as the handler of a signal would */
+    finish(&rig, 1); /* as a signal handler would */
     submit(&rig, NBDQUEUE_READ, 2, SIZE, 0);
     answer(rig.server, receive_command(rig.server), 0, image, SIZE);
     CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == 1);
@@ -272,13 +272,13 @@ static void the_queue_knows_when_a_byte_has_moved(void)
     move(&rig);
     before = nbdqueue_last_moved(rig.q);
     CHECK(before == 0);
-    answer(rig.server, command, 0, image, SIZE / 2); /* half of it */
+    answer(rig.server, command, 0, image, SIZE / 2); /* half of the data */
     move(&rig);
     CHECK(nbdqueue_last_moved(rig.q) > before);
     tear_down(&rig);
 }
 
-/* One handle more to the same kind of server. */
+/* Another handle, connected to the same kind of server. */
 struct another {
     struct nbdshim *s;
     int server;
@@ -362,7 +362,7 @@ static void a_handle_joins_while_another_thread_waits(void)
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     CHECK(pthread_create(&thread, NULL, wait_for_one, &rig) == 0);
     add(rig.q, NBDQUEUE_TARGET, joined.s);
-    /* The thread sees both at once, or the request a moment before the handle. */
+    /* The thread sees both at the same time, or the request slightly before the handle. */
     for (int i = 0; i < MAX_DONE / 2 && poll(&sent, 1, 100) == 0; i++)
         submit(&rig, NBDQUEUE_CACHE, 2, SIZE, SIZE);
     CHECK(was_sent(joined.server));

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
 /*
- * Every allocation of the shim is made to fail: the first, the second, ... until a scenario passes
- * untouched.  Linked with --wrap for the allocators; libnbd's own allocations are not touched.
+ * Make every allocation of the shim fail: the first, then the second, and so on, until a scenario
+ * runs without a failure.  The linker wraps the allocators (--wrap) in the shim, but not in libnbd.
  */
 #include "check.h"
 #include "handle.h"
 #include "queue.h"
-#include "owner.h"
+#include "tokens.h"
 #include "server.h"
 
 #include <errno.h>
@@ -15,7 +15,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-/* How many allocations there were, and the one that fails; 0 for none. */
+/* The number of allocations so far, and which one fails; 0 for none. */
 static int allocations, failing;
 static bool create_fails;
 
@@ -27,7 +27,7 @@ static bool fails(void)
     return true;
 }
 
-/* What the linker puts in place of the functions of these names, and their own names. */
+/* The linker resolves NAME to __wrap_NAME, and __real_NAME to the original function. */
 void *__real_malloc(size_t size);
 void *__real_calloc(size_t count, size_t size);
 void *__real_realloc(void *p, size_t size);
@@ -69,7 +69,7 @@ struct scenario {
     struct nbdshim *s;
     char buffer[512];
     struct token tokens[4];
-    int used; /* how many tokens it gives away */
+    int used; /* the number of tokens that it passes to calls */
 };
 
 typedef int64_t step(struct scenario *sc);
@@ -163,7 +163,7 @@ static int64_t list_contexts(struct scenario *sc)
     return nbdcall_opt_list_meta_context(sc->s, give(&sc->tokens[0]));
 }
 
-/* Give the queue a request, and wait for it.  Returns 0, or NBDSHIM_NO_MEMORY. */
+/* Submit a request and wait for it.  Returns 0 or NBDSHIM_NO_MEMORY. */
 static int64_t ask(struct nbdqueue *q, enum nbdqueue_operation operation, uint64_t length)
 {
     struct nbdqueue_done done;
@@ -177,7 +177,7 @@ static int64_t ask(struct nbdqueue *q, enum nbdqueue_operation operation, uint64
     return done.error == 0 ? 0 : NBDSHIM_NO_MEMORY;
 }
 
-/* Copy a file to the handle, and set a file to zero. */
+/* Copy a file to the handle, and zero a file. */
 static int64_t use_queues(struct scenario *sc)
 {
     struct token tokens[2] = {{0}};
@@ -203,7 +203,7 @@ static int64_t use_queues(struct scenario *sc)
     return result;
 }
 
-/* Fail its allocations one after the other, each on a new handle; returns how many there are. */
+/* Fail the allocations of a scenario one by one, each on a new handle; returns their number. */
 static int fail_each(struct nbdshim *(*make)(void), step *run)
 {
     for (int i = 1;; i++) {

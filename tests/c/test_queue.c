@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* A queue of requests: what it makes of them, and what a drop, a close or a signal leaves behind.
- */
+/* A queue of requests: how it does them, and the state after a drop, a close or a signal. */
 #include "check.h"
 #include "rig.h"
 
@@ -20,7 +19,7 @@
 
 static char other_image[DISK_SIZE];
 
-/* The bytes of a disk: no two neighbouring sectors are alike. */
+/* Fill a disk so that no two neighbouring sectors are equal. */
 static void fill(char *bytes, size_t size)
 {
     for (size_t i = 0; i < size; i++)
@@ -108,7 +107,7 @@ static void a_copy_has_the_same_data(void)
     nbdshim_destroy(source);
 }
 
-/* Handles to one target and another source, added in turn; the target gets what is written. */
+/* Handles of the target and the source, added alternately: only the target receives writes. */
 static void handles_may_be_added_in_any_order(void)
 {
     struct rig rig;
@@ -177,7 +176,8 @@ static void what_is_dropped_keeps_its_memory_until_the_handle_is_closed(void)
     struct rig rig;
 
     set_up(&rig, 4, SIZE);
-    submit(&rig, NBDQUEUE_READ, 1, 6 * SIZE, 0); /* four are in flight, the rest is queued */
+    submit(&rig, NBDQUEUE_READ, 1, 6 * SIZE,
+           0); /* four pieces are in flight, the others are queued */
     submit(&rig, NBDQUEUE_WRITE, 2, SIZE, 0);
     nbdqueue_drop(rig.q);
     CHECK(nbdshim_orphans(rig.s) == 4);
@@ -303,7 +303,7 @@ static void *wait_for_all(void *argument)
     return (void *)(intptr_t)count;
 }
 
-/* Have another thread wait for all requests; returns when it sleeps, or soon will. */
+/* Let another thread wait for all requests; returns when it sleeps or is about to. */
 static pthread_t start_waiting(struct rig *rig)
 {
     pthread_t thread;
@@ -473,7 +473,7 @@ static void a_wait_ends_at_its_deadline_also_where_answers_keep_coming(void)
     tear_down(&rig);
 }
 
-static void what_was_reported_comes_again_until_it_is_taken(void)
+static void requests_are_reported_again_until_they_are_taken(void)
 {
     struct rig rig;
 
@@ -517,7 +517,7 @@ static void a_wake_ends_the_wait_of_another_thread(void)
     CHECK(join(thread) == 0);
     answer(rig.server, receive_command(rig.server), 0, other_image, SIZE);
     while (nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == 0)
-        ; /* the second wake may have been for this wait */
+        ; /* the second nbdqueue_wake may end this wait */
     CHECK(each_ended_once(&rig, 1));
     tear_down(&rig);
 }
@@ -538,10 +538,10 @@ static void what_is_submitted_while_another_thread_waits_is_sent(void)
     tear_down(&rig);
 }
 
-/* A queue that several threads use, with a disk whose bytes are in other_image. */
+/* A queue that several threads share; other_image has the bytes of its disk. */
 struct shared {
     struct rig rig;
-    pthread_mutex_t lock; /* as nbd/_disks/queue.py has it: one thread at a time waits and takes */
+    pthread_mutex_t lock; /* as in nbd/_disks/queue.py: one thread at a time waits and takes */
     atomic_uint reported;
     atomic_bool is_over;
 };
@@ -593,7 +593,7 @@ static void *submit_second(void *argument)
     return NULL;
 }
 
-/* Wait and take until all were told of. */
+/* Wait and take until all requests were reported. */
 static void *wait_and_take(void *argument)
 {
     struct shared *shared = argument;
@@ -732,7 +732,7 @@ static void free_data(struct token *t)
     t->data = NULL;
 }
 
-/* Who is told by the release that the buffers are free may free them: nobody writes to them. */
+/* When `release` gets the queue's token, the buffers may be freed: nothing writes to them. */
 static void a_drop_in_the_middle_of_it_all_releases_no_buffer_in_use(void)
 {
     void *(*const functions[])(void *) = {submit_heap_buffers, move_until_it_is_over};
@@ -756,7 +756,7 @@ static void a_drop_in_the_middle_of_it_all_releases_no_buffer_in_use(void)
     }
 }
 
-/* What a callback of the queue's handle got when it used the queue. */
+/* The results of a callback of the queue's handle that uses the queue. */
 struct inside {
     struct nbdqueue *q;
     int submitted, waited;
@@ -881,7 +881,7 @@ static void a_release_may_drop_the_queue_on_which_its_thread_waits(void)
     tear_down(&rig);
 }
 
-/* A file of zeroes, or of other bytes. */
+/* A file of `size` bytes, zeroes or the given ones. */
 static int new_file(size_t size, const char *bytes)
 {
     int fd = memfd_create("queue", MFD_CLOEXEC);
@@ -940,7 +940,7 @@ static void a_source_file_that_is_too_short_fails_with_eio(void)
     close(source);
 }
 
-/* A handle to a server that takes whole blocks only. */
+/* A handle to a server that accepts only whole blocks. */
 static struct nbdshim *connected_to_blocks(void)
 {
     char *argv[] = {"nbdkit", "-s", "--exit-with-parent",     "--filter=blocksize-policy",
@@ -960,7 +960,7 @@ static void set_up_blocks(struct rig *rig)
     store(rig->s, other_image);
 }
 
-/* Whether the disk has the bytes of other_image. */
+/* Whether the disk's bytes equal other_image. */
 static bool has_right_bytes(struct rig *rig)
 {
     load(rig->s, image);
@@ -1090,7 +1090,7 @@ RUN_TESTS(TEST(reads_end_once_with_the_right_data), TEST(writes_end_once_with_th
           TEST(a_signal_handler_that_raises_ends_the_wait_and_nothing_else),
           TEST(a_wait_ends_at_its_deadline_and_nothing_is_lost),
           TEST(a_wait_ends_at_its_deadline_also_where_answers_keep_coming),
-          TEST(what_was_reported_comes_again_until_it_is_taken),
+          TEST(requests_are_reported_again_until_they_are_taken),
           TEST(a_wake_beforehand_ends_one_wait), TEST(a_wake_ends_the_wait_of_another_thread),
           TEST(what_is_submitted_while_another_thread_waits_is_sent),
           TEST(threads_that_submit_and_wait_share_a_queue),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* A file as the end of a queue.  This program has the system's calls for disks itself. */
+/* A file as the endpoint of a queue.  This program replaces the system calls for write-back. */
 #include "check.h"
 #include "queuefile.h"
 
@@ -11,11 +11,11 @@
 
 #define SIZE (256 * 1024)
 
-static int disk_error;  /* what waiting for the disk fails with, or 0 */
-static unsigned begun;  /* ranges that the disk has begun to write */
-static unsigned waited; /* ranges that it has finished */
-static unsigned forgot; /* ranges that have left the cache */
-static off_t finished;  /* the last that it has finished */
+static int disk_error;  /* the errno with which waiting for the disk fails, or 0 */
+static unsigned begun;  /* ranges whose write-back was started */
+static unsigned waited; /* ranges whose write-back was waited for */
+static unsigned forgot; /* ranges dropped from the page cache */
+static off_t finished;  /* the offset of the range waited for last */
 static char zeroes[SIZE];
 static char data[SIZE];
 
@@ -39,7 +39,7 @@ int posix_fadvise(int fd, off_t offset, off_t len, int advise)
     return 0;
 }
 
-/* No file can have holes. */
+/* Pretend that no file system can punch holes. */
 int fallocate(int fd, int mode, off_t offset, off_t len)
 {
     (void)fd, (void)mode, (void)offset, (void)len;
@@ -47,7 +47,7 @@ int fallocate(int fd, int mode, off_t offset, off_t len)
     return -1;
 }
 
-/* An empty file that goes when its descriptor does; base bytes are before the end. */
+/* An empty file without a name; the endpoint starts at offset `base`. */
 static struct queuefile temporary(uint64_t base)
 {
     char name[] = "/tmp/queuefile-XXXXXX";
@@ -119,7 +119,7 @@ static void small_writes_are_left_to_the_system(void)
     close(file.fd);
 }
 
-/* Because fdatasync would not tell it again. */
+/* Because fdatasync would not report the error again. */
 static void a_failure_of_the_disk_is_told(void)
 {
     struct queuefile file = temporary(0);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
 /* Calls from inside a callback on its own handle are refused: libnbd would deadlock. */
 #include "check.h"
-#include "owner.h"
+#include "tokens.h"
 #include "server.h"
 
 #include <libnbd.h>
@@ -12,7 +12,7 @@ struct handles {
     struct nbdshim *own, *other;
 };
 
-/* Calls that would wait for libnbd's lock, which this thread holds. */
+/* Calls that would wait for libnbd's lock, which this thread already holds. */
 static void try_locking_calls(struct nbdshim *s)
 {
     struct token extent = {0}, completion = {0};
@@ -42,7 +42,7 @@ static void try_calls(struct token *t)
     CHECK(nbdcall_get_debug(handles->other) >= 0);
 }
 
-/* Every call tells the debug callback about itself: from there it would do so without end. */
+/* Every call makes debug callbacks; a call from inside one would recurse without end. */
 static void try_calls_while_debugging(struct token *t)
 {
     struct handles *handles = t->data;
@@ -64,7 +64,7 @@ static struct token trying(struct handles *handles, struct nbdshim *s)
     return (struct token){.inside = try_calls, .data = handles};
 }
 
-/* Afterwards the handle is as usable as before. */
+/* After the refusals the handle works as before. */
 static void finish(struct handles *handles, const struct token *t)
 {
     CHECK(t->calls >= 1);
@@ -152,7 +152,7 @@ static void every_call_from_a_debug_callback_is_refused(void)
     CHECK(nbdcall_get_opt_mode(handles.own) == 0);
     CHECK(debug.calls >= 1);
     debug.calls = 0;
-    CHECK(nbdcall_aio_is_dead(handles.own) == 0); /* it takes no lock */
+    CHECK(nbdcall_aio_is_dead(handles.own) == 0); /* this call takes no lock */
     CHECK(debug.calls >= 1);
     CHECK(nbdcall_set_debug(handles.own, false) == 0);
     CHECK(nbdcall_clear_debug_callback(handles.own) == 0);
@@ -209,7 +209,7 @@ static void callbacks_of_two_handles_nest(void)
     nbdshim_destroy(handles.other);
 }
 
-/* Tokens are handed over when libnbd's lock is free. */
+/* Tokens are released when libnbd's lock is free. */
 static void call_in_release(struct token *t)
 {
     CHECK(nbdcall_get_debug(t->data) >= 0);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* A read that is refused or fails shows no stale bytes: they are zeroes, or still stale. */
+/* After a read is refused or fails, its buffer has zeroes or is still marked as stale. */
 #include "check.h"
-#include "owner.h"
+#include "tokens.h"
 #include "server.h"
 
 #include <string.h>
@@ -10,7 +10,7 @@
 
 static char buffer[SIZE];
 
-/* Each kind of read into `buffer`, filled with something else before. */
+/* Each kind of read into `buffer`, which was filled with other bytes before. */
 static void check_reads(struct nbdshim *s, int refusal)
 {
     struct token tokens[3] = {0};
@@ -78,7 +78,7 @@ static void a_read_that_fails_leaves_what_was_given_to_it(void)
     nbdshim_destroy(s);
 }
 
-/* Stale bytes are cleared, whether or not others are. */
+/* Stale bytes are cleared, whatever set_pread_initialize says. */
 static void stale_bytes_never_show(void)
 {
     for (int initialize = 0; initialize < 2; initialize++) {
@@ -97,7 +97,7 @@ static void stale_bytes_never_show(void)
     }
 }
 
-static void bytes_that_may_be_seen_are_cleared_unless_the_shim_is_told_to_leave_them(void)
+static void clean_bytes_are_cleared_unless_set_pread_initialize_says_no(void)
 {
     struct nbdshim *s = nbdshim_create();
     int state = NBDSHIM_CLEAN;
@@ -117,4 +117,4 @@ static void bytes_that_may_be_seen_are_cleared_unless_the_shim_is_told_to_leave_
 RUN_TESTS(TEST(reads_from_a_closed_handle_show_nothing), TEST(reads_that_libnbd_fails_show_nothing),
           TEST(reads_inside_a_callback_show_nothing),
           TEST(a_read_that_fails_leaves_what_was_given_to_it), TEST(stale_bytes_never_show),
-          TEST(bytes_that_may_be_seen_are_cleared_unless_the_shim_is_told_to_leave_them))
+          TEST(clean_bytes_are_cleared_unless_set_pread_initialize_says_no))

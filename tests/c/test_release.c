@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
 /* Every token is released exactly once, however its call ends. */
 #include "check.h"
-#include "owner.h"
+#include "tokens.h"
 #include "server.h"
 
 #include <unistd.h>
@@ -281,7 +281,7 @@ static void a_killed_server_completes_and_releases_every_command(void)
     struct token completions[64] = {0};
 
     for (int i = 0; i < 64; i++) {
-        completions[i].answer = i % 2; /* every other one retires itself */
+        completions[i].answer = i % 2; /* every second one returns 1 and retires its command */
         if (i == 32)
             kill_server(server);
         if (start(s, 0, &completions[i], true) == -1)

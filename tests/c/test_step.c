@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* A queue in an event loop: its descriptor says when there is something to do, and a step does it.
- */
+/* A queue in an event loop: its descriptor is ready when nbdqueue_step has something to do. */
 #include "check.h"
 #include "rig.h"
 
@@ -13,7 +12,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* Long enough for what has to come, in milliseconds. */
+/* A timeout in milliseconds for events that must happen. */
 #define PATIENCE 10000
 
 static char zeroes[DISK_SIZE];
@@ -25,7 +24,7 @@ static bool is_ready(int fd, int milliseconds)
     return poll(&one, 1, milliseconds) == 1;
 }
 
-/* What an event loop does: step whenever the descriptor is ready, until `count` are done. */
+/* Act like an event loop: step whenever the descriptor is ready, until `count` are done. */
 static void loop_until(struct rig *rig, int fd, int count)
 {
     struct nbdqueue_done done[MAX_DONE];
@@ -43,7 +42,7 @@ static void loop_until(struct rig *rig, int fd, int count)
     CHECK(found == count);
 }
 
-/* Step until the descriptor is not ready any more. */
+/* Step until the descriptor is no longer ready. */
 static void settle(struct rig *rig, int fd)
 {
     while (is_ready(fd, 0))
@@ -130,7 +129,7 @@ static void what_is_done_beyond_the_capacity_makes_it_ready_again(void)
     tear_down(&rig);
 }
 
-/* More than the socket holds: libnbd waits until it can send. */
+/* The data does not fit into the socket, so libnbd waits until it can send more. */
 static void a_large_write_is_sent_while_the_server_reads_slowly(void)
 {
     struct rig rig;
@@ -258,7 +257,7 @@ static void *read_synchronously(void *argument)
     return NULL;
 }
 
-/* While another thread waits on the handle, it moves the queue's command too. */
+/* A thread that waits on the handle also receives replies to the queue's commands. */
 static void a_handle_that_another_thread_moves_is_left_to_it_for_a_while(void)
 {
     struct rig rig;
@@ -276,7 +275,7 @@ static void a_handle_that_another_thread_moves_is_left_to_it_for_a_while(void)
         steps += is_ready(fd, 2);
         CHECK(nbdqueue_step(rig.q, rig.done, MAX_DONE) == 0);
     }
-    CHECK(steps < 5); /* it does not turn for nothing */
+    CHECK(steps < 5); /* the event loop does not spin */
     answer(rig.server, commands[0], 0, zeroes, SIZE);
     loop_until(&rig, fd, 1);
     answer(rig.server, commands[1], 0, zeroes, SIZE);
@@ -316,7 +315,7 @@ static void a_queue_that_was_destroyed_refuses_everything(void)
     nbdqueue_drop(NULL);
 }
 
-/* The epoll belongs to both: the child must not take the socket out of it. */
+/* Parent and child share the epoll: the child must not remove the socket from it. */
 static void the_child_of_a_fork_leaves_the_descriptor_alone(void)
 {
     struct rig rig;

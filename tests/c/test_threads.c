@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* One handle in many threads. */
+/* One handle, used by many threads. */
 #include "check.h"
 #include "handle.h"
-#include "owner.h"
+#include "tokens.h"
 #include "server.h"
 
 #include <errno.h>
@@ -29,7 +29,7 @@ static void in_threads(struct shared *shared, void *(*work)(void *))
     CHECK(shared->unexpected == 0);
 }
 
-/* Write a block of the thread's own number, and read it back with a callback. */
+/* Write a block that contains the thread's number, and read it back with a callback. */
 static void *write_and_read(void *argument)
 {
     struct shared *shared = argument;
@@ -66,7 +66,7 @@ static void yield_inside(struct token *t)
     sched_yield();
 }
 
-/* Calls with and without libnbd's lock: the debug callback runs in several threads at once. */
+/* Calls with and without libnbd's lock, so that debug callbacks run in several threads at once. */
 static void *ask(void *argument)
 {
     struct shared *shared = argument;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* Calls that a deadline or a signal stops, the orphans that they leave, and how these end. */
+/* Calls that a timeout or a signal stops, and the orphans that they leave behind. */
 #include "check.h"
 #include "handle.h"
-#include "owner.h"
+#include "tokens.h"
 #include "server.h"
 
 #include <endian.h>
@@ -22,7 +22,7 @@
 
 static char buffer[SIZE];
 
-/* A handle to a server that never answers. */
+/* A handle to a server that never replies by itself. */
 struct silence {
     struct nbdshim *s;
     int server;
@@ -53,7 +53,7 @@ static void receive(int server, void *bytes, size_t size)
     }
 }
 
-/* The server's answer to the next read that it was asked for: SIZE bytes. */
+/* Reply to the next read that the server has received, with SIZE bytes. */
 static void answer_read(int server)
 {
     struct {
@@ -82,7 +82,7 @@ static void *answer_in_thread(void *argument)
     return NULL;
 }
 
-/* Answer after longer than the handles here wait. */
+/* Reply later than the timeout of the handles in this file. */
 static void answer_read_later(int server)
 {
     static int answering;
@@ -156,7 +156,7 @@ static void ignore(int number)
     (void)number;
 }
 
-/* Let a signal arrive again and again, at this interval; with 0, no more. */
+/* Send this process a signal at this interval; 0 stops that. */
 static void send_signals(int microseconds)
 {
     const struct sigaction action = {.sa_handler = ignore};
@@ -205,7 +205,7 @@ static void an_orphan_is_not_called_back(void)
     pid_t server = connect_to_child(s);
 
     CHECK(kill(server, SIGSTOP) == 0);
-    CHECK(waitpid(server, NULL, WUNTRACED) == server); /* all of its threads have stopped */
+    CHECK(waitpid(server, NULL, WUNTRACED) == server); /* all threads of the server have stopped */
     CHECK(nbdshim_set_timeout(s, 0.01) == 0);
     CHECK(nbdcall_pread_structured(s, buffer, SIZE, 0, give(&chunk), 0) == NBDSHIM_TIMED_OUT);
     CHECK(chunk.releases == 0);
@@ -301,7 +301,7 @@ struct crowd {
 
 static void *read_in_time_or_not(void *argument)
 {
-    static char memory[THREADS * ROUNDS][SIZE]; /* an orphan may still write to what it was given */
+    static char memory[THREADS * ROUNDS][SIZE]; /* an orphan may still write to its buffer */
     struct crowd *crowd = argument;
 
     for (int i = 0; i < ROUNDS; i++) {

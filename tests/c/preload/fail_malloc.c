@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-/* A library to preload: malloc fails when one shared object calls it for the n-th time. */
+/* A library to preload: the n-th call of malloc from a chosen shared object fails. */
 #include <dlfcn.h>
 #include <errno.h>
 #include <link.h>
@@ -26,13 +26,14 @@ static int find(struct dl_phdr_info *info, size_t size, void *file)
     return 1;
 }
 
-/* Choose the shared object: 1 if it is loaded. */
+/* Choose the shared object.  Returns 1 if it is loaded, else 0. */
 int fail_malloc_of(const char *file)
 {
     return dl_iterate_phdr(find, (void *)file);
 }
 
-/* Let its n-th call from now on fail, 0 for none; returns how many it made since the last time. */
+/* Make its n-th call from now on fail, or none if n is 0.  Returns its calls since the last time.
+ */
 int fail_malloc_at(int n)
 {
     int made = calls;
@@ -42,7 +43,7 @@ int fail_malloc_at(int n)
     return made;
 }
 
-/* Whether the call that comes back to caller is the one that fails. */
+/* Whether this call, which returns to the address `caller`, is the one that fails. */
 static int fails(uintptr_t caller)
 {
     if (start <= caller && caller < end && ++calls == failing) {
@@ -63,7 +64,7 @@ void *malloc(size_t size)
     return next(size);
 }
 
-/* Compilers make one call of malloc and clearing: gcc 16 does. */
+/* Compilers may turn malloc followed by memset into calloc; gcc 16 does. */
 void *calloc(size_t number, size_t size)
 {
     static void *(*next)(size_t number, size_t size);
@@ -72,7 +73,7 @@ void *calloc(size_t number, size_t size)
     if (fails((uintptr_t)__builtin_return_address(0)) || looking)
         return NULL;
     if (next == NULL) {
-        looking = 1; /* dlsym may want memory, and does without */
+        looking = 1; /* dlsym may allocate; it copes with a failure */
         *(void **)&next = dlsym(RTLD_NEXT, "calloc");
         looking = 0;
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: LGPL-2.0-or-later
-#include "owner.h"
+#include "tokens.h"
 
 #include "nbdglue.h"
 
@@ -20,7 +20,7 @@ static int called(uintptr_t token, size_t size, int error)
     return t->answer;
 }
 
-/* How many times more `release` fails, as it does where a signal handler raises. */
+/* How often `release` still fails, as if a signal handler had raised. */
 static _Thread_local int failing_releases;
 
 void fail_releases(int times)
@@ -28,7 +28,7 @@ void fail_releases(int times)
     failing_releases = times;
 }
 
-/* The tokens of the buffers that are kept, 0 where there is none. */
+/* The tokens of the buffers that `orphaned` keeps; 0 marks a free place. */
 static uintptr_t kept[256];
 static pthread_mutex_t kept_lock = PTHREAD_MUTEX_INITIALIZER;
 static atomic_int failing_keeps;
@@ -38,7 +38,7 @@ void fail_to_keep(int times)
     failing_keeps = times;
 }
 
-/* Put one token in the place of another; returns whether that one was there. */
+/* Replace a token in `kept` by another one; returns whether it was there. */
 static bool replace_kept(uintptr_t token, uintptr_t other)
 {
     bool found = false;
@@ -150,7 +150,7 @@ static int extent64(uintptr_t token, const char *metacontext, uint64_t offset,
 }
 #endif
 
-void own_tokens(void)
+void register_tokens(void)
 {
     const struct nbdshim_upcalls upcalls = {
         .release = release,
