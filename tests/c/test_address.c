@@ -67,7 +67,7 @@ static void an_abstract_name_has_no_nul_behind_it(void)
 }
 
 /* Bind a socket to the address, and compare with the name that the kernel reports. */
-static void the_kernel_gives_an_abstract_name_back(void)
+static void the_kernel_reports_an_abstract_name(void)
 {
     char name[32], bound[128];
     socklen_t bound_size = sizeof bound;
@@ -165,7 +165,7 @@ static void an_address_that_does_not_fit_is_not_written(void)
 }
 
 RUN_TESTS(TEST(a_path_ends_with_a_nul_that_counts), TEST(an_abstract_name_has_no_nul_behind_it),
-          TEST(the_kernel_gives_an_abstract_name_back), TEST(the_longest_names_fit),
+          TEST(the_kernel_reports_an_abstract_name), TEST(the_longest_names_fit),
           TEST(names_that_are_too_long_are_refused), TEST(an_inet_address_is_getaddrinfos),
           TEST(an_inet6_address_is_getaddrinfos), TEST(a_scope_is_getaddrinfos),
           TEST(a_flow_is_in_network_order), TEST(an_address_that_does_not_fit_is_not_written))

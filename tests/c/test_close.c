@@ -26,7 +26,7 @@ static void a_handle_is_closed_once(void)
     nbdshim_destroy(s);
 }
 
-static void destroy_closes_if_need_be(void)
+static void destroy_closes_an_open_handle(void)
 {
     nbdshim_destroy(connected());
     nbdshim_destroy(nbdshim_create());
@@ -192,7 +192,7 @@ static void close_in_a_crowd(struct crowd *crowd)
     nbdshim_destroy(crowd->s);
 }
 
-static void closing_in_a_crowd_happens_once(void)
+static void closing_in_many_threads_happens_once(void)
 {
     for (int round = 0; round < ROUNDS; round++) {
         struct crowd crowd = {0};
@@ -205,7 +205,7 @@ static void closing_in_a_crowd_happens_once(void)
     }
 }
 
-RUN_TESTS(TEST(a_handle_is_closed_once), TEST(destroy_closes_if_need_be),
+RUN_TESTS(TEST(a_handle_is_closed_once), TEST(destroy_closes_an_open_handle),
           TEST(closing_wakes_a_call_that_waits),
           TEST(closing_wakes_a_call_that_connects_and_ends_with_it),
-          TEST(closing_in_a_crowd_happens_once))
+          TEST(closing_in_many_threads_happens_once))

@@ -10,7 +10,7 @@
 
 #define SIZE ((size_t)8 << 20)
 
-static void any_byte_that_is_not_zero_is_found(void)
+static void every_nonzero_byte_is_found(void)
 {
     char bytes[67] = {0};
 
@@ -39,7 +39,7 @@ static void clearing_touches_its_own_bytes_only(void)
     CHECK(bytes[0] == 'x');
 }
 
-static void what_is_clean_is_not_cleared(void)
+static void clean_bytes_are_not_cleared(void)
 {
     char bytes[8];
     int state = NBDSHIM_CLEAN;
@@ -104,8 +104,8 @@ static void advice_on_less_than_a_page_is_ignored(void)
     CHECK(strcmp(bytes, "ab") == 0);
 }
 
-RUN_TESTS(TEST(any_byte_that_is_not_zero_is_found), TEST(clearing_touches_its_own_bytes_only),
-          TEST(what_is_clean_is_not_cleared),
+RUN_TESTS(TEST(every_nonzero_byte_is_found), TEST(clearing_touches_its_own_bytes_only),
+          TEST(clean_bytes_are_not_cleared),
           TEST(clearing_waits_for_another_thread_that_overwrites),
           TEST(clearing_does_not_wait_for_ever), TEST(advice_changes_no_byte),
           TEST(advice_on_less_than_a_page_is_ignored))

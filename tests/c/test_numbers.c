@@ -59,7 +59,7 @@ static void a_refusal_leaves_the_last_error_alone(void)
     nbdshim_destroy(s);
 }
 
-static void a_text_is_the_callers_to_free(void)
+static void the_caller_frees_a_string(void)
 {
     struct nbdshim *s = nbdshim_create();
     char *name;
@@ -93,5 +93,5 @@ static void private_data_keeps_every_bit(void)
 
 RUN_TESTS(TEST(a_size_is_returned_as_it_is), TEST(a_size_beyond_63_bits_is_no_refusal),
           TEST(a_failure_is_minus_1_with_message_and_errno),
-          TEST(a_refusal_leaves_the_last_error_alone), TEST(a_text_is_the_callers_to_free),
+          TEST(a_refusal_leaves_the_last_error_alone), TEST(the_caller_frees_a_string),
           TEST(an_unsigned_flag_word_is_never_negative), TEST(private_data_keeps_every_bit))

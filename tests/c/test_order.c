@@ -80,7 +80,7 @@ static void a_call_that_does_not_overlap_it_does_not_wait(void)
     tear_down(&rig);
 }
 
-static void a_read_that_was_stopped_holds_nothing_up(void)
+static void an_orphaned_read_blocks_no_command(void)
 {
     struct rig rig;
 
@@ -138,7 +138,7 @@ static void a_queue_sends_nothing_over_a_write_that_was_cancelled(void)
     tear_down(&rig);
 }
 
-static void what_is_held_back_can_be_cancelled_too(void)
+static void a_blocked_command_can_be_cancelled(void)
 {
     struct rig rig;
     struct command first;
@@ -182,7 +182,7 @@ static void a_queue_sends_nothing_over_a_write_of_one_that_was_dropped(void)
     tear_down(&rig);
 }
 
-static void what_is_held_back_ends_when_its_connection_is_lost(void)
+static void a_blocked_command_ends_when_its_connection_is_lost(void)
 {
     struct rig rig;
 
@@ -259,7 +259,7 @@ static void each_request_is_taken_by_its_number(void)
     tear_down(&rig);
 }
 
-static void the_queue_knows_when_a_byte_has_moved(void)
+static void the_queue_records_when_a_byte_last_moved(void)
 {
     struct rig rig;
     struct command command;
@@ -326,7 +326,7 @@ static void a_handle_to_another_export_does_not_join(void)
     end_another(&other);
 }
 
-static void a_queue_takes_so_many_handles_and_no_more(void)
+static void a_queue_takes_at_most_max_handles(void)
 {
     struct another others[NBDQUEUE_MAX_HANDLES];
     struct rig rig;
@@ -406,18 +406,17 @@ static void a_queue_that_was_dropped_has_no_descriptor(void)
 
 RUN_TESTS(TEST(a_call_that_overlaps_a_write_that_was_stopped_is_sent_after_its_answer),
           TEST(a_call_that_does_not_overlap_it_does_not_wait),
-          TEST(a_read_that_was_stopped_holds_nothing_up),
+          TEST(an_orphaned_read_blocks_no_command),
           TEST(a_queue_sends_nothing_over_a_write_that_a_call_has_given_up),
           TEST(a_queue_sends_nothing_over_a_write_that_was_cancelled),
-          TEST(what_is_held_back_can_be_cancelled_too),
+          TEST(a_blocked_command_can_be_cancelled),
           TEST(a_queue_sends_nothing_over_a_write_of_one_that_was_dropped),
-          TEST(what_is_held_back_ends_when_its_connection_is_lost),
+          TEST(a_blocked_command_ends_when_its_connection_is_lost),
           TEST(queues_that_are_dropped_leave_a_bounded_number_of_orphans),
           TEST(what_exceeds_the_orphan_limit_is_sent_when_an_orphan_has_ended),
-          TEST(each_request_is_taken_by_its_number), TEST(the_queue_knows_when_a_byte_has_moved),
+          TEST(each_request_is_taken_by_its_number), TEST(the_queue_records_when_a_byte_last_moved),
           TEST(a_handle_that_joins_later_takes_commands),
-          TEST(a_handle_to_another_export_does_not_join),
-          TEST(a_queue_takes_so_many_handles_and_no_more),
+          TEST(a_handle_to_another_export_does_not_join), TEST(a_queue_takes_at_most_max_handles),
           TEST(a_handle_joins_while_another_thread_waits),
           TEST(an_export_that_is_too_large_is_refused),
           TEST(a_queue_that_was_dropped_has_no_descriptor))

@@ -276,7 +276,7 @@ static void a_queue_needs_three_allocations_and_each_request_one_and_its_memory(
     CHECK(fail_each(connected, use_queues) == 2 * (3 + 1 + 1));
 }
 
-static void closing_needs_none_but_its_commands(void)
+static void closing_allocates_nothing_but_its_commands(void)
 {
     CHECK(fail_each(connected, close_with_commands_in_flight) == 2);
 }
@@ -285,4 +285,4 @@ RUN_TESTS(TEST(a_handle_needs_one_allocation), TEST(a_handle_that_libnbd_cannot_
           TEST(a_callback_needs_one_allocation), TEST(a_call_that_waits_needs_one_more),
           TEST(two_callbacks_need_two_allocations),
           TEST(a_queue_needs_three_allocations_and_each_request_one_and_its_memory),
-          TEST(closing_needs_none_but_its_commands))
+          TEST(closing_allocates_nothing_but_its_commands))

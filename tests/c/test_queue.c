@@ -69,7 +69,7 @@ static void writes_end_once_with_the_right_data(void)
     tear_down(&rig);
 }
 
-static void a_queue_of_depth_one_does_all_one_after_the_other(void)
+static void a_queue_of_depth_one_sends_one_command_at_a_time(void)
 {
     struct rig rig;
     struct command first, second;
@@ -157,7 +157,7 @@ static void after_an_error_the_rest_of_a_request_is_not_sent(void)
     tear_down(&rig);
 }
 
-static void what_goes_past_the_end_fails_and_is_not_sent(void)
+static void a_request_past_the_end_fails_and_is_not_sent(void)
 {
     struct rig rig;
 
@@ -353,7 +353,7 @@ static void a_wait_ends_when_another_thread_drops_the_queue(void)
     tear_down(&rig);
 }
 
-static void where_one_of_two_handles_is_closed_the_other_goes_on(void)
+static void the_other_of_two_handles_continues_when_one_is_closed(void)
 {
     struct rig rig;
     struct nbdshim *other = connected();
@@ -395,7 +395,7 @@ static void all_requests_to_a_server_that_dies_end_with_the_connections_error(vo
     tear_down(&rig);
 }
 
-static void a_servers_error_is_not_taken_for_the_connections(void)
+static void a_servers_error_is_not_replaced_by_the_connections(void)
 {
     struct rig rig;
     struct command commands[3];
@@ -456,7 +456,7 @@ static void a_wait_ends_at_its_deadline_and_nothing_is_lost(void)
     tear_down(&rig);
 }
 
-static void a_wait_ends_at_its_deadline_also_where_answers_keep_coming(void)
+static void a_wait_ends_at_its_deadline_even_if_replies_keep_coming(void)
 {
     char *argv[] = {"nbdkit", "-s", "--exit-with-parent", "null", "4E", NULL};
     struct nbdshim *s = nbdshim_create();
@@ -489,7 +489,7 @@ static void requests_are_reported_again_until_they_are_taken(void)
     tear_down(&rig);
 }
 
-static void a_wake_beforehand_ends_one_wait(void)
+static void a_wake_before_a_wait_ends_it(void)
 {
     struct rig rig;
 
@@ -1070,10 +1070,10 @@ static void the_child_of_a_fork_does_not_wait_for_the_parents_threads(void)
 }
 
 RUN_TESTS(TEST(reads_end_once_with_the_right_data), TEST(writes_end_once_with_the_right_data),
-          TEST(a_queue_of_depth_one_does_all_one_after_the_other), TEST(a_copy_has_the_same_data),
+          TEST(a_queue_of_depth_one_sends_one_command_at_a_time), TEST(a_copy_has_the_same_data),
           TEST(handles_may_be_added_in_any_order), TEST(an_error_comes_with_its_offset),
           TEST(after_an_error_the_rest_of_a_request_is_not_sent),
-          TEST(what_goes_past_the_end_fails_and_is_not_sent),
+          TEST(a_request_past_the_end_fails_and_is_not_sent),
           TEST(what_is_dropped_keeps_its_memory_until_the_handle_is_closed),
           TEST(what_is_dropped_keeps_its_memory_until_the_last_answer),
           TEST(what_was_answered_before_the_drop_is_no_orphan),
@@ -1084,14 +1084,14 @@ RUN_TESTS(TEST(reads_end_once_with_the_right_data), TEST(writes_end_once_with_th
           TEST(a_handle_may_be_destroyed_before_its_queue),
           TEST(a_wait_ends_when_another_thread_closes_the_handle),
           TEST(a_wait_ends_when_another_thread_drops_the_queue),
-          TEST(where_one_of_two_handles_is_closed_the_other_goes_on),
+          TEST(the_other_of_two_handles_continues_when_one_is_closed),
           TEST(all_requests_to_a_server_that_dies_end_with_the_connections_error),
-          TEST(a_servers_error_is_not_taken_for_the_connections),
+          TEST(a_servers_error_is_not_replaced_by_the_connections),
           TEST(a_signal_handler_that_raises_ends_the_wait_and_nothing_else),
           TEST(a_wait_ends_at_its_deadline_and_nothing_is_lost),
-          TEST(a_wait_ends_at_its_deadline_also_where_answers_keep_coming),
+          TEST(a_wait_ends_at_its_deadline_even_if_replies_keep_coming),
           TEST(requests_are_reported_again_until_they_are_taken),
-          TEST(a_wake_beforehand_ends_one_wait), TEST(a_wake_ends_the_wait_of_another_thread),
+          TEST(a_wake_before_a_wait_ends_it), TEST(a_wake_ends_the_wait_of_another_thread),
           TEST(what_is_submitted_while_another_thread_waits_is_sent),
           TEST(threads_that_submit_and_wait_share_a_queue),
           TEST(calls_that_wait_and_a_queue_share_a_handle),

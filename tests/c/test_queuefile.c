@@ -60,7 +60,7 @@ static struct queuefile temporary(uint64_t base)
     return file;
 }
 
-static void what_was_written_is_read_from_its_place(void)
+static void data_is_read_back_from_its_offset(void)
 {
     struct queuefile file = temporary(512);
     char got[5] = "";
@@ -83,7 +83,7 @@ static void a_file_that_is_too_short_is_eio(void)
     close(file.fd);
 }
 
-static void where_no_hole_can_be_zeroes_are_written(void)
+static void zeroes_are_written_if_holes_cannot_be_punched(void)
 {
     struct queuefile file = temporary(0);
     char got[10];
@@ -97,7 +97,7 @@ static void where_no_hole_can_be_zeroes_are_written(void)
     close(file.fd);
 }
 
-static void writes_go_on_to_the_disk_and_the_oldest_leaves_the_cache(void)
+static void writes_are_written_back_and_the_oldest_leaves_the_cache(void)
 {
     struct queuefile file = temporary(SIZE);
 
@@ -109,7 +109,7 @@ static void writes_go_on_to_the_disk_and_the_oldest_leaves_the_cache(void)
     close(file.fd);
 }
 
-static void small_writes_are_left_to_the_system(void)
+static void small_writes_are_left_to_the_kernel(void)
 {
     struct queuefile file = temporary(0);
 
@@ -120,7 +120,7 @@ static void small_writes_are_left_to_the_system(void)
 }
 
 /* Because fdatasync would not report the error again. */
-static void a_failure_of_the_disk_is_told(void)
+static void a_write_error_during_write_back_is_reported(void)
 {
     struct queuefile file = temporary(0);
 
@@ -133,7 +133,7 @@ static void a_failure_of_the_disk_is_told(void)
     close(file.fd);
 }
 
-static void a_file_that_cannot_be_written_back_in_parts_is_no_failure(void)
+static void a_file_without_write_back_of_ranges_is_not_an_error(void)
 {
     struct queuefile file = temporary(0);
 
@@ -144,8 +144,9 @@ static void a_file_that_cannot_be_written_back_in_parts_is_no_failure(void)
     close(file.fd);
 }
 
-RUN_TESTS(TEST(what_was_written_is_read_from_its_place), TEST(a_file_that_is_too_short_is_eio),
-          TEST(where_no_hole_can_be_zeroes_are_written),
-          TEST(writes_go_on_to_the_disk_and_the_oldest_leaves_the_cache),
-          TEST(small_writes_are_left_to_the_system), TEST(a_failure_of_the_disk_is_told),
-          TEST(a_file_that_cannot_be_written_back_in_parts_is_no_failure))
+RUN_TESTS(TEST(data_is_read_back_from_its_offset), TEST(a_file_that_is_too_short_is_eio),
+          TEST(zeroes_are_written_if_holes_cannot_be_punched),
+          TEST(writes_are_written_back_and_the_oldest_leaves_the_cache),
+          TEST(small_writes_are_left_to_the_kernel),
+          TEST(a_write_error_during_write_back_is_reported),
+          TEST(a_file_without_write_back_of_ranges_is_not_an_error))

@@ -51,7 +51,7 @@ static void a_callback_that_fails_its_call_is_released_once(void)
     CHECK(extent.releases == 1);
 }
 
-static void a_command_that_is_asked_for_releases_then(void)
+static void a_command_releases_its_token_when_it_is_retired(void)
 {
     struct nbdshim *s = connected();
     struct token completion = {0};
@@ -67,7 +67,7 @@ static void a_command_that_is_asked_for_releases_then(void)
     CHECK(completion.releases == 1);
 }
 
-static void a_command_that_is_never_asked_for_releases_at_close(void)
+static void a_command_that_is_never_retired_releases_its_token_at_close(void)
 {
     struct nbdshim *s = connected();
     struct token completion = {0};
@@ -152,7 +152,7 @@ static void a_token_without_callback_is_released_if_its_call_fails(void)
     CHECK(held.releases == 1);
 }
 
-static void no_token_and_no_callback_is_nothing(void)
+static void no_token_and_no_callback_is_accepted(void)
 {
     struct nbdshim *s = connected();
     int64_t cookie = nbdcall_aio_flush(s, 0, false, 0);
@@ -301,14 +301,14 @@ static void a_killed_server_completes_and_releases_every_command(void)
 
 RUN_TESTS(TEST(a_call_that_waits_releases_before_it_returns), TEST(a_call_that_fails_releases),
           TEST(a_callback_that_fails_its_call_is_released_once),
-          TEST(a_command_that_is_asked_for_releases_then),
-          TEST(a_command_that_is_never_asked_for_releases_at_close),
+          TEST(a_command_releases_its_token_when_it_is_retired),
+          TEST(a_command_that_is_never_retired_releases_its_token_at_close),
           TEST(a_completion_that_returned_1_has_released_its_token),
           TEST(a_completion_that_returned_1_releases_no_other_token),
           TEST(a_chunk_callback_that_returned_1_is_released),
           TEST(a_token_without_callback_is_released_when_the_command_retires),
           TEST(a_token_without_callback_is_released_if_its_call_fails),
-          TEST(no_token_and_no_callback_is_nothing), TEST(closing_releases_what_is_in_flight),
+          TEST(no_token_and_no_callback_is_accepted), TEST(closing_releases_what_is_in_flight),
           TEST(destroying_releases_what_is_in_flight),
           TEST(another_debug_callback_releases_the_one_before),
           TEST(a_release_that_fails_is_tried_again_at_once),

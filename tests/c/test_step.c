@@ -94,7 +94,7 @@ static void a_step_does_not_wait_for_a_silent_server(void)
     tear_down(&rig);
 }
 
-static void what_fails_at_once_makes_the_descriptor_ready(void)
+static void a_request_that_fails_at_once_makes_the_descriptor_ready(void)
 {
     struct rig rig;
     int fd;
@@ -107,7 +107,7 @@ static void what_fails_at_once_makes_the_descriptor_ready(void)
     tear_down(&rig);
 }
 
-static void what_is_done_beyond_the_capacity_makes_it_ready_again(void)
+static void requests_beyond_the_capacity_make_the_descriptor_ready_again(void)
 {
     struct rig rig;
     struct nbdqueue_done done;
@@ -258,7 +258,7 @@ static void *read_synchronously(void *argument)
 }
 
 /* A thread that waits on the handle also receives replies to the queue's commands. */
-static void a_handle_that_another_thread_moves_is_left_to_it_for_a_while(void)
+static void a_handle_that_another_thread_moves_is_not_watched_for_a_while(void)
 {
     struct rig rig;
     struct command commands[2];
@@ -343,14 +343,14 @@ static void the_child_of_a_fork_leaves_the_descriptor_alone(void)
 
 RUN_TESTS(TEST(a_loop_ends_each_request_once), TEST(the_descriptor_stays_the_same),
           TEST(a_step_does_not_wait_for_a_silent_server),
-          TEST(what_fails_at_once_makes_the_descriptor_ready),
-          TEST(what_is_done_beyond_the_capacity_makes_it_ready_again),
+          TEST(a_request_that_fails_at_once_makes_the_descriptor_ready),
+          TEST(requests_beyond_the_capacity_make_the_descriptor_ready_again),
           TEST(a_large_write_is_sent_while_the_server_reads_slowly),
           TEST(the_end_of_an_idle_connection_is_noticed),
           TEST(a_handle_that_is_closed_ends_its_requests),
           TEST(a_request_that_is_cancelled_sends_no_more),
           TEST(what_was_not_sent_is_cancelled_at_once), TEST(what_was_sent_is_not_cancelled),
-          TEST(a_handle_that_another_thread_moves_is_left_to_it_for_a_while),
+          TEST(a_handle_that_another_thread_moves_is_not_watched_for_a_while),
           TEST(a_queue_that_was_dropped_refuses_steps),
           TEST(a_queue_that_was_destroyed_refuses_everything),
           TEST(the_child_of_a_fork_leaves_the_descriptor_alone))

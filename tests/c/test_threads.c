@@ -79,7 +79,7 @@ static void *ask(void *argument)
     return NULL;
 }
 
-static void a_debug_callback_in_one_thread_refuses_nothing_in_another(void)
+static void a_debug_callback_in_one_thread_does_not_affect_another(void)
 {
     struct shared shared = {.s = nbdshim_create()};
     struct token debug = {.inside = yield_inside};
@@ -117,5 +117,5 @@ static void an_error_is_seen_by_its_thread_alone(void)
 }
 
 RUN_TESTS(TEST(threads_read_what_they_wrote),
-          TEST(a_debug_callback_in_one_thread_refuses_nothing_in_another),
+          TEST(a_debug_callback_in_one_thread_does_not_affect_another),
           TEST(an_error_is_seen_by_its_thread_alone))

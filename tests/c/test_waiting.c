@@ -117,7 +117,7 @@ static void a_late_answer_ends_the_orphan(void)
     end_silence(&silent);
 }
 
-static void a_call_that_ends_keeps_no_buffer(void)
+static void a_call_that_ends_normally_keeps_no_buffer(void)
 {
     struct nbdshim *s = connected();
 
@@ -188,7 +188,7 @@ static void a_signal_handler_that_raises_stops_every_wait(void)
     CHECK(chunk.releases == 1 && chunk.calls == 0);
 }
 
-static void a_signal_handler_that_does_not_raise_lets_the_wait_go_on(void)
+static void a_wait_continues_after_a_signal_handler_that_does_not_raise(void)
 {
     struct silence silent = silence(0.05);
 
@@ -277,7 +277,7 @@ static void *poll_for_ever(void *argument)
     return NULL;
 }
 
-static void who_waits_for_his_turn_can_be_stopped_too(void)
+static void a_wait_for_the_turn_can_be_stopped(void)
 {
     struct silence silent = silence(0);
     pthread_t thread;
@@ -377,7 +377,7 @@ static void closing_does_not_wait_for_orphans(void)
     end_silence(&silent);
 }
 
-static void a_timeout_is_of_its_handle(void)
+static void each_handle_has_its_own_timeout(void)
 {
     struct nbdshim *one = nbdshim_create(), *other = nbdshim_create();
 
@@ -393,15 +393,14 @@ static void a_timeout_is_of_its_handle(void)
 }
 
 RUN_TESTS(TEST(a_deadline_makes_an_orphan_that_keeps_its_buffer_until_the_end),
-          TEST(a_late_answer_ends_the_orphan), TEST(a_call_that_ends_keeps_no_buffer),
+          TEST(a_late_answer_ends_the_orphan), TEST(a_call_that_ends_normally_keeps_no_buffer),
           TEST(a_buffer_that_cannot_be_kept_at_first_is_kept_later),
           TEST(a_read_whose_buffer_cannot_be_kept_waits_for_the_answer),
           TEST(a_signal_handler_that_raises_stops_every_wait),
-          TEST(a_signal_handler_that_does_not_raise_lets_the_wait_go_on),
+          TEST(a_wait_continues_after_a_signal_handler_that_does_not_raise),
           TEST(an_orphan_is_not_called_back), TEST(orphans_are_bounded_by_number),
           TEST(orphans_are_bounded_by_bytes),
           TEST(a_connect_that_was_stopped_is_finished_by_the_next_call),
-          TEST(who_waits_for_his_turn_can_be_stopped_too),
-          TEST(a_poll_does_not_wait_longer_for_its_turn),
+          TEST(a_wait_for_the_turn_can_be_stopped), TEST(a_poll_does_not_wait_longer_for_its_turn),
           TEST(threads_with_deadlines_share_a_handle), TEST(closing_does_not_wait_for_orphans),
-          TEST(a_timeout_is_of_its_handle))
+          TEST(each_handle_has_its_own_timeout))
