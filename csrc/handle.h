@@ -110,8 +110,7 @@ static inline int nbdshim_join(struct nbdshim *s)
     return 0;
 }
 
-/* Enter s for a libnbd call that takes its lock.  Returns 0, NBDSHIM_CLOSED or NBDSHIM_REENTERED.
- */
+/* Enter s for a libnbd call that takes its lock.  Returns 0, NBDSHIM_CLOSED or _REENTERED. */
 static inline int nbdshim_enter(struct nbdshim *s)
 {
     return nbdshim_is_reentry(s) ? NBDSHIM_REENTERED : nbdshim_join(s);

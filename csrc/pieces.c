@@ -604,8 +604,7 @@ void pieces_pump(struct nbdqueue *q)
         start(slot);
 }
 
-/* Finish a piece: free its slot, and finish its request if that was the last.  q->lock is locked.
- */
+/* Finish a piece: free its slot, and finish its request if it was the last.  q->lock is locked. */
 static void finish_piece(struct slot *slot)
 {
     struct nbdqueue *q = slot->q;
@@ -768,8 +767,7 @@ bool pieces_reap(struct nbdqueue *q)
             retire_read(list);
         if (list->error != 0 && list->member != NULL)
             explain(list);
-        /* libnbd has retired the command, so no other thread lists this slot before it is sent
-         * again. */
+        /* The command is retired, so no other thread lists this slot before it is sent again. */
         list->is_listed = false;
         advance(list);
     }

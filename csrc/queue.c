@@ -104,7 +104,7 @@ static bool is_unusable(const struct nbdqueue *q)
     return q == NULL || nbdqueue_is_inherited(q);
 }
 
-/* Put the handles that were added meanwhile to use.  The caller has the turn. */
+/* Start to use the handles that were added meanwhile.  The caller has the turn. */
 static void take_over(struct nbdqueue *q)
 {
     /* Acquire: add_member filled the members in before it increased q->added. */
@@ -202,8 +202,7 @@ static int ask_export(struct endpoint *export, struct nbdshim *s)
     return 0;
 }
 
-/* Before the first request: reduce an endpoint to what its next handle can do.  q->lock is locked.
- */
+/* Before the first request: limit an endpoint to what a new handle can do.  q->lock is locked. */
 static void narrow(struct endpoint *endpoint, const struct endpoint *export)
 {
     if (endpoint->count == 0 || export->size < endpoint->size)
@@ -215,7 +214,7 @@ static void narrow(struct endpoint *endpoint, const struct endpoint *export)
     endpoint->has_zero = export->has_zero && (endpoint->count == 0 || endpoint->has_zero);
 }
 
-/* After it: whether the next handle of an endpoint can do everything that the others can. */
+/* After the first request: whether a new handle can do everything that the endpoint can. */
 static bool fits(const struct endpoint *endpoint, const struct endpoint *export)
 {
     bool has_maximum =
@@ -478,8 +477,7 @@ static int move(struct nbdqueue *q, int64_t longest)
     if (ready > 0)
         notify_all(q, fds, now);
     atomic_store_explicit(&q->is_moving, false, memory_order_relaxed);
-    /* Before pieces_reap, which copies data and writes to files: calls that wait need not wait for
-     * it. */
+    /* Before pieces_reap, so that waiting calls need not wait while it copies and writes data. */
     give_back_member_turns(q);
     ret = pieces_reap(q) || ready > 0 ? HAS_MOVED : ready < 0 ? INTERRUPTED : IDLE;
     if (ready < 0 || now >= q->handlers_due) {
@@ -578,8 +576,8 @@ int nbdqueue_wait(struct nbdqueue *q, struct nbdqueue_done *done, int capacity, 
     ret = enter_all(q);
     if (ret == 0) {
         /*
-         * Reap before the first sleep: calls in other threads may have received replies while
-         * nobody had the turn.  Reaping frees slots, so pump afterwards.
+         * Reap before the first sleep: calls in other threads may have received replies for this
+         * queue.  Reaping frees slots, so pump afterwards.
          */
         (void)pieces_reap(q);
         pieces_pump(q);
@@ -766,7 +764,8 @@ int nbdqueue_submit(struct nbdqueue *q, enum nbdqueue_operation operation, uintp
         /*
          * The thread with the turn may have pumped before r was in the list, and may be about to
          * sleep.  It reads has_news and sets is_sleeping under the lock: so it either sees the news
-         * and does not sleep, or is woken here.
+         * and does not sleep, or is woken here.  If it has given the turn back by now, the next
+         * thread that takes it pumps before it sleeps.
          */
         pthread_mutex_lock(&q->lock);
         q->has_news = true;

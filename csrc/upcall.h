@@ -47,19 +47,16 @@ int nbdshim_closure_new(struct nbdshim *s, uintptr_t token, const void *buffer,
 /* Hold the token of a closure until nbdshim_closure_free. */
 void nbdshim_closure_hold(struct nbdshim_closure *closure);
 
-/* The `free` function of every libnbd callback.  Queues the token for `release`, if still needed.
- */
+/* The `free` function of every libnbd callback.  Queues the token for `release`, if needed. */
 void nbdshim_closure_free(void *closure);
 
 /* Free a closure that was never passed to libnbd; NULL is ignored. */
 void nbdshim_closure_drop(struct nbdshim_closure *closure);
 
-/* Queue a closure that libnbd has freed: the call on its handle that ends next releases its token.
- */
+/* Queue a closure that libnbd has freed; the end of a call on its handle releases its token. */
 void nbdshim_push_released(struct nbdshim_closure *closure);
 
-/* Release the tokens of s that this thread has queued.  Those that `release` refuses stay queued.
- */
+/* Release the tokens of s that this thread has queued.  If `release` fails, they stay queued. */
 void nbdshim_hand_over(struct nbdshim *s);
 
 /* Free the closures of s that this thread has queued, without releasing their tokens. */

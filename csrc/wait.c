@@ -203,8 +203,7 @@ static int wait_for_socket(struct nbdshim_wait *w, struct pollfd fds[2], int64_t
         if (direction & LIBNBD_AIO_DIRECTION_WRITE)
             fds[0].events |= POLLOUT;
         ready = poll(fds, 2, (int)((nbdshim_slice(end) + MILLISECOND - 1) / MILLISECOND));
-        /* Nobody else reads the socket while we have the turn: the data is still there for libnbd.
-         */
+        /* Nobody else reads from the socket while we have the turn, so the data stays there. */
         if (ready > 0)
             return 1;
         if (ready == -1 && errno != EINTR)

@@ -152,8 +152,7 @@ int64_t nbdshim_now(void);
 /* The nanoseconds until `until`, at most NBDSHIM_SLICE; 0 if that is past. */
 int64_t nbdshim_slice(int64_t until);
 
-/* Wait for a turn, at most a slice and at most until the deadline.  Returns whether it was taken.
- */
+/* Wait for a turn until the deadline, but at most a slice.  Returns whether it was taken. */
 bool nbdshim_wait_for_turn(sem_t *turn, int64_t deadline);
 
 /*

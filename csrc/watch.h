@@ -15,8 +15,7 @@
 
 #include "queue_internal.h"
 
-/* Create the descriptor, which the queue owns.  Returns it, or -1 with errno.  The caller has the
- * turn. */
+/* Create and return the queue's descriptor, or -1 with errno.  The caller has the turn. */
 int watch_begin(struct nbdqueue *q);
 
 /* Watch the socket of another handle, if there is a descriptor.  Returns 0, or -1 with errno. */

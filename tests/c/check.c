@@ -31,8 +31,7 @@ int run_tests(const struct test *tests, size_t count)
 {
     int status = EXIT_SUCCESS;
 
-    /* Flush each line: results before a crash are printed, and forked children do not repeat them.
-     */
+    /* Flush each line, so that a crash loses no results and forked children repeat none. */
     setvbuf(stdout, NULL, _IOLBF, 0);
     register_tokens();
     for (size_t i = 0; i < count; i++) {

@@ -32,8 +32,7 @@ int fail_malloc_of(const char *file)
     return dl_iterate_phdr(find, (void *)file);
 }
 
-/* Make its n-th call from now on fail, or none if n is 0.  Returns its calls since the last time.
- */
+/* Make its n-th call from now on fail; 0 for none.  Returns its calls since the last time. */
 int fail_malloc_at(int n)
 {
     int made = calls;
