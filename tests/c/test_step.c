@@ -43,7 +43,7 @@ static void loop_until(struct rig *rig, int fd, int count)
 }
 
 /* Step until the descriptor is no longer ready. */
-static void settle(struct rig *rig, int fd)
+static void step_until_idle(struct rig *rig, int fd)
 {
     while (is_ready(fd, 0))
         CHECK(nbdqueue_step(rig->q, rig->done, MAX_DONE) == 0);
@@ -87,7 +87,7 @@ static void a_step_does_not_wait_for_a_silent_server(void)
     set_up(&rig, 2, SIZE);
     fd = nbdqueue_fd(rig.q);
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
-    settle(&rig, fd);
+    step_until_idle(&rig, fd);
     CHECK(nbdqueue_step(rig.q, rig.done, MAX_DONE) == 0);
     answer(rig.server, receive_command(rig.server), 0, zeroes, SIZE);
     loop_until(&rig, fd, 1);
@@ -140,7 +140,7 @@ static void a_large_write_is_sent_while_the_server_reads_slowly(void)
     set_up(&rig, 1, DISK_SIZE);
     fd = nbdqueue_fd(rig.q);
     submit(&rig, NBDQUEUE_WRITE, 1, DISK_SIZE, 0);
-    settle(&rig, fd);
+    step_until_idle(&rig, fd);
     command = receive_command(rig.server);
     while (got < DISK_SIZE) {
         ssize_t now = recv(rig.server, zeroes, SIZE, MSG_DONTWAIT);
@@ -166,11 +166,11 @@ static void the_end_of_an_idle_connection_is_noticed(void)
 
     set_up(&rig, 2, SIZE);
     fd = nbdqueue_fd(rig.q);
-    settle(&rig, fd);
+    step_until_idle(&rig, fd);
     close(rig.server);
     rig.server = -1;
     CHECK(is_ready(fd, PATIENCE));
-    settle(&rig, fd);
+    step_until_idle(&rig, fd);
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     loop_until(&rig, fd, 1);
     CHECK(rig.done[0].error == ENOTCONN);
@@ -186,11 +186,11 @@ static void a_handle_that_is_closed_ends_its_requests(void)
     set_up(&rig, 2, SIZE);
     fd = nbdqueue_fd(rig.q);
     submit(&rig, NBDQUEUE_READ, 1, 4 * SIZE, 0);
-    settle(&rig, fd);
+    step_until_idle(&rig, fd);
     CHECK(nbdshim_close(rig.s) == 0);
     loop_until(&rig, fd, 1);
     CHECK(rig.done[0].error == ENOTCONN);
-    settle(&rig, fd);
+    step_until_idle(&rig, fd);
     tear_down(&rig);
 }
 
@@ -224,7 +224,7 @@ static void what_was_not_sent_is_cancelled_at_once(void)
     fd = nbdqueue_fd(rig.q);
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     submit(&rig, NBDQUEUE_WRITE, 2, SIZE, 0);
-    settle(&rig, fd);
+    step_until_idle(&rig, fd);
     nbdqueue_cancel(rig.q, 2);
     loop_until(&rig, fd, 1);
     CHECK(rig.done[0].token == 2 && rig.done[0].error == ECANCELED);
@@ -325,7 +325,7 @@ static void the_child_of_a_fork_leaves_the_descriptor_alone(void)
     set_up(&rig, 2, SIZE);
     fd = nbdqueue_fd(rig.q);
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
-    settle(&rig, fd);
+    step_until_idle(&rig, fd);
     child = fork();
     if (child == 0) {
         alarm(10);
