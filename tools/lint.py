@@ -81,14 +81,14 @@ def stubtest(bin_folder: Path) -> Step:
     return Step("stubtest nbd", ["env", f"PYTHONPATH={site}", *command], [site])
 
 
-def c_steps() -> Iterator[Step]:
+def c_steps(bin_folder: Path) -> Iterator[Step]:
     """The linters and compilers of the C code, including what is generated."""
     every = [*c_files("*.c"), *c_files("*.h")]
     shim = [*(ROOT / "csrc").glob("*.c"), GENERATED / "nbdglue.c"]
     options = [f"-I{folder}" for folder in (ROOT / "csrc", GENERATED)]
     options.append("-DNBDSHIM_BUNDLED")  # includes the code that only bundled wheels have
     library = output(["pkg-config", "--cflags", "libnbd"], "libnbd is missing").split()
-    yield Step("clang-format", ["clang-format", "--dry-run", "--Werror", *every])
+    yield Step("clang-format", [bin_folder / "clang-format", "--dry-run", "--Werror", *every])
     checks = ["--enable=warning,style,performance,portability", "--error-exitcode=1", "--quiet"]
     quiet = ["--inline-suppr", "--suppress=missingIncludeSystem", "--std=c11"]
     yield Step("cppcheck", ["cppcheck", *checks, *quiet, *options, *shim])
@@ -120,7 +120,8 @@ def is_clean(step: Step) -> bool:
 
 def main(arguments: list[str]) -> int:
     """Run every linter; returns 1 if one of them found something."""
-    steps = [*python_steps(tools("lint")), *c_steps(), *shell_steps()]
+    programs = tools("lint")
+    steps = [*python_steps(programs), *c_steps(programs), *shell_steps()]
     results = [is_clean(step) for step in steps]
     say(f"{sum(results)} passed, {results.count(False)} failed")
     return 0 if all(results) else 1
