@@ -51,12 +51,6 @@ static void *allocate(size_t size)
     return memory;
 }
 
-static void getter(struct job *job)
-{
-    for (uint64_t i = 0; i < job->operations; i++)
-        check("get_size", nbd_get_size(job->h));
-}
-
 static void sync_read(struct job *job)
 {
     void *buffer = allocate(job->size);
@@ -150,7 +144,6 @@ static const struct kind {
     const char *name;
     void (*run)(struct job *job);
 } kinds[] = {
-    {"getter", getter},
     {"pread", sync_read},
     {"pread-into", sync_read},
     {"pwrite", sync_write},

@@ -67,7 +67,7 @@ UVLOOP = "await-uvloop"
 
 _ALL = (
     Workload("import", "import", 10, python_only=True),
-    Workload("getter", "getter", 2_000_000, NULL),
+    Workload("getter", "getter", 2_000_000, NULL, python_only=True),
     Workload("debug-callback", "debug-callback", 600_000, NULL, python_only=True),
     Workload("pread-512", "pread", 10_000, NULL, 512),
     Workload("pread-64k", "pread", 7_000, NULL, 64 * KIB),

@@ -29,8 +29,6 @@ certtool --generate-privkey --key-type=ecdsa --outfile server-key.pem
 printf 'cn=server\nip_address=127.0.0.1\ntls_www_server\nsigning_key\n' >template
 certtool --generate-certificate --load-privkey server-key.pem --template template \
     --load-ca-certificate ca-cert.pem --load-ca-privkey ca-key.pem --outfile server-cert.pem
-truncate --size=6G disk
-printf data | dd of=disk bs=1 seek=5G conv=notrunc
 chmod -R a+rX .
 """
 
@@ -38,7 +36,8 @@ chmod -R a+rX .
 class Servers(NamedTuple):
     """The servers that a program in a root can connect to."""
 
-    uris: dict[str, str]  # tcp, unix, psk, x509 of nbdkit, and qemu
+    uris: list[str]  # over TCP, a Unix socket, and TLS with a pre-shared key
+    x509: str  # the URI of a server with a certificate
     authority: str  # the certificate of the authority that signed that of x509
 
 
@@ -78,7 +77,7 @@ def on_tcp() -> tuple[socket.socket, str]:
 @contextmanager
 def servers(root: Path) -> Iterator[Servers]:
     """Run servers for a program that runs in a root."""
-    home = derived("trixie", "servers", ("gnutls-bin", "nbdkit", "qemu-utils"))
+    home = derived("trixie", "servers", ("gnutls-bin", "nbdkit"))
     with ExitStack() as stack:
         inside, theirs = new_folder(root), new_folder(home)
         for folder in (inside, theirs):
@@ -99,7 +98,6 @@ def servers(root: Path) -> Iterator[Servers]:
         plain, tcp = on_tcp()
         with_keys, psk = on_tcp()
         with_certificates, x509 = on_tcp()
-        of_qemu, qemu = on_tcp()
         pattern = ["pattern", "1M"]
         nbdkit = ["nbdkit", "--foreground"]
         for sock, command in (
@@ -107,15 +105,12 @@ def servers(root: Path) -> Iterator[Servers]:
             (plain, [*nbdkit, *pattern]),
             (with_keys, [*nbdkit, "--tls=require", f"--tls-psk={at}/keys.psk", *pattern]),
             (with_certificates, [*nbdkit, "--tls=require", f"--tls-certificates={at}", *pattern]),
-            (of_qemu, ["qemu-nbd", "--persistent", "--shared=0", "--format=raw", f"{at}/disk"]),
         ):
             stack.enter_context(serving(home, sock, command))
         visible = f"/{inside.relative_to(root)}"
-        uris = {
-            "tcp": f"nbd://{tcp}",
-            "unix": f"nbd+unix:///?socket={visible}/sock",
-            "psk": f"nbds://alice@{psk}/?tls-psk-file={visible}/keys.psk",
-            "x509": f"nbds://{x509}",
-            "qemu": f"nbd://{qemu}",
-        }
-        yield Servers(uris, f"{visible}/ca-cert.pem")
+        uris = [
+            f"nbd://{tcp}",
+            f"nbd+unix:///?socket={visible}/sock",
+            f"nbds://alice@{psk}/?tls-psk-file={visible}/keys.psk",
+        ]
+        yield Servers(uris, f"nbds://{x509}", f"{visible}/ca-cert.pem")

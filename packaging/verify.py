@@ -136,7 +136,7 @@ def verify_in_root(suite: str, wheel: Path, offered: Sequence[Path], python: str
         copy = [*AS_ROOT, "cp"]
         subprocess.run([*copy, *map(str, offered), str(temporary / "offered")], check=True)
         subprocess.run([*copy, str(PROBE), str(temporary)], check=True)
-        arguments = [json.dumps(running.uris), running.uris["x509"], running.authority]
+        arguments = [json.dumps(running.uris), running.x509, running.authority]
         inside = ["sh", "-c", _INSIDE, "sh", python, *arguments]
         text = probed(entering(root, inside), Path("/"), log)
     lines = text.splitlines()
