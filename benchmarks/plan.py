@@ -92,7 +92,6 @@ _ALL = (
     Workload("handles", "handles", 300_000, python_only=True),
     Workload("queue-4k", "queue", 60_000, NULL, 4 * KIB, 64, python_only=True),
     Workload("queue-64k", "queue", 20_000, NULL, 64 * KIB, 16, python_only=True),
-    Workload("random-4k-1ms", "random", 4_000, ("late",) * 8, 4 * KIB, 16, python_only=True),
     Workload("file-64k-1ms", "file", 4_096, ("late",), 64 * KIB, python_only=True),
     Workload("file-sha256", "checksum", 4_096, ("memory",), 256 * KIB, python_only=True),
     Workload("await-4k", "await", 30_000, NULL, 4 * KIB, 64, fresh=True, python_only=True),

@@ -249,23 +249,6 @@ def queue(job: Job) -> None:
     return read_queued(job.handle, job.offsets, job.size, job.depth)
 
 
-def random_reads(job: Job) -> None:
-    """Read at random offsets with a queue; with libnbd's module, in one thread for each handle."""
-    offsets = list(job.offsets)
-    random.Random(1).shuffle(offsets)
-    if IS_OURS:
-        return read_queued(job.handle, offsets, job.size, job.depth)
-
-    def read(number: int) -> None:
-        h = job.handles[number]
-        for offset in offsets[number :: len(job.handles)]:
-            h.pread(job.size, offset)
-
-    with ThreadPoolExecutor(len(job.handles)) as pool:
-        list(pool.map(read, range(len(job.handles))))
-    return None
-
-
 def file(job: Job) -> None:
     """Read a file sequentially; with libnbd's module, by larger preads."""
     end = job.operations * job.size
@@ -319,7 +302,6 @@ KINDS: dict[str, Callable[[Job], None]] = {
     "handles": create_and_close,
     "fill": fill,
     "queue": queue,
-    "random": random_reads,
     "file": file,
     "checksum": checksum,
     "await": awaited,
