@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from console import Failure, clean_environment, log_path, must
+from console import Failure, clean_environment, log_path, must, new_log
 from debian import libraries
 from environments import tools
 from sbom import bill_of_materials
@@ -20,8 +20,7 @@ COMMON_LICENCE = re.compile(r"/usr/share/common-licenses/([A-Za-z]+[-.\w]*\w)")
 
 def build_bundled(sdist: Path, target: Target) -> Path:
     """Build the bundled wheel for a target."""
-    log = log_path(f"dist-{target.platform}")
-    log.unlink(missing_ok=True)
+    log = new_log(f"dist-{target.platform}")
     with tempfile.TemporaryDirectory(prefix="nbd-bundled-") as name:
         folder = Path(name)
         found = libraries(target, folder / "libraries")

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tools"))
 
 from bundled import build_bundled
-from console import Failure, log_path, must, run, say
+from console import Failure, must, new_log, run, say
 from debian import forget
 from environments import Environment, tools, venv
 from index import write_index
@@ -108,8 +108,7 @@ def main(arguments: list[str]) -> int:
     FOR_SYSTEM.mkdir(parents=True)
     set_time()
     forget()
-    log = log_path("dist-twine")
-    log.unlink(missing_ok=True)
+    log = new_log("dist-twine")
     pypy = os.environ["NBD_PYPY"]
     every = pythons()
     programs = tools("dist")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from console import Failure, clean_environment, log_path, must, show_end, shown
+from console import Failure, clean_environment, must, new_log, show_end, shown
 from roots import AS_ROOT, derived, entering, locked
 from servers import servers
 
@@ -42,8 +42,7 @@ def pythons() -> list[str]:
 
 def verify_here(distribution: Path, python: str, mode: str) -> Found:
     """Install into a fresh environment and run from another folder."""
-    log = log_path(f"verify-{distribution.name}-{python.strip('/').replace('/', '-')}")
-    log.unlink(missing_ok=True)
+    log = new_log(f"verify-{distribution.name}-{python.strip('/').replace('/', '-')}")
     environ = clean_environment(NBD_CFFI_MODE=mode.lower())
     with tempfile.TemporaryDirectory(prefix="nbd-verify-") as name:
         folder = Path(name)
@@ -126,8 +125,7 @@ def installable(suite: str) -> Path:
 def verify_in_root(suite: str, wheel: Path, offered: Sequence[Path], python: str) -> Found:
     """Let pip choose among wheels in a bare root; check that it chose this one, and use it."""
     root = installable(suite)
-    log = log_path(f"verify-{suite}-{Path(python).name}")
-    log.unlink(missing_ok=True)
+    log = new_log(f"verify-{suite}-{Path(python).name}")
     with locked(root.name), servers(root) as running:
         temporary = root / "tmp"
         stale = [temporary / name for name in ("fresh", "offered", "probe.py")]

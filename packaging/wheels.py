@@ -12,7 +12,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from console import ROOT, clean_environment, log_path, must
+from console import ROOT, clean_environment, must, new_log
 from environments import Environment, tools
 
 DIST = ROOT / "dist"
@@ -35,8 +35,7 @@ def set_time() -> None:
 
 def build_sdist() -> Path:
     """Build the sdist in an isolated environment."""
-    log = log_path("dist-sdist")
-    log.unlink(missing_ok=True)
+    log = new_log("dist-sdist")
     with tempfile.TemporaryDirectory(prefix="nbd-sdist-") as name:
         folder = Path(name, "source")
         shutil.copytree(ROOT, folder, ignore=NOT_IN_SDIST)
@@ -65,8 +64,7 @@ def with_one_time(archive: Path) -> bytes:
 
 def build_wheel(sdist: Path, environment: Environment) -> Path:
     """Build a wheel from the sdist, for an interpreter and a mode."""
-    log = log_path(f"dist-wheel-{environment.name}")
-    log.unlink(missing_ok=True)
+    log = new_log(f"dist-wheel-{environment.name}")
     before = set(FOR_SYSTEM.glob("*.whl"))
     pip = [environment.python, "-m", "pip", "wheel", "--no-input", "--no-deps"]
     must(

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from console import CACHE, ROOT, Failure, clean_environment, log_path, must, run, say
+from console import CACHE, ROOT, Failure, clean_environment, must, new_log, run, say
 from environments import ALL, ready, venv
 
 #: The names of our environments in the tables.
@@ -23,8 +23,7 @@ def base(commit: str) -> Path:
     """Build a commit for CPython in API mode; returns the Python that has it installed."""
     folder = CACHE / "environments" / "base"
     venv(folder, os.environ["NBD_PYTHON"], "suite")
-    log = log_path("package-base")
-    log.unlink(missing_ok=True)
+    log = new_log("package-base")
     say(f"base: building the package of {commit}")
     with tempfile.TemporaryDirectory(prefix="nbd-base-") as sources:
         archive = ["git", "-C", str(ROOT), "archive", commit]

@@ -31,6 +31,13 @@ def log_path(name: str) -> Path:
     return LOGS / f"{name}.log"
 
 
+def new_log(name: str) -> Path:
+    """The log file of a step, without what an earlier run has written."""
+    log = log_path(name)
+    log.unlink(missing_ok=True)
+    return log
+
+
 def shown(path: Path) -> str:
     """A path relative to the checkout, if it is inside."""
     return str(path.relative_to(ROOT)) if ROOT in path.parents else str(path)

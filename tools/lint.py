@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from console import CACHE, ROOT, clean_environment, log_path, logged, must, output, run, say
+from console import CACHE, ROOT, clean_environment, logged, must, new_log, output, run, say
 from environments import Environment, ready, tools
 
 GENERATED = CACHE / "generated-abi"
@@ -34,7 +34,7 @@ def typed_copy(python: Path) -> Path:
     """Copy the package and add the generated modules, so that mypy sees all of nbd."""
     generate = [python, ROOT / "build_nbd.py", GENERATED]
     environ = clean_environment(NBD_CFFI_MODE="abi")
-    must(log_path("generate"), generate, "build_nbd.py failed", environ=environ)
+    must(new_log("generate"), generate, "build_nbd.py failed", environ=environ)
     folder = CACHE / "typed"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -106,14 +106,13 @@ def shell_steps() -> Iterator[Step]:
 
 def is_clean(step: Step) -> bool:
     """Run a linter, and print its findings and its outcome."""
-    log = log_path("lint")
-    log.unlink(missing_ok=True)
+    log = new_log("lint")
     paths = os.pathsep.join(map(str, step.search))
     environ = clean_environment(MYPYPATH=paths, MYPY_CACHE_DIR=str(CACHE / "mypy"))
     clean = logged(log, step.command, environ=environ, cwd=ROOT) == 0
     if not clean:
         say("\n".join(log.read_text(errors="replace").splitlines()[1:]))
-        log.rename(log_path(f"lint-{step.name.split()[0]}"))
+        log.rename(log.with_stem(f"lint-{step.name.split()[0]}"))
     say(f"{step.name}: {'clean' if clean else 'NOT clean'}")
     return clean
 

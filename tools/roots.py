@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from console import ROOT, Failure, log_path, logged, must, output, say
+from console import ROOT, Failure, logged, must, new_log, output, say
 from environments import tools
 from suite import Outcome
 
@@ -144,8 +144,7 @@ def bare(suite: str) -> Path:
 
 def bootstrap(suite: str, root: Path) -> None:
     """Run debootstrap in a temporary folder, which is renamed when it is complete."""
-    log = log_path(f"root-{suite}")
-    log.unlink(missing_ok=True)
+    log = new_log(f"root-{suite}")
     unfinished = root.with_name(root.name + ".unfinished")
     subprocess.run([*AS_ROOT, "rm", "-rf", str(unfinished)], check=True)
     release, _, architecture = suite.partition("-")
@@ -178,8 +177,7 @@ def derived(suite: str, purpose: str, packages: Sequence[str] = ()) -> Path:
     with locked(root.name):
         if root.is_dir():
             return root
-        log = log_path(f"root-{root.name}")
-        log.unlink(missing_ok=True)
+        log = new_log(f"root-{root.name}")
         copy = root.with_name(root.name + ".unfinished")
         subprocess.run([*AS_ROOT, "rm", "-rf", str(copy)], check=True)
         must(
