@@ -17,7 +17,7 @@ from generator.calls import (
     in_order_of_use,
     returned,
 )
-from generator.model import Function, Header, Kind, Parameter, Waits
+from generator.model import ORPHAN_PIN, Function, Header, Kind, Parameter, Waits
 from generator.text import banner, wrap
 
 BANNER = banner(__name__)
@@ -286,31 +286,37 @@ def conversions(function: Function) -> Iterator[str]:
 def memory_of(function: Function, buffer: Parameter) -> Iterator[str]:
     """Get the address and the size of a buffer, and pin it so that it stays in place.
 
-    If the call is stopped, nbd._binding.upcalls.orphaned takes the variable `pin`.
-
     bytes and bytearray on CPython are the common cases.  They are handled in the method itself,
     without the call of a function.
     """
-    name = buffer.name
+    name, pin = buffer.name, pin_variable(function)
     if buffer.kind is Kind.DATA:
-        pin = "_alive" if function.waits is Waits.IN_LIBNBD and not function.closures else "pin"
         yield f"if type({name}) is bytes and not BOUNCES:"
         yield f"    pointer, size, {pin} = {name}, len({name}), {name}"
         yield "else:"
         yield f'    pointer, size, {pin} = readable("{name}", {name})'
     elif function.filled_later:
         yield f"if type({name}) is bytearray and not BOUNCES:"
-        yield f"    pointer = pin = from_buffer({name})"
-        yield f"    size, state, target = len(pin), NEVER_STALE, {name}"
+        yield f"    pointer = {pin} = from_buffer({name})"
+        yield f"    size, state, target = len({pin}), NEVER_STALE, {name}"
         yield "else:"
         take = "writable_by_call" if function.form_of else "writable"
-        yield f'    pointer, size, pin, state, target = {take}("{name}", {name})'
+        yield f'    pointer, size, {pin}, state, target = {take}("{name}", {name})'
     else:
         yield f"size = {buffer.length}"
         yield f"if type({buffer.length}) is not int:"
         yield f'    size = as_number("{buffer.length}", {buffer.length})'
         made = "new_shown_result" if function.closures else "new_result"
-        yield f"{name}, pin = {made}(size)"
+        yield f"{name}, {pin} = {made}(size)"
+
+
+def pin_variable(function: Function) -> str:
+    """The variable that keeps the buffer of a call in place."""
+    if function.has_buffer_alone:
+        return ORPHAN_PIN
+    is_data = function.buffer is not None and function.buffer.kind is Kind.DATA
+    is_unused = is_data and function.waits is Waits.IN_LIBNBD and not function.closures
+    return "_alive" if is_unused else "pin"
 
 
 def registrations(function: Function) -> Iterator[str]:
@@ -321,7 +327,7 @@ def registrations(function: Function) -> Iterator[str]:
     """
     for closure in function.closures:
         name = closure.name
-        entry = f"({name}, self._h, {held(function)})"
+        entry = f"[{name}, self._h, {held(function)}]"
         if closure.optional and function.buffer is None:
             yield f"if {name} is not None:"
             yield f"    {name}_token = next_token()"
@@ -349,7 +355,7 @@ def c_arguments(function: Function, parameter: Parameter) -> Iterator[str]:
         if parameter.optional:
             yield f"{name} is not None" + (" or BOUNCES" if function.filled_later else "")
     elif parameter.kind in (Kind.DATA, Kind.ROOM):
-        yield "pin" if reads_synchronously(function) else "pointer"
+        yield pin_variable(function) if reads_synchronously(function) else "pointer"
         yield "size"
         if parameter is function.filled_later:
             yield "state"
@@ -388,10 +394,10 @@ def outcome(function: Function, kind: Returns) -> Iterator[str]:
         yield f"return {'owned_text' if kind is Returns.OWNED_TEXT else 'as_text'}(result)"
     elif function.form_of:
         yield "if target is not None and (BOUNCES or is_unowned(target)):"
-        yield "    copy_back(target, pin)"
+        yield f"    copy_back(target, {pin_variable(function)})"
     elif reads_synchronously(function) and function.buffer:
         finish = "shown_result_of" if function.closures else "result_of"
-        yield f"return {finish}({function.buffer.name}, pin)"
+        yield f"return {finish}({function.buffer.name}, {pin_variable(function)})"
     elif kind is Returns.TRUTH:
         yield "return result != 0"
     elif kind in (Returns.NUMBER, Returns.UNSIGNED):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from generator.model import CallbackArgument, CallbackKind, Closure, Header
+from generator.model import ORPHAN_PIN, CallbackArgument, CallbackKind, Closure, Header
 from generator.text import banner, wrap
 
 BANNER = banner(__name__)
@@ -28,6 +28,7 @@ from sys import _getframe
 
 from nbd._binding.callbacks import (
     ErrorNumber,
+    already_called,
     as_int,
     bring_back,
     forget,
@@ -62,11 +63,11 @@ def interrupted() -> int:
 def orphaned(token: int) -> int:
     """Keep the memory of a command that is being stopped, until the server has answered.
 
-    It is the variable `pin` of the method, which has called the shim.  The method itself cannot do
-    it: a signal handler may raise before and after each of its bytecodes.  The shim calls this
-    function again if a handler raises in it.
+    The method that called the shim has its pin in the variable {ORPHAN_PIN}.  It cannot put the pin
+    into the registry itself, because a signal handler may raise before and after each of its
+    bytecodes.  If a handler raises in this function, the shim calls it again.
     """
-    registry[token] = _getframe(1).f_locals["pin"]
+    registry[token] = _getframe(1).f_locals["{ORPHAN_PIN}"]
     return 0
 '''
     return "\n\n".join([head, *functions, "install()\n"])
@@ -141,6 +142,8 @@ def called(closure: Closure) -> list[str]:
     call = f"result = callback({passed})"
     errors = [a.name for a in closure.arguments if a.kind is CallbackKind.ERROR]
     lines = [line for name in errors for line in cell_lines(name)]
+    if closure.name == "completion":
+        lines.append(SPENT_LINE)
     if not errors:
         return textwrap.indent(wrap(call, 8), "    ").splitlines()
     lines += ["    try:", *textwrap.indent(wrap(call, 12), " " * 8).splitlines()]
@@ -164,10 +167,14 @@ NONE_LINES = ["    if result is None:", "        return 0"]
 #: must be possible to run these lines twice.  On PyPy, where libnbd read into a copy of the buffer,
 #: bring_back copies the bytes to the caller's object.
 ARRIVAL_LINES = [
-    "callback, _, target, _ = registry[token]",
-    "if BOUNCES and target is not None:",
+    "entry = registry[token]",
+    "if BOUNCES and entry[2] is not None:",
     "    bring_back(token)",
 ]
+
+#: The last line before the callable is called.  If the exception of a signal handler leaves the
+#: function after that, the shim calls it again, and it finds this in the entry.
+SPENT_LINE = "    entry[0] = already_called"
 
 
 def completion_lines(closure: Closure) -> list[str]:
@@ -177,6 +184,7 @@ def completion_lines(closure: Closure) -> list[str]:
     saves an upcall of `release`.  Most callbacks are completions, so this code is made to be fast.
     """
     return [
+        "    callback = entry[0]",
         "    if callback is None:",
         "        return 0",
         *called(closure),

@@ -13,6 +13,7 @@ from pycparser import c_ast, c_generator, c_parser
 from generator.constants import evaluate, is_constant
 from generator.library import BuildError
 from generator.model import (
+    ORPHAN_PIN,
     CallbackArgument,
     CallbackKind,
     Closure,
@@ -47,7 +48,7 @@ RESERVED = frozenset(keyword.kwlist) | {
     *("s", "ret", "refused", "was_stale", "memset", "wait"),
     # Variables of the methods.
     *("self", "raised", "result", "pointer", "size", "state", "target", "pin"),
-    "_alive",
+    *("_alive", ORPHAN_PIN),
     # What methods.py imports from the package.
     *("pending", "registry", "readable", "writable", "writable_by_call", "is_unowned"),
     *("BOUNCES", "from_buffer"),
@@ -63,10 +64,10 @@ RESERVED = frozenset(keyword.kwlist) | {
 #: The same for the arguments of a callback, whose functions use more names.
 RESERVED_IN_CALLBACKS = RESERVED | {
     # Variables of nbdglue.c and upcalls.py.
-    *("closure", "upcall", "token", "callback", "i"),
+    *("closure", "upcall", "token", "callback", "entry", "i"),
     # What upcalls.py imports from the package.
     *("forget", "keep", "part", "unpack", "pairs", "string", "bring_back", "set_errno"),
-    *("as_int", "ErrorNumber", "_getframe"),
+    *("already_called", "as_int", "ErrorNumber", "_getframe"),
     # A builtin that the functions use.
     "UnicodeDecodeError",
 }

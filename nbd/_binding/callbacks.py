@@ -76,17 +76,23 @@ def keep(raised: BaseException, token: int) -> int:
     return -1
 
 
+def already_called(error: ErrorNumber) -> int:
+    """Stands in the registry for a completion callable that was called; a second call fails."""
+    return -1
+
+
 def bring_back(token: int) -> None:
     """Copy what a command has read from its bounce buffer to the caller's object.
 
     The bounce buffer is freed.  All of it can be done again, if a signal handler raises meanwhile.
     """
-    callback, handle, target, pin = registry[token]
+    entry = registry[token]
+    _, _, target, pin = entry
     try:
         copy_back(target, pin)
     except BufferError as resized:
         keep(resized, token)
-    registry[token] = (callback, handle, None, None)
+    entry[2:] = None, None
     free(pin)
 
 

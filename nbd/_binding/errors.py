@@ -424,7 +424,11 @@ def _has_just_begun(traceback: Any) -> bool:
 
 
 def _arguments(frame: Any) -> list[Any]:
-    """What a function was called with; a tuple for those that have no names."""
+    """The values of a function's parameters; a tuple for those of `*args`.
+
+    Only the frame has them.  The handlers that are set now do not tell which function was called:
+    a handler may have set another one before it raised.  The names of the parameters do not matter.
+    """
     code, values = frame.f_code, frame.f_locals
     has_rest = bool(code.co_flags & _HAS_REST)
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + has_rest]

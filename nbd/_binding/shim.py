@@ -200,10 +200,9 @@ def _keep_unexpected(exc_type: object, exception: BaseException, traceback: Any)
 
 
 def _keep_of_completion(exc_type: object, exception: BaseException, traceback: Any) -> int:
-    """The same for a completion: NBDSHIM_NOT_DONE unless the callable may have been called."""
+    """The same for a completion: the shim calls again, as the callable may not have been called."""
     _keep_unexpected(exc_type, exception, traceback)
-    is_called = traceback is not None and "error_cell" in traceback.tb_frame.f_locals
-    return -1 if is_called else int(lib.NBDSHIM_NOT_DONE)
+    return int(lib.NBDSHIM_NOT_DONE)
 
 
 def _keep_of_handler(exc_type: object, exception: BaseException, traceback: Any) -> None:

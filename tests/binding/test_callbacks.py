@@ -294,6 +294,23 @@ def test_a_result_that_is_no_c_int_is_no_success(
     assert disk.aio_is_ready()
 
 
+def test_a_completion_whose_result_is_no_c_int_is_called_once(
+    disk: nbd.NBD, unraisable: list[Any]
+) -> None:
+    calls = []
+
+    def completed(error: Any) -> int:
+        calls.append(error)
+        return 1 << 31
+
+    cookie = disk.aio_flush(completed)
+    drain(disk)
+    with suppress(nbd.Error):
+        finish(disk, cookie)
+    assert len(calls) == 1
+    assert [type(error) for error in unraisable] == [OverflowError]
+
+
 def test_what_a_destructor_reports_meanwhile_is_still_the_cause(
     disk: nbd.NBD, unraisable: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""A failed call: its traceback shows the line of the program, then one frame of the package."""
+"""Tracebacks of failed calls: the method is the only frame of the package, below the caller's."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from generator.emit_glue_source import glue_source
 from generator.emit_methods import method, methods_module
 from generator.emit_upcalls import upcalls_module
 from generator.library import find_library
-from generator.model import Function, Header
+from generator.model import ORPHAN_PIN, Function, Header
 from generator.read import RESERVED, RESERVED_IN_CALLBACKS, parse, read
 from generator.text import split_arguments, wrap, wrap_c
 from generator.waiting import stoppable
@@ -280,6 +280,18 @@ def test_no_parameter_can_hide_a_name_that_a_method_uses() -> None:
 
 def test_no_argument_can_hide_a_name_that_a_callback_uses() -> None:
     assert set(foreign_names(PYTHON["upcalls.py"])) - RESERVED_IN_CALLBACKS == set()
+
+
+def test_the_upcall_for_a_stopped_call_takes_the_variable_that_has_its_pin() -> None:
+    alone = {f.name for f in INSTALLED.functions if f.has_buffer_alone}
+    assigned = {}
+    for node in ast.walk(ast.parse(PYTHON["methods.py"])):
+        if isinstance(node, ast.FunctionDef):
+            names = [n for n in ast.walk(node) if isinstance(n, ast.Name) and n.id == ORPHAN_PIN]
+            assigned[node.name] = any(isinstance(name.ctx, ast.Store) for name in names)
+    assert {name for name, is_assigned in assigned.items() if is_assigned} == alone
+    assert {"pread", "pread_into", "pwrite"} <= alone
+    assert f'registry[token] = _getframe(1).f_locals["{ORPHAN_PIN}"]' in PYTHON["upcalls.py"]
 
 
 def test_every_function_is_in_every_text_once() -> None:
