@@ -15,6 +15,7 @@ from generator.calls import (
     Returns,
     has_default,
     in_order_of_use,
+    moves_connection,
     returned,
 )
 from generator.model import ORPHAN_PIN, Function, Header, Kind, Parameter, Waits
@@ -218,9 +219,9 @@ def referring_to(name: str, text: str) -> str:
 def statements(function: Function, kind: Returns) -> Iterator[str]:
     """The body of the method.
 
-    All arguments are converted before a callable is registered.  An exception may come at any
-    bytecode, because a signal handler may raise it.  Then the method removes what it registered,
-    except what the shim has already taken.
+    All arguments are converted before a callable is registered.  A signal handler may raise an
+    exception at any bytecode.  Then the method removes what it registered, except what the shim has
+    already taken.
     """
     tokens = [f"{closure.name}_token" for closure in function.closures]
     body = [
@@ -231,7 +232,7 @@ def statements(function: Function, kind: Returns) -> Iterator[str]:
     ]
     if tokens:
         yield f"{' = '.join(tokens)} = 0"
-    if not function.parameters:
+    if not function.parameters and not moves_connection(function):
         yield from body
     else:
         yield "try:"

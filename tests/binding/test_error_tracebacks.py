@@ -135,7 +135,17 @@ def test_what_the_users_own_code_raised_is_shown_down_to_it(h: nbd.NBD) -> None:
     assert frames(error.__traceback__) == ["raised_by", "<lambda>", "nbd.pread", "__index__"]
 
 
-def test_a_signal_handler_that_stops_a_call_is_shown(nbdkit: StartServer, h: nbd.NBD) -> None:
+STOPPED: dict[str, Call] = {
+    "pread": lambda h: h.pread(512, 0),
+    "opt_go": lambda h: h.opt_go(),
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_signal_handler_that_stops_a_call_is_shown(
+    nbdkit: StartServer, h: nbd.NBD, name: str
+) -> None:
+    h.set_opt_mode(name == "opt_go")
     server = nbdkit("memory", "1M")
     h.connect_unix(server.socket)
 
@@ -146,12 +156,12 @@ def test_a_signal_handler_that_stops_a_call_is_shown(nbdkit: StartServer, h: nbd
     try:
         with paused(server):
             signal.setitimer(signal.ITIMER_REAL, 0.05)
-            error = raised_by(lambda h: h.pread(512, 0), h)
+            error = raised_by(STOPPED[name], h)
     finally:
         signal.signal(signal.SIGALRM, before)
     shown = frames(error.__traceback__)
     assert type(error) is KeyError
-    assert shown[:3] == ["raised_by", "<lambda>", "nbd.pread"]
+    assert shown[:3] == ["raised_by", "<lambda>", f"nbd.{name}"]
     assert shown[-1] == "handler"
     assert len(shown) <= 5  # between them the function in which Python has run the handler
 
