@@ -53,6 +53,48 @@ _AFTER_JUMP = 32 * 1024
 _MAX_CONTEXTS = 100
 
 
+class _Turns:
+    """A lock for one call at a time, which no exception leaves locked.
+
+    Only `run` acquires it, and never twice in one thread.  So if the current thread owns it, then a
+    call of this thread is running, and the code that asks is a signal handler that interrupted it.
+    """
+
+    def __init__(self) -> None:
+        self._lock: Any = RLock()  # Any: typeshed does not know _is_owned
+
+    def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Call something when no other thread has its turn."""
+        lock = self._lock
+        try:
+            with lock:
+                return work(*arguments)
+        except BaseException:
+            # A signal handler may have raised in the `with` statement, just before it releases.
+            while lock._is_owned():
+                lock.release()
+            raise
+
+    def is_mine(self) -> bool:
+        """Return whether a call of the current thread is running."""
+        return bool(self._lock._is_owned())
+
+    def is_others(self) -> bool:
+        """Return whether a call of another thread is running."""
+        lock = self._lock
+        if lock._is_owned():
+            return False
+        try:
+            if not lock.acquire(blocking=False):
+                return True
+            lock.release()
+            return False
+        except BaseException:
+            while lock._is_owned():
+                lock.release()
+            raise
+
+
 class DiskFile(io.RawIOBase):
     """A disk as an unbuffered binary file; nbd.open makes it.
 
@@ -93,8 +135,7 @@ class DiskFile(io.RawIOBase):
         self._writable = writable
         self._buffering = buffering
         self._reads_ahead = buffering > 0
-        # Any: typeshed does not know _is_owned.
-        self._lock: Any = RLock()
+        self._turns = _Turns()
         self.closing: Any = RLock()
         self._size = queue.size
         self._sector = max(SECTOR, queue.minimum)
@@ -244,15 +285,18 @@ class DiskFile(io.RawIOBase):
         self._close(error)
 
     def _close(self, error: BaseException | None) -> None:
-        with self.closing, self._lock:
-            if self._connections is None:  # another thread has closed it
-                return
-            self.prepare_to_close(error)
-            try:
-                if self._writable and not self.is_inherited:
-                    self._flush_at_last(error)
-            finally:
-                self._release()
+        with self.closing:
+            self._turns.run(self._close_in_turn, error)
+
+    def _close_in_turn(self, error: BaseException | None) -> None:
+        if self._connections is None:  # another thread has closed it
+            return
+        self.prepare_to_close(error)
+        try:
+            if self._writable and not self.is_inherited:
+                self._flush_at_last(error)
+        finally:
+            self._release()
 
     def reason_to_hurry(self) -> BaseException | None:
         """The exception that the program handles, if it follows the one that stopped the last call.
@@ -301,11 +345,15 @@ class DiskFile(io.RawIOBase):
         Returns:
             Whether `failed` is less than that exception.
         """
+        return self._give_up(failed, error, lambda: self._turns.run(self._flush_others))
+
+    def _give_up(
+        self, failed: BaseException, error: BaseException | None, flush_others: Callable[[], object]
+    ) -> bool:
         connections = self._connections
         try:
-            if isinstance(failed, DiskError):  # others may have been written
-                with self._lock, suppress(DiskError, Timeout):
-                    self._flush()
+            if isinstance(failed, DiskError):
+                flush_others()
         finally:
             self.has_given_up = True
         is_hurried = connections is not None and connections.is_hurried
@@ -324,14 +372,11 @@ class DiskFile(io.RawIOBase):
         Threads of the parent may have had its locks, and they are not here to release them.
         """
         self.is_inherited = True
-        self._lock, self.closing = RLock(), RLock()
+        self._turns, self.closing = _Turns(), RLock()
 
     def is_idle(self) -> bool:
         """Whether no call of it runs in another thread."""
-        if not self._lock.acquire(blocking=False):
-            return False
-        self._lock.release()
-        return True
+        return not self._turns.is_others()
 
     def __repr__(self) -> str:
         if "_connections" not in self.__dict__:
@@ -395,33 +440,26 @@ class DiskFile(io.RawIOBase):
         self.check_not_in_call()
 
     def check_not_in_call(self) -> None:
-        """Refuse a call by a signal handler that has stopped another one.
-
-        An exception that comes just before the end of a `with` can leave the lock to this thread.
-        So the stack tells whether a call runs.
-        """
-        if not self._lock._is_owned():
-            return
-        frame = sys._getframe(1)
-        while frame is not None:
-            if frame.f_code in _WITH_LOCK and frame.f_locals["self"] is self:
-                raise RuntimeError("the disk is in use: a signal handler has stopped a call of it")
-            frame = frame.f_back  # type: ignore[assignment]
-        while self._lock._is_owned():
-            self._lock.release()
+        """Refuse a call by a signal handler that has interrupted another one."""
+        if self._turns.is_mine():
+            raise RuntimeError("the disk is in use: a signal handler has interrupted a call of it")
 
     def _in_turn(
         self, move: list[int], work: Callable[[Any, int], tuple[Any, int]], argument: Any
     ) -> Any:
         """Do something at the position, which it moves; returns its result."""
-        with self._lock:
-            at = self._begin()
-            result, end = work(argument, at)
-            move.append(at)
-            self._last_move = move
-            self._at = end
-            self._stopped_by = 0
-            return result
+        return self._turns.run(self._at_position, move, work, argument)
+
+    def _at_position(
+        self, move: list[int], work: Callable[[Any, int], tuple[Any, int]], argument: Any
+    ) -> Any:
+        at = self._begin()
+        result, end = work(argument, at)
+        move.append(at)
+        self._last_move = move
+        self._at = end
+        self._stopped_by = 0
+        return result
 
     def _begin(self) -> int:
         """Begin a call, which has its turn; returns the position.
@@ -459,6 +497,11 @@ class DiskFile(io.RawIOBase):
             self._finish(connections.queue.flush())
         self._is_dirty = False
 
+    def _flush_others(self) -> None:
+        """Flush although a write has failed: others may have been written."""
+        with suppress(DiskError, Timeout):
+            self._flush()
+
     def _flush_at_last(self, error: BaseException | None) -> None:
         """Flush before the file is closed."""
         if self.has_given_up:
@@ -467,7 +510,7 @@ class DiskFile(io.RawIOBase):
             self._begin()
             self._flush()
         except BaseException as failed:
-            if not self.give_up(failed, error):
+            if not self._give_up(failed, error, self._flush_others):
                 raise
 
     def _release(self) -> None:
@@ -623,10 +666,6 @@ class DiskFile(io.RawIOBase):
         """Wait for a request, and raise its error."""
         self._opened().wait_for(request)
         _raise_error(request)
-
-
-#: The functions that hold the lock of a file.
-_WITH_LOCK = (DiskFile._in_turn.__code__, DiskFile._close.__code__)
 
 
 def _whole(view: memoryview) -> Any:
