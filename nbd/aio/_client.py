@@ -24,6 +24,7 @@ from nbd._binding.errors import ClosedHandle, Error, is_by_handler
 from nbd._binding.memory import BOUNCES, copy_back, free, is_unowned, new_result, result_of
 from nbd._binding.methods import NBD
 from nbd._binding.shim import ffi, lib
+from nbd._disks.connect import begin_shutdown, close_all
 from nbd._disks.extents import Survey
 from nbd._disks.queue import (
     CACHE,
@@ -152,7 +153,7 @@ class Client:
         C: nbd_aio_pread.
         """
         count, offset, flags = as_request(count, offset, flags)
-        token = self._place() or await self._wait_in_line()
+        token = await self._reserve()
         try:
             result, pin = new_result(count)
         except BaseException:
@@ -181,7 +182,7 @@ class Client:
         """
         pointer, size, pin, state, target = writable_by_call("buf", buf)
         size, offset, flags = as_request(size, offset, flags)
-        token = self._place() or await self._wait_in_line()
+        token = await self._reserve()
         if state[0]:
             lib.nbdshim_clear_stale(state, pin, size)
         try:
@@ -209,7 +210,7 @@ class Client:
         """
         pointer, size, pin = readable("buf", buf)
         size, offset, flags = as_request(size, offset, flags)
-        token = self._place() or await self._wait_in_line()
+        token = await self._reserve()
         try:
             await self._run(token, WRITE, pointer, size, offset, flags, pin)
         finally:
@@ -228,9 +229,7 @@ class Client:
 
         C: nbd_aio_zero, or nbd_aio_pwrite.
         """
-        count, offset, flags = as_request(count, offset, flags)
-        token = self._place() or await self._wait_in_line()
-        await self._run(token, ZERO, ffi.NULL, count, offset, flags)
+        await self._command(ZERO, count, offset, flags)
 
     async def trim(self, count: int, offset: int, flags: int = 0) -> None:
         """Tell the server that whole blocks of a range are not needed any more.
@@ -245,9 +244,7 @@ class Client:
 
         C: nbd_aio_trim.
         """
-        count, offset, flags = as_request(count, offset, flags)
-        token = self._place() or await self._wait_in_line()
-        await self._run(token, TRIM, ffi.NULL, count, offset, flags)
+        await self._command(TRIM, count, offset, flags)
 
     async def cache(self, count: int, offset: int, flags: int = 0) -> None:
         """Ask the server to have a range ready.
@@ -262,9 +259,7 @@ class Client:
 
         C: nbd_aio_cache.
         """
-        count, offset, flags = as_request(count, offset, flags)
-        token = self._place() or await self._wait_in_line()
-        await self._run(token, CACHE, ffi.NULL, count, offset, flags)
+        await self._command(CACHE, count, offset, flags)
 
     async def flush(self, flags: int = 0) -> None:
         """Have what was written on the disk: of the writes that are done already.
@@ -277,9 +272,7 @@ class Client:
 
         C: nbd_aio_flush.
         """
-        _, _, flags = as_request(0, 0, flags)
-        token = self._place() or await self._wait_in_line()
-        await self._run(token, FLUSH, ffi.NULL, 0, 0, flags)
+        await self._command(FLUSH, 0, 0, flags)
 
     async def block_status(
         self, count: int, offset: int, extent: ExtentCallback, flags: int = 0
@@ -412,13 +405,11 @@ class Client:
         for task in self._joining:
             task.cancel()
         ends: list[Future[Any]] = [*self._joining]
-        for handle in self.handles:
-            say_goodbye(handle)
-            end = partial(handle.__exit__, None, None, None)
-            if self._is_command:  # libnbd waits for the end of the process
-                ends.append(in_thread(self._loop, end))
-            else:
-                end()
+        begin_shutdown([handle for handle in self.handles if not _is_busy(handle)])
+        if self._is_command:  # libnbd waits for the end of the process
+            ends += [in_thread(self._loop, partial(close_all, [one])) for one in self.handles]
+        else:
+            close_all(self.handles)
         if ends:
             await asyncio.wait(ends, timeout=self._timeout)
 
@@ -474,18 +465,21 @@ class Client:
         if self._is_closed:
             raise _closed()
 
-    def _place(self) -> int:
-        """A token that has a place in flight; 0 if there is none, or if others are in line."""
+    async def _reserve(self) -> int:
+        """Reserve a place among the commands in flight, in the order of the callers.
+
+        Returns:
+            A token, to be given to `_run` or `_give_back`.
+        """
         if self._is_closed or _get_running_loop() is not self._loop:
             self._check()
         if self._line or len(self._waiting) >= self._depth:
-            return 0
+            return await self._wait_in_line()
         token = next_token()
         self._waiting[token] = None
         return token
 
     async def _wait_in_line(self) -> int:
-        """The same when there is a place, in the order of the callers."""
         future: Future[int] = self._loop.create_future()
         self._line[future] = None
         try:
@@ -513,6 +507,11 @@ class Client:
         self._waiting.pop(token, None)
         self._queue.kept.pop(token, None)
         self._admit()
+
+    async def _command(self, operation: int, count: int, offset: int, flags: int) -> None:
+        """Run a command that has no buffer."""
+        count, offset, flags = as_request(count, offset, flags)
+        await self._run(await self._reserve(), operation, ffi.NULL, count, offset, flags)
 
     async def _run(
         self,
@@ -564,7 +563,7 @@ class Client:
         """Send a command that has no place in the queue, but in its connection."""
         if not callable(extent):
             raise TypeError(f"extent: a callable is needed, not {type(extent).__name__}")
-        token = self._place() or await self._wait_in_line()
+        token = await self._reserve()
         future: Future[int] = self._loop.create_future()
         self._waiting[token] = future
         answer = _Answer(self, token, future, extent)
@@ -734,13 +733,12 @@ def limited(seconds: float) -> float | None:
     return seconds if seconds <= _MAX_TIMEOUT else None
 
 
-def say_goodbye(handle: NBD) -> None:
-    """Tell the server that the connection ends, if there is one that nobody uses any more."""
+def _is_busy(handle: NBD) -> bool:
+    """Return whether a handle has commands in flight, or no connection."""
     try:
-        if not handle.aio_in_flight():
-            handle.aio_disconnect()
+        return handle.aio_in_flight() > 0
     except (Error, ClosedHandle):
-        return
+        return True
 
 
 def _closed() -> ClosedHandle:
