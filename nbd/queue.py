@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Many commands in flight, over one handle or several: the engine under nbd.open and nbd.copy.
+"""Many commands in flight, over one handle or several.  nbd.open and nbd.copy are built on this.
 
-Add requests, which does not wait; then wait for those that are done:
+Submit requests, which does not wait; then wait until they are done:
 
     >>> with nbd.queue.Queue(h, depth=16) as queue:
     ...     request = queue.read(bytearray(4096), 0)

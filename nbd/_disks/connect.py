@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""nbd.connect: a connected handle, also of a server that is still starting."""
+"""nbd.connect: make a handle and connect it, even if the server is still starting.
+
+close_all, begin_shutdown and finish_shutdown are the end of what connect begins.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,10 @@ if TYPE_CHECKING:
 
     Uri = Union[str, list[str], tuple[str, ...]]
 
-#: How many seconds a server gets to send its outstanding replies, and as many again to shut down
-#: the connections.
+#: Closing waits at most this many seconds for outstanding replies, and as long again for the server
+#: to shut down all connections.
 CLOSE_TIMEOUT = 1.0
-#: With these a connection fails while the server does not listen yet.
+#: Errnos of a connection attempt while the server is not listening yet.
 NOT_LISTENING = (errno.ECONNREFUSED, errno.ENOENT)
 #: Seconds between two attempts to connect.
 _MIN_RETRY_INTERVAL, _MAX_RETRY_INTERVAL = 0.01, 0.25
@@ -41,23 +44,23 @@ def connect(
     """Make a handle and connect it.
 
     Args:
-        uri: The URI of a server; or the command line of one, as a list of str, which is started and
-            spoken to over its standard input and output, as `nbdkit -s` does.
-        timeout: How many seconds each call on the handle may wait, this one first; None is for
-            ever.  See nbd.NBD.settimeout.
-        retry_for: How many seconds to go on trying while the server is not there yet: while
+        uri: The URI of a server; or the command line of a server, as a list of str.  The command is
+            started, and NBD is spoken over its standard input and output, as with `nbdkit -s`.
+        timeout: How many seconds each call on the handle may wait, including this one.  None waits
+            for ever.  See nbd.NBD.settimeout.
+        retry_for: How many seconds to keep trying while the server is not listening: while
             connections are refused, or its Unix socket does not exist.  None tries once.
-        contexts: The meta contexts to ask for; base:allocation is what nbd.extents needs.
-        prepare: Called with each new handle before it is connected: for TLS, for an export name.
-            What it sets counts: a URI may not say something else.
+        contexts: The meta contexts to negotiate.  nbd.extents needs base:allocation.
+        prepare: Called with each new handle before it is connected, for instance to set up TLS or
+            an export name.  The URI must not contradict what it sets.
 
     Returns:
         The connected handle, which the caller closes.
 
     Raises:
-        nbd.Error: The server cannot be reached, or refuses.
-        nbd.Timeout: The server does not answer.
-        ValueError: prepare has set an export name, or something of TLS, and the URI has another.
+        nbd.Error: The server cannot be reached, or it refuses the connection.
+        nbd.Timeout: The server does not answer in time.
+        ValueError: The URI contradicts the export name or the TLS settings that prepare has set.
 
     Example:
         >>> with nbd.connect(["nbdkit", "-s", "memory", "1M"], timeout=10) as disk:
@@ -79,7 +82,7 @@ def connect(
 
 
 def context_names(contexts: Iterable[str]) -> list[str]:
-    """The meta contexts to ask for; a str alone is refused, as it would be its letters."""
+    """Return the meta contexts as a list; a single str is refused, as it would give its letters."""
     if isinstance(contexts, (str, bytes)):
         raise TypeError(f"contexts: a list of str is needed, not {type(contexts).__name__}")
     return list(contexts)
@@ -91,10 +94,10 @@ def _connected(
     contexts: list[str],
     prepare: Callable[[NBD], object] | None,
 ) -> NBD:
-    """One try, with a handle of its own: one that has failed cannot be used again."""
+    """Make one attempt, with a new handle: one that failed to connect cannot be used again."""
     handle, uri = prepared(uri, contexts, prepare)
     try:
-        if timeout is not None:  # else what `prepare` has set stays
+        if timeout is not None:  # else the timeout that `prepare` may have set stays
             handle.settimeout(timeout)
         if isinstance(uri, (list, tuple)):
             handle.connect_command(list(uri))
@@ -109,7 +112,7 @@ def _connected(
 def prepared(
     uri: Uri, contexts: list[str], prepare: Callable[[NBD], object] | None
 ) -> tuple[NBD, Uri]:
-    """A handle that is ready to be connected, and the URI to connect it to."""
+    """Return a handle that is ready to be connected, and the URI to connect it to."""
     handle = NBD()
     try:
         for context in contexts:
@@ -124,7 +127,7 @@ def prepared(
 
 
 class _Noting(NBD):
-    """A handle while `prepare` has it: libnbd cannot tell what was set of TLS, so it is noted."""
+    """A handle during `prepare`: it records TLS settings, which libnbd cannot return."""
 
     _noted: dict[str, object]
 
@@ -144,10 +147,10 @@ for _name in [name for name in dir(NBD) if name.startswith("set_tls_")]:
 
 
 def _prepare_and_note(handle: NBD, prepare: Callable[[NBD], object]) -> dict[str, object]:
-    """Let the caller prepare a handle; returns what was set of TLS, by the method's name."""
+    """Let the caller prepare a handle; returns the TLS settings it made, by the method's name."""
     noted: dict[str, object] = {}
     handle.__class__ = _Noting
-    handle._noted = noted  # type: ignore[attr-defined] # it is one of _Noting
+    handle._noted = noted  # type: ignore[attr-defined] # an attribute of _Noting
     try:
         prepare(handle)
     finally:
@@ -157,21 +160,23 @@ def _prepare_and_note(handle: NBD, prepare: Callable[[NBD], object]) -> dict[str
 
 
 def agreed(uri: str, name: str, tls: dict[str, object]) -> str:
-    """The URI with the export name that was set on the handle, which libnbd would replace.
+    """Return the URI with the export name that was set on the handle.
+
+    Without a name in the URI, libnbd would replace the one that was set.
 
     Args:
-        uri: As the caller has it.  Its scheme may have capital letters, which libnbd does not know.
+        uri: The caller's URI.  Its scheme may have capital letters, which libnbd does not accept.
         name: The export name that was set, or the empty string.
-        tls: The value of each set_tls_X that was called.
+        tls: The value that was given to each set_tls_X that was called.
 
     Raises:
-        ValueError: The URI has something else than what was set; or a part that libnbd ignores.
+        ValueError: The URI contradicts a setting, or has a part that libnbd ignores.
     """
     scheme, mark, rest = uri.partition("://")
     if not mark or not scheme.lower().startswith("nbd"):
-        return uri  # libnbd says what is wrong with it
+        return uri  # libnbd raises an error that says what is wrong
     if "#" in rest:
-        raise ValueError("uri: what follows '#' would be ignored; write %23 if a name has it")
+        raise ValueError("uri: libnbd ignores what follows '#'; write %23 for a '#' in a name")
     rest, question, query = rest.partition("?")
     authority, slash, path = rest.partition("/")
     for item in query.replace(";", "&").split("&"):

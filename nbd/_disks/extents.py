@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""nbd.extents: what a server tells of a disk's ranges, from one end to the other.
+"""nbd.extents: the extents of a disk, as the server reports them.
 
-A reply may end before the range that was asked for, or behind it.  `Survey` asks again from where
-the last one ended, for one context or several at once.  It makes no call itself, so that an event
-loop can do that.
+A reply may cover less or more than the range of the command.  `Survey` continues where the last
+reply ended, for one context or several at once.  It only computes, and sends nothing: its callers
+send the commands, one with calls that wait and one in an event loop.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any, overload
 
-#: The most that is asked for at once without extended headers, whose lengths have 32 bits.
-_MOST = 2**31
+#: The largest range of one command without extended headers, whose lengths have 32 bits.
+_MAX_COUNT = 2**31
 
 
 _Extent = namedtuple("_Extent", ("offset", "length", "flags"))
 
 
 class Extent(_Extent):
-    """A range of a disk whose status is the same everywhere.
+    """A range of a disk with one status.
 
     Attributes:
         offset: Where it starts, in bytes from the start of the export.
@@ -49,7 +49,7 @@ _Extents = namedtuple("_Extents", ("offset", "length", "flags"))
 
 
 class Extents(_Extents):
-    """The same for several meta contexts.
+    """A range of a disk with one status in each of several meta contexts.
 
     Attributes:
         offset: Where it starts, in bytes from the start of the export.
@@ -93,13 +93,13 @@ def extents(
     start: int = 0,
     end: int | None = None,
 ) -> Iterator[Any]:
-    """Go through the extents of a disk, or of a part of it.
+    """Iterate over the extents of a disk, or of a part of it.
 
-    The whole range is covered, in order.  Two extents next to each other differ.  The handle may be
-    used for other calls meanwhile.
+    The extents cover the whole range, in order.  Adjacent extents differ in their flags.  The
+    handle may be used for other calls meanwhile.
 
     Args:
-        h: A connected handle for which the contexts were negotiated; nbd.connect asks for
+        h: A connected handle with which the contexts were negotiated; nbd.connect negotiates
             base:allocation.
         context: The name of a meta context.  With a list of names, each extent has a tuple of
             flags, one for each name.
@@ -110,8 +110,8 @@ def extents(
         An iterator of tuples (offset, length, flags).
 
     Raises:
-        nbd.Error: A context was not negotiated (ENOTSUP); a command has failed; or the server's
-            answer has no extent for a place (EPROTO).
+        nbd.Error: A context was not negotiated (ENOTSUP); a command failed; or the server reported
+            no extent at the start of the range it was asked for (EPROTO).
         ValueError: start or end is outside the export.
 
     Example:
@@ -150,10 +150,10 @@ def _check_context(h: NBD, name: str) -> None:
 
 
 class Survey:
-    """What is asked of a server about a range, and what was learned: no call is made here.
+    """Computes which commands to send for a range, and extents from the replies.
 
     Attributes:
-        method: The method of a handle that takes a question.
+        method: The name of the handle's method that sends a question.
     """
 
     def __init__(
@@ -170,32 +170,32 @@ class Survey:
         self._end = self._size if end is None else as_number("end", end)
         if not 0 <= self._at <= self._end <= self._size:
             raise ValueError(
-                f"start {start} and end {self._end} are no range of a disk of {self._size} bytes"
+                f"start {start} and end {self._end} are not a range of a disk of {self._size} bytes"
             )
         self._block = max(1, h.get_block_size(SIZE_MINIMUM))
         self.method = "block_status_64" if hasattr(h, "block_status_64") else "block_status"
         is_extended: Any = getattr(h, "get_extended_headers_negotiated", bool)
-        self._most = self._size if is_extended() else _MOST
-        # The last part: the next one may go on with the same flags.
+        self._max_count = self._size if is_extended() else _MAX_COUNT
+        # The extent that is not complete yet, as the next reply may begin with the same flags.
         self._offset = self._length = 0
         self._flags: tuple[int, ...] = ()
 
     @property
     def is_complete(self) -> bool:
-        """Whether the whole range is known."""
+        """Whether the whole range was reported."""
         return self._at == self._end
 
     def question(self) -> Question:
-        """What to ask next."""
+        """Return the next question; it starts and ends at the server's minimum block size."""
         offset = self._at - self._at % self._block
-        count = min(self._end - offset, self._most)
+        count = min(self._end - offset, self._max_count)
         return Question(offset, min(count + -count % self._block, self._size - offset))
 
     def learn(self, question: Question) -> Iterator[Extent | Extents]:
-        """The extents that are complete now that a question was answered.
+        """Yield the extents that are complete now that a question was answered.
 
         Raises:
-            nbd.Error: The answer does not get on.
+            nbd.Error: The reply covers none of the range that was asked for.
         """
         skipped = self._at - question.offset
         answers = [
@@ -225,11 +225,11 @@ class Survey:
 
 
 class Question:
-    """One command, and its answer.
+    """One command and its reply.
 
     Attributes:
-        offset, count: The range.
-        answers: For each context (length, flags) from the offset on, as far as it goes.
+        offset, count: The range of the command.
+        answers: The entries of each context, as (length, flags), from the offset on.
     """
 
     def __init__(self, offset: int, count: int) -> None:
@@ -238,10 +238,10 @@ class Question:
         self.answers: dict[str, list[tuple[int, int]]] = {}
 
     def note(self, context: str, offset: int, entries: list[Any], error: object) -> None:
-        """Note what a callback of block_status, or of block_status_64, is told.
+        """Store the entries of one context: a callback for block_status and block_status_64.
 
-        A second answer for a context breaks the protocol.  Which of them is true is not known, so
-        none is left.
+        A second reply for a context breaks the protocol.  Neither can be trusted, so both are
+        discarded.
         """
         if entries and isinstance(entries[0], int):
             entries = list(zip(entries[::2], entries[1::2]))
@@ -251,7 +251,7 @@ class Question:
 def _from(
     skipped: int, entries: list[tuple[int, int]], name: str, start: int
 ) -> list[tuple[int, int]]:
-    """The entries without their first bytes, which were asked for only for the alignment."""
+    """Return the entries without the first bytes, which were asked for only to be aligned."""
     left = []
     for length, flags in entries:
         if length > skipped:
@@ -259,7 +259,7 @@ def _from(
         skipped = max(0, skipped - length)
     if not left:
         raise Error(
-            f"nbd.extents: the server has told of no extent of {name} at offset {start}; "
+            f"nbd.extents: the server has reported no extent of {name} at offset {start}; "
             "it breaks the protocol",
             errno.EPROTO,
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Many commands in flight: the shim's queue as Python sees it, and nbd.queue.Queue over it.
+"""Many commands in flight: ShimQueue wraps the shim's queue, and nbd.queue.Queue wraps ShimQueue.
 
 csrc/queue.h is the manual of the shim's queue.
 """
@@ -60,11 +60,11 @@ PIECE = 256 * 1024
 #: The most handles that one side of a queue can have, and so the most connections to a disk.
 MAX_CONNECTIONS: int = lib.NBDQUEUE_MAX_HANDLES
 MAX_DEPTH = 4096
-_MAX_PIECE = 32 * 1024 * 1024  # what every server takes (NBD's specification)
+_MAX_PIECE = 32 * 1024 * 1024  # NBD's specification asks every server to accept this much
 _MAX_OFFSET = 2**64 - 1
 _MAX_INT = 2**31 - 1
-#: How many requests that are done one call reports.
-ROOM = 256
+#: The most requests that one call of the shim reports as done.
+_MAX_REPORTED = 256
 _NAMES = {
     READ: "reading",
     WRITE: "writing",
@@ -81,12 +81,12 @@ nbdqueue_take = lib.nbdqueue_take
 
 
 class ShimQueue:
-    """A queue of the shim.
+    """The shim's queue, with the buffers of its requests and its exceptions.
 
     Attributes:
-        q: The shim's queue.
-        kept: What keeps the buffers of the requests in place, by the token of each request.  It
-            lives until no command can use one of them, also if the queue itself does not.
+        q: The struct nbdqueue of C; NULL when it is closed.
+        kept: The pins that keep buffers in place, by the token of each request.  The dictionary
+            lives until no command can use a buffer any more, even if the ShimQueue is gone.
     """
 
     q: Any = ffi.NULL
@@ -102,12 +102,13 @@ class ShimQueue:
             _check_made(lib.nbdqueue_make(made, depth, piece, token))
             self.q = owned(made[0], lib.nbdqueue_destroy)
         except BaseException:
-            if made[0] and not is_owned(made[0]):  # a signal handler has raised in between
+            if made[0] and not is_owned(made[0]):  # a signal handler raised between the two calls
                 lib.nbdqueue_destroy(made[0])
             forget(token, None)
             raise
         self._handles: list[Handle] = []
-        # Arrays for `wait` and `step` that no call uses: a signal handler's call takes another one.
+        # Unused arrays for `wait` and `step`.  Each call takes one for itself, because a signal
+        # handler may call `wait` while another call is running.
         self._arrays: list[Any] = []
 
     def add(self, side: int, handle: Handle) -> None:
@@ -117,18 +118,18 @@ class ShimQueue:
 
         Raises:
             nbd.Error: The handle is not connected, or its export is too large.
-            ValueError: The queue has it already, is closed, or has as many as it can; or the export
-                is not the one of the other handles.
+            ValueError: The queue is closed, is full, or has this handle already; or the handle is
+                connected to another export than the other handles.
         """
         if handle in self._handles:
-            raise ValueError("handles: the same handle is there twice")
+            raise ValueError("handles: the same handle is given twice")
         result = lib.nbdqueue_add(self.q, side, handle._h)
         if result == lib.NBDSHIM_TOO_MANY:
             raise ValueError(f"handles: a queue takes at most {MAX_CONNECTIONS} of them")
         if result == lib.NBDSHIM_OTHER_EXPORT:
             raise ValueError(
                 "handles: the size or the block sizes of its export differ from those of the "
-                "others; all have to be connected to the same export"
+                "others; all handles have to be connected to the same export"
             )
         if result == lib.NBDSHIM_CLOSED and not lib.nbdshim_check(handle._h):
             raise self.refused(result)
@@ -145,20 +146,21 @@ class ShimQueue:
     def submit(
         self, operation: int, token: int, pointer: Any, length: int, offset: int, flags: int
     ) -> None:
-        """Add a request; the buffer has to be in `kept` already."""
+        """Submit a request; its pin has to be in `kept` already."""
         result = lib.nbdqueue_submit(self.q, operation, token, pointer, length, offset, flags)
         if result < 0:
             raise self.refused(result)
 
     def wait(self, least: int, timeout: float) -> tuple[Any, int]:
-        """Wait as nbdqueue_wait does.
+        """Wait with nbdqueue_wait until `least` requests are done.
 
         Returns:
-            An array of struct nbdqueue_done, and how many are in it: at most ROOM.  They are
-            reported again until `take`, which is to be called in any case.
+            An array of struct nbdqueue_done, and how many of its elements are valid, at most
+            _MAX_REPORTED.  Pass both to `take`: until then the same requests are reported again.
         """
         done = self._array()
-        count = nbdqueue_wait(self.q, done, ROOM, least if least < _MAX_INT else _MAX_INT, timeout)
+        least = least if least < _MAX_INT else _MAX_INT
+        count = nbdqueue_wait(self.q, done, _MAX_REPORTED, least, timeout)
         if count < 0:
             raise self.refused(count)
         if pending:
@@ -166,7 +168,7 @@ class ShimQueue:
         return done, count
 
     def fileno(self) -> int:
-        """A descriptor that can be read when `step` has something to do; the queue closes it."""
+        """Return a descriptor that is readable when `step` has work; the queue closes it."""
         result: int = lib.nbdqueue_fd(self.q)
         if result == -1:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
@@ -175,9 +177,9 @@ class ShimQueue:
         return result
 
     def step(self) -> tuple[Any, int]:
-        """Do what can be done without waiting; returns as `wait` does."""
+        """Do what can be done without waiting; returns what `wait` returns."""
         done = self._array()
-        count = nbdqueue_step(self.q, done, ROOM)
+        count = nbdqueue_step(self.q, done, _MAX_REPORTED)
         if count < 0:
             raise self.refused(count)
         if pending:
@@ -185,38 +187,38 @@ class ShimQueue:
         return done, count
 
     def error_of(self, handle: Handle) -> int:
-        """The errno with which the connection of a handle has ended; 0 if it has not."""
+        """Return the errno with which the connection of a handle ended, or 0 if it is alive."""
         return int(lib.nbdqueue_error(self.q, handle._h))
 
     def cancel(self, token: int) -> None:
-        """Send no more commands for a request."""
+        """Send no further commands for a request."""
         lib.nbdqueue_cancel(self.q, token)
 
     def take(self, done: Any, count: int) -> None:
-        """Forget the requests that `wait` or `step` has reported; the array is not used again."""
+        """Acknowledge the requests that `wait` or `step` reported, and reuse their array."""
         if count:
             nbdqueue_take(self.q, done, count)
         self._arrays.append(done)
 
     def last_moved(self) -> float:
-        """When a byte last moved, by time.monotonic(); 0.0 if that has not happened yet."""
+        """Return when a byte last moved, by time.monotonic(); 0.0 if none has yet."""
         return float(lib.nbdqueue_last_moved(self.q))
 
     def _array(self) -> Any:
-        """An array for requests that are done, which no other call uses."""
+        """Return an array for reported requests that no other call uses."""
         try:
             return self._arrays.pop()
         except IndexError:
-            return ffi.new("struct nbdqueue_done[]", ROOM)
+            return ffi.new("struct nbdqueue_done[]", _MAX_REPORTED)
 
     def wake(self) -> None:
-        """End the wait of another thread, or the next one."""
+        """End the wait of another thread, or the next wait if none is running."""
         lib.nbdqueue_wake(self.q)
 
     def drop(self) -> None:
-        """Forget all requests, without waiting for the server.
+        """Drop all requests without waiting for the server.
 
-        Buffers are kept only for commands that were sent and have no reply yet.
+        Only the buffers of commands that were sent and have no reply yet are still kept.
         """
         lib.nbdqueue_drop(self.q)
         for token in list(self.kept):
@@ -231,31 +233,35 @@ class ShimQueue:
         self.q = ffi.NULL
 
     def __del__(self) -> None:
-        if is_finalizing():  # too late for upcalls: Python has ended
+        if is_finalizing():  # the interpreter is shutting down and can run no upcall
             lib.nbdshim_end_upcalls()
         if self.q:
             self.drop()
 
     def refused(self, result: int) -> BaseException:
-        """The exception for a refusal of the shim, unless a better one is raised here."""
+        """Return the exception for a negative result of the shim, or raise a pending one."""
         if result == lib.NBDSHIM_CLOSED:
-            return ValueError("the queue is closed, or of the parent process; make a new one")
+            return ValueError("the queue is closed, or is the parent process's; make a new one")
         if result == lib.NBDSHIM_NO_MEMORY:
             return MemoryError("no memory for a request")
         self._raise_pending(1)
         return failure_of(self._handles[0]._h if self._handles else None, result, "queue")
 
     def _raise_pending(self, first: int = 0) -> None:
-        """Raise what a signal handler, or a callback of one of the handles, has raised."""
+        """Raise the exception of a signal handler or of a callback of one of the handles."""
         for handle in self._handles[first:]:
             raise_pending(handle._h)
 
 
 class IdleTimer:
-    """How long nothing has moved in a queue, for a `timeout` in seconds; None is for ever.
+    """Measures how long nothing has moved, and compares that with a timeout.
 
-    A process that was suspended for longer than the timeout is not late for that: `ShimQueue.wait`
-    looks at the connections before it returns, also if its time is over.
+    A process that was suspended for longer than the timeout does not time out for that reason:
+    `ShimQueue.wait` checks the connections once more before it returns.
+
+    Args:
+        moving: What is watched.
+        timeout: In seconds; None is for ever.
     """
 
     def __init__(self, moving: Moving, timeout: float | None) -> None:
@@ -264,7 +270,7 @@ class IdleTimer:
         self.restart()
 
     def restart(self) -> None:
-        """Begin to count: the caller has just begun to wait."""
+        """Start measuring now, as the caller starts to wait."""
         self._since = monotonic()
 
     def remaining(self, at_most: float | None = None) -> float:
@@ -275,7 +281,7 @@ class IdleTimer:
         return seconds if at_most is None else min(seconds, at_most)
 
     def is_over(self) -> bool:
-        """Whether nothing has moved for as long as the timeout says."""
+        """Return whether nothing has moved for the whole timeout."""
         return self._timeout is not None and not self.remaining()
 
     def _since_last_move(self) -> float:
@@ -285,12 +291,12 @@ class IdleTimer:
 def timeout_error(
     what: str, seconds: float | None, advice: str = "try again, or allow more time"
 ) -> Timeout:
-    """The exception for a wait that was longer than its timeout: `what` ends before the number."""
+    """Return the exception for a wait that exceeded its timeout: "what 5 seconds; advice"."""
     return Timeout(f"{what} {seconds or 0:g} seconds; {advice}", ETIMEDOUT)
 
 
 def _check_made(errnum: int) -> None:
-    """Raise if a queue could not be made: there is no descriptor left, or no memory."""
+    """Raise if a queue could not be made, for lack of memory or of a descriptor."""
     if errnum == ENOMEM:
         raise MemoryError("no memory for a queue")
     if errnum:
@@ -298,10 +304,10 @@ def _check_made(errnum: int) -> None:
 
 
 def as_timeout(timeout: float | None) -> float:
-    """The seconds that a wait may take, as nbdqueue_wait takes them: less than 0 is for ever.
+    """Convert a timeout for nbdqueue_wait: it takes seconds, and a negative number for ever.
 
     Raises:
-        ValueError: It is NaN.
+        ValueError: The timeout is NaN.
     """
     if timeout is None:
         return -1.0
@@ -312,11 +318,11 @@ def as_timeout(timeout: float | None) -> float:
 
 
 def as_count(name: str, value: object, largest: int | None = None) -> int:
-    """A number of things as an int: at least 1, and at most `largest` if that is given.
+    """Convert a number that has to be at least 1, and at most `largest` if that is given.
 
     Raises:
-        TypeError: It is no int.
-        ValueError: It is out of range.
+        TypeError: The value is not an int.
+        ValueError: The number is out of range.
     """
     number = as_number(name, value)
     if largest is not None and not 1 <= number <= largest:
@@ -327,10 +333,10 @@ def as_count(name: str, value: object, largest: int | None = None) -> int:
 
 
 def as_request(count: int, offset: int, flags: int) -> tuple[int, int, int]:
-    """The numbers of a request as exact ints.
+    """Convert the numbers of a request to exact ints, and check them.
 
     Raises:
-        TypeError: One of them is no int.
+        TypeError: One of them is not an int.
         ValueError: They are not a range of a disk, or not flags.
     """
     if not (type(count) is type(offset) is type(flags) is int):
@@ -344,7 +350,7 @@ def as_request(count: int, offset: int, flags: int) -> tuple[int, int, int]:
 
 
 def failure(operation: int, length: int, offset: int, errnum: int, at: int | None = None) -> Error:
-    """The exception for a request that has failed; `at` is where, if not at its beginning."""
+    """Return the exception for a failed request; `at` is the offset of the piece that failed."""
     what = _NAMES[operation]
     where = "" if operation == FLUSH else f" {length} bytes at offset {offset}"
     place = "" if at is None or at == offset or operation == FLUSH else f" at offset {at}"
@@ -352,13 +358,14 @@ def failure(operation: int, length: int, offset: int, errnum: int, at: int | Non
 
 
 class Request:
-    """What a queue was asked for.
+    """A request that was submitted to a queue.
 
     Attributes:
-        offset: Where it starts, in bytes from the start of the export.
-        length: Its size in bytes.
-        is_done: Whether the queue has reported it.  From then on its buffer is the caller's again.
-        error: None, or the nbd.Error with which it has failed.
+        offset: Where the range starts, in bytes from the start of the export.
+        length: The size of the range in bytes.
+        is_done: Whether the queue has reported the request.  From then on the caller may change
+            and free the buffer.
+        error: The nbd.Error with which the request failed, or None.
     """
 
     __module__ = "nbd.queue"
@@ -378,7 +385,10 @@ class Request:
         return f"<nbd.queue.Request of {self.length} bytes at offset {self.offset}: {state}>"
 
     def _finish(self, errnum: int, offset: int) -> None:
-        """Note its result, and let its buffer go.  It may be done again, after an interruption."""
+        """Store the result and release the buffer.
+
+        An exception may interrupt this at any bytecode; it is then called again.
+        """
         if errnum:
             self.error = failure(self._operation, self.length, self.offset, errnum, offset)
         pin = self._pin
@@ -393,24 +403,24 @@ class Request:
 
 
 class Queue:
-    """Many commands in flight, over one handle or several of the same export.
+    """Many commands in flight, over one handle or several handles of the same export.
 
-    A request is any range of the export: the queue cuts it into commands, as the server's block
-    size constraints ask for.  What is not aligned is read wider, or read, merged and written.
-    Nothing waits but `wait`.  It tells of the requests that are done, in any order.
+    A request covers any range of the export: the queue cuts it into commands that fit the server's
+    block size constraints.  An unaligned read is widened; an unaligned write is read, merged and
+    written.  Only `wait` waits; it returns the requests that are done, in any order.
 
-    Requests are not ordered: a read may be answered before a write that was asked for earlier.
+    Requests are not ordered: a read may be answered before a write that was submitted earlier.
     Where the order matters, wait in between.
 
     Args:
-        handles: A connected nbd.NBD, or several that are connected to the same export.  Several
-            need a server that allows them (nbd.NBD.can_multi_conn).
-        depth: How many commands may be in flight at once.
-        piece: The size of the largest command, in bytes.
+        handles: A connected nbd.NBD, or several that are connected to the same export.  Use
+            several only if the server allows it (nbd.NBD.can_multi_conn).
+        depth: The maximum number of commands in flight, from 1 to 4096.
+        piece: The size of the largest command in bytes, from 1 to 32 MiB.
 
     Raises:
         nbd.Error: A handle is not connected.
-        ValueError: depth or piece is out of range; no handle is given, or one twice.
+        ValueError: depth or piece is out of range; no handle is given, or one is given twice.
 
     Example:
         >>> with nbd.queue.Queue(h, depth=8) as queue:
@@ -436,14 +446,14 @@ class Queue:
             if not isinstance(handle, NBD):
                 raise TypeError(f"handles: nbd.NBD is needed, not {type(handle).__name__}")
         if not several:
-            raise ValueError("handles: at least one is needed")
+            raise ValueError("handles: at least one handle is needed")
         queue = ShimQueue(depth, piece)
         for handle in several:
             queue.add(TARGET, handle)
         self._shim_queue = queue
-        # Threads that wait take turns.  It is one that a signal handler can take again.
+        # Threads that wait take turns.  Reentrant: a signal handler may call `wait` as well.
         self._lock = RLock()
-        #: Requests that are done and were not returned by `wait` or `step` yet.
+        #: Requests that are done and that `wait` or `step` has not returned yet.
         self._finished: deque[Request] = deque()
 
     @property
@@ -453,26 +463,27 @@ class Queue:
 
     @property
     def minimum(self) -> int:
-        """The server's minimum block size in bytes; 1 if it has none."""
+        """The server's minimum block size in bytes; 1 if it does not say."""
         return int(lib.nbdqueue_minimum(self._shim_queue.q, TARGET))
 
     def __len__(self) -> int:
-        """How many requests `wait` has not told of."""
+        """The number of requests that `wait` and `step` have not reported as done yet."""
         return int(lib.nbdqueue_length(self._shim_queue.q))
 
     def __bool__(self) -> bool:
         return True
 
     def read(self, buf: WriteableBuffer | Buffer, offset: int) -> Request:
-        """Ask for bytes of the export.
+        """Submit a read.
 
         Args:
-            buf: Writable contiguous bytes-like object or nbd.Buffer; all of it is filled.  It is
-                kept in place until the request is done.  On PyPy pass an nbd.Buffer.
+            buf: Writable contiguous bytes-like object or nbd.Buffer, which is filled completely.
+                The queue keeps it in place until the request is done.  On PyPy pass an nbd.Buffer.
             offset: Where to start, in bytes from the start of the export.
 
         Returns:
-            The request, which `wait` will tell of.  A range past the end fails with EINVAL.
+            The request, which `wait` returns when it is done.  A range past the end fails with
+            EINVAL.
 
         Raises:
             BufferError: buf is read-only, not contiguous, or a memoryview without an owner.
@@ -486,8 +497,8 @@ class Queue:
         else:
             if is_unowned(buf):
                 raise BufferError(
-                    "buf: nothing keeps the memory of this memoryview; read into a bytearray or "
-                    "nbd.Buffer, and copy"
+                    "buf: nothing owns the memory of this memoryview; read into a bytearray or "
+                    "nbd.Buffer, and copy it"
                 )
             pointer, size, pin, state, target = writable("buf", buf)
         if state[0]:
@@ -495,17 +506,18 @@ class Queue:
         return self._submit(READ, size, offset, 0, pointer, pin, target)
 
     def write(self, buf: ReadableBuffer | Buffer, offset: int, flags: int = 0) -> Request:
-        """Ask for bytes to be written.
+        """Submit a write.
 
         Args:
             buf: Contiguous bytes-like object or nbd.Buffer.  It must not change until the request
                 is done.
             offset: Where to start, in bytes from the start of the export.
-            flags: 0, or nbd.CMD_FLAG_FUA: done means that it is on the disk.
+            flags: 0, or nbd.CMD_FLAG_FUA to have the data on stable storage when the request is
+                done.
 
         Returns:
-            The request, which `wait` will tell of.  A range past the end fails with ENOSPC, and
-            nothing of it is written.
+            The request, which `wait` returns when it is done.  A range past the end fails with
+            ENOSPC, and nothing is written.
 
         Raises:
             ValueError: The queue is closed, or a number is out of range.
@@ -516,72 +528,73 @@ class Queue:
         return self._submit(WRITE, size, offset, flags, pointer, pin, None)
 
     def zero(self, count: int, offset: int, flags: int = 0) -> Request:
-        """Ask for zeroes; where the server has no command for that, they are written.
+        """Submit a write of zeroes; if the server has no command for that, zeroes are sent.
 
         Args:
-            count: How many bytes.
+            count: The number of bytes.
             offset: Where to start, in bytes from the start of the export.
             flags: 0, or nbd.CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, CMD_FLAG_FAST_ZERO.
 
         Returns:
-            The request, which `wait` will tell of.
+            The request, which `wait` returns when it is done.
 
         C: nbd_aio_zero, or nbd_aio_pwrite.
         """
         return self._submit(ZERO, count, offset, flags)
 
     def trim(self, count: int, offset: int, flags: int = 0) -> Request:
-        """Tell the server that whole blocks of a range are not needed any more.
+        """Tell the server that the whole blocks of a range are not needed any more.
 
         Args:
-            count: How many bytes.
+            count: The number of bytes.
             offset: Where to start, in bytes from the start of the export.
             flags: 0, or nbd.CMD_FLAG_FUA.
 
         Returns:
-            The request, which `wait` will tell of.
+            The request, which `wait` returns when it is done.
 
         C: nbd_aio_trim.
         """
         return self._submit(TRIM, count, offset, flags)
 
     def cache(self, count: int, offset: int) -> Request:
-        """Ask the server to have a range ready.
+        """Ask the server to load a range into its cache.
 
         Args:
-            count: How many bytes.
+            count: The number of bytes.
             offset: Where to start, in bytes from the start of the export.
 
         Returns:
-            The request, which `wait` will tell of.
+            The request, which `wait` returns when it is done.
 
         C: nbd_aio_cache.
         """
         return self._submit(CACHE, count, offset, 0)
 
     def flush(self) -> Request:
-        """Ask for what was written to be on the disk: of the writes that are done already.
+        """Submit a flush, which puts the writes that are done already on stable storage.
 
         Returns:
-            The request, which `wait` will tell of.
+            The request, which `wait` returns when it is done.
 
         C: nbd_aio_flush.
         """
         return self._submit(FLUSH, 0, 0, 0)
 
     def wait(self, least: int = 1, timeout: float | None = None) -> list[Request]:
-        """Wait for requests.
+        """Wait until requests are done.
 
-        Ctrl-C ends it, and so does any signal whose handler raises; what is in flight goes on.
+        Ctrl-C ends the wait, and so does any signal whose handler raises; the commands in flight
+        continue.
 
         Args:
-            least: Return when so many are done, or when none is left to wait for.
-            timeout: Return after so many seconds at the latest.  0 does not wait; None, the
-                default, waits for ever.
+            least: How many requests to wait for.  If fewer are in flight, it waits for all of them.
+            timeout: Return after this many seconds at the latest.  0 does not wait; None waits for
+                ever.
 
         Returns:
-            The requests that were done since the last call; perhaps fewer than `least`, or none, if
-            the time is over, or if `wake` was called.
+            The requests that were done since the last call.  They may be fewer than `least`, or
+            none, if the timeout is over or `wake` was called.
 
         Raises:
             ValueError: The queue is closed.
@@ -599,20 +612,20 @@ class Queue:
         try:
             if timeout is not None:
                 seconds = max(0.0, until - monotonic())
-            while self._finish(*self._shim_queue.wait(least, seconds)) == ROOM:
-                least, seconds = 1, 0.0  # there may be more than one call reports
+            while self._finish(*self._shim_queue.wait(least, seconds)) == _MAX_REPORTED:
+                least, seconds = 1, 0.0  # the array was full: there may be more
             return self._take_finished()
         finally:
             self._lock.release()
 
     def fileno(self) -> int:
-        """A descriptor for an event loop: it can be read when `step` has something to do.
+        """Return a descriptor for an event loop, which is readable when `step` has work.
 
-        It stands for all handles of the queue, and stays the same until the queue is closed, which
-        closes it.  Only watch it: never read or write it.
+        It covers all handles of the queue.  It stays the same until the queue is closed, which
+        closes it as well.  Only watch it; do not read or write it.
 
         Raises:
-            OSError: There is no descriptor left.
+            OSError: The process has no descriptor left.
             ValueError: The queue is closed.
 
         Example:
@@ -625,14 +638,14 @@ class Queue:
         return self._shim_queue.fileno()
 
     def step(self) -> list[Request]:
-        """Do what can be done without waiting: for event loops, instead of `wait`.
+        """Do what can be done without waiting.  Event loops call this instead of `wait`.
 
-        It sends and receives for at most a millisecond.  If there is more to do, the descriptor of
-        `fileno` can be read at once.
+        It sends and receives for at most a millisecond.  If work remains, the descriptor of
+        `fileno` is readable at once.
 
         Returns:
-            The requests that were done since the last call, in any order; none while another thread
-            is in `wait`, which returns them.
+            The requests that were done since the last call, in any order.  While another thread is
+            in `wait`, that call returns them, and this one returns none.
 
         Raises:
             ValueError: The queue is closed.
@@ -642,21 +655,21 @@ class Queue:
         if not self._lock.acquire(blocking=False):
             return []
         try:
-            while self._finish(*self._shim_queue.step()) == ROOM:
+            while self._finish(*self._shim_queue.step()) == _MAX_REPORTED:
                 pass
             return self._take_finished()
         finally:
             self._lock.release()
 
     def wake(self) -> None:
-        """End the wait of another thread; if none waits, the next wait returns at once."""
+        """End the wait of another thread; if no thread waits, the next wait returns at once."""
         self._shim_queue.wake()
 
     def close(self) -> None:
-        """Drop all requests, without waiting for the server; close no handle.
+        """Drop all requests without waiting for the server.  The handles stay open.
 
-        Commands that were sent may still happen.  They keep their buffers until the server has
-        answered, or the handles are closed.  A second close does nothing.
+        Commands that were sent may still be executed.  Their buffers are kept until the server has
+        replied, or the handles are closed.  A second close does nothing.
         """
         self._shim_queue.drop()
 
@@ -684,7 +697,8 @@ class Queue:
         length, offset, flags = as_request(length, offset, flags)
         queue = self._shim_queue
         token = next_token()
-        # Before C gets the buffer: from now on a signal handler may raise, and the request goes on.
+        # This is stored before C gets the buffer.  If a signal handler raises after the submission,
+        # the request stays in flight, and its buffer is kept all the same.
         queue.kept[token] = request = Request(operation, length, offset, pin, target)
         result = nbdqueue_submit(queue.q, operation, token, pointer, length, offset, flags)
         if result < 0:
@@ -693,11 +707,11 @@ class Queue:
         return request
 
     def _finish(self, done: Any, count: int) -> int:
-        """End the requests that the queue has reported; returns how many it has reported.
+        """Finish the requests that the shim's queue reported; returns their number.
 
         A signal handler may run between any two bytecodes.  It may raise, or call `wait` itself,
-        which reports the same requests.  So each step can be made again, and `kept` decides who
-        has ended a request.
+        which reports the same requests.  So each step here can be repeated, and the call that
+        removes a request from `kept` is the one that returns it.
         """
         queue = self._shim_queue
         kept, finished = queue.kept, self._finished
@@ -713,16 +727,16 @@ class Queue:
         return count
 
     def _take_finished(self) -> list[Request]:
-        """All requests that were not returned yet.
+        """Return all requests that are done and were not returned yet.
 
-        Each is taken by one operation: a signal handler's call may take others in between.
+        They are removed one by one, because a signal handler's call may remove others in between.
         """
         finished = self._finished
         taken: list[Request] = []
         try:
             while finished:
                 taken.append(finished.popleft())
-        except IndexError:  # a signal handler's call has taken the last one
+        except IndexError:  # a signal handler's call has removed the last one
             pass
         except BaseException:
             finished.extendleft(reversed(taken))

@@ -125,7 +125,7 @@ def test_a_handle_that_is_not_connected_is_said(h: nbd.NBD) -> None:
 
 @pytest.mark.parametrize(("start", "end"), [(-1, None), (2, 1), (0, MIB + 1)])
 def test_a_range_outside_the_disk_is_refused(disk: nbd.NBD, start: int, end: int | None) -> None:
-    with pytest.raises(ValueError, match="no range of a disk of 1048576 bytes"):
+    with pytest.raises(ValueError, match="not a range of a disk of 1048576 bytes"):
         nbd.extents(disk, start=start, end=end)
 
 

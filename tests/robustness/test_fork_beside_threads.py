@@ -23,6 +23,7 @@ import nbd, nbd.queue
 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 warnings.filterwarnings("ignore", "unclosed", ResourceWarning)  # of a child that closes nothing
 uri, folder, forks = sys.argv[1], sys.argv[2], int(sys.argv[3])
+MIB = 1 << 20
 parent = os.getpid()
 is_over = False
 failures = []

@@ -19,6 +19,7 @@ import errno, gc, importlib, sys, threading, weakref
 import nbd as first
 
 SOCKET = sys.argv[1]
+MIB = 1 << 20
 unraisable = []
 sys.unraisablehook = lambda args: unraisable.append(args.exc_value)
 
