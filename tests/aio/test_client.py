@@ -1,4 +1,4 @@
-"""nbd.aio.Client: its coroutines do what the calls of nbd.NBD do, any number of them at once."""
+"""nbd.aio.Client: its coroutines do what the methods of nbd.NBD do, many at a time."""
 
 from __future__ import annotations
 

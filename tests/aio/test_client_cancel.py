@@ -1,4 +1,4 @@
-"""Tasks that are cancelled: they end at once, their commands become orphans, the client goes on."""
+"""Cancelled tasks end at once, their commands become orphans, and the client stays usable."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def server(nbdkit: StartServer) -> Server:
 
 
 async def cancelled(task: asyncio.Task[Any]) -> bool:
-    """Cancel a task, and let the loop make one turn: whether it has ended by then."""
+    """Cancel a task, run the loop once, and return whether the task has ended."""
     task.cancel()
     await asyncio.sleep(0)
     return task.cancelled()
@@ -243,7 +243,7 @@ def test_a_client_that_is_closed_with_orphans_in_flight_leaves_nothing(server: S
     assert registered() == 0
 
 
-#: Delayed, and now and then an error.
+#: Delayed replies, and occasional errors.
 UNRELIABLE = (
     "--filter=error",
     "--filter=delay",
@@ -259,7 +259,7 @@ UNRELIABLE = (
 
 
 class Storm:
-    """Ten thousand tasks on eight clients, many of them cancelled at random times."""
+    """Ten thousand tasks on eight clients, many of which are cancelled at random moments."""
 
     TASKS, CLIENTS = 10_000, 8
 
@@ -322,5 +322,5 @@ def test_in_a_storm_of_tasks_each_ends_once(nbdkit: StartServer, figure: Figure)
     assert sum(storm.ended.values()) == Storm.TASKS
     assert min(storm.ended.values()) > 0
     assert registered() == 0
-    # PyPy's heap may be anywhere between two collections, and keeps what it has freed.
+    # The size of PyPy's heap depends on the last collection, and freed memory stays in it.
     assert grown < (32 if sys.implementation.name == "cpython" else 128)

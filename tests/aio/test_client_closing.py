@@ -1,4 +1,4 @@
-"""Waits of nbd.aio that end: with the timeout, with the task, and with the program."""
+"""Closing a client is bounded by its timeout, can be cancelled, and never delays the exit."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from support.servers import children, program
 
 import nbd
 
-SECONDS = 10  # within which something bounded has to end on a busy machine
+BOUND = 30  # seconds within which a bounded wait ends, even on a busy machine
 
 
 @contextmanager
 def server_that_stays() -> Iterator[list[str]]:
-    """A command that serves a disk, and does not end when its client has gone."""
+    """Yield a command that serves a disk, and keeps running after its client disconnected."""
     before = set(children())
     script = f"exec 2>/dev/null; {program('nbdkit')} -s memory 1M; exec sleep 600 >/dev/null <&-"
     try:
@@ -43,7 +43,7 @@ def test_closing_waits_for_a_server_that_stays_no_longer_than_the_timeout() -> N
         return time.monotonic() - began
 
     with server_that_stays() as command:
-        assert run(main(command)) < SECONDS
+        assert run(main(command)) < BOUND
 
 
 def test_closing_waits_for_a_server_that_ends() -> None:
@@ -64,7 +64,7 @@ def test_closing_can_be_cancelled() -> None:
         assert not closing.done()
         closing.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(closing, SECONDS)
+            await asyncio.wait_for(closing, BOUND)
         await disk.close()
 
     with server_that_stays() as command:
@@ -88,18 +88,18 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("how", ["cancelled", "left behind"])
 def test_a_program_ends_whose_server_stays(how: str) -> None:
-    script = f"exec 2>/dev/null; {program('nbdkit')} -s memory 1M; exec sleep 30 >/dev/null <&-"
+    script = f"exec 2>/dev/null; {program('nbdkit')} -s memory 1M; exec sleep 90 >/dev/null <&-"
     began = time.monotonic()
     done = run_program(END, how, "sh", "-c", script)
     assert (done.stdout, done.returncode) == ("end\n", 0)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < BOUND
 
 
 def test_a_server_that_keeps_the_connection_costs_a_closing_client_nothing() -> None:
     def stay(wire: Wire) -> None:
         wire.negotiate(structured=False)
         wire.linger()
-        wait.wait(SECONDS)
+        wait.wait(3 * BOUND)
 
     async def main() -> float:
         disk = await nbd.aio.connect(f"nbd://127.0.0.1:{port}")
@@ -113,13 +113,13 @@ def test_a_server_that_keeps_the_connection_costs_a_closing_client_nothing() -> 
             try:
                 stay(Wire(sock))
             except Exception:
-                wait.wait(SECONDS)
+                wait.wait(3 * BOUND)
 
     wait = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         thread = threading.Thread(target=accept)
         thread.start()
-        assert run(main()) < SECONDS / 2
+        assert run(main()) < BOUND
         wait.set()
         thread.join()

@@ -1,4 +1,4 @@
-"""nbd.aio.connect: it waits in the event loop, looks names up there, and tries again."""
+"""nbd.aio.connect waits and resolves names in the event loop, and retries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def size_of(uri: str | list[str], **options: Any) -> int:
 
 
 class Resolver(asyncio.SelectorEventLoop):
-    """An event loop that tells which names it has looked up."""
+    """An event loop that records which names it has resolved."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Resolver(asyncio.SelectorEventLoop):
 
 
 def looked_up(uri: str, **options: Any) -> tuple[Any, list[Any]]:
-    """Connect in a loop of Resolver's; return the size or the error, and what was looked up."""
+    """Connect in a Resolver; return the size or the error, and the names it resolved."""
     loops: list[Resolver] = []
 
     def new_loop() -> Resolver:

@@ -1,4 +1,4 @@
-"""More connections join a client that works already; one that never comes costs nothing."""
+"""Connections join a client that is already in use; one that never joins costs nothing."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ FLAGS = 0x01 | CAN_MULTI_CONN
 
 
 class OneAtATime:
-    """A server on TCP that serves its first client, and greets the others as it is told.
+    """A server on TCP that serves its first client, and treats the others as it is told.
 
     Args:
-        others: What is done with the other clients: None keeps them, and greets nobody.
+        others: A script for the other clients; None keeps them connected without a greeting.
     """
 
     def __init__(self, others: Callable[[Wire], None] | None = None) -> None:
@@ -71,7 +71,7 @@ class OneAtATime:
 
 
 def hang_up(sock: socket.socket) -> None:
-    """Wake the thread that serves a connection."""
+    """Wake the thread that serves a connection, by shutting the connection down."""
     try:
         sock.shutdown(socket.SHUT_RDWR)
     except OSError:
@@ -79,7 +79,7 @@ def hang_up(sock: socket.socket) -> None:
 
 
 def quietly(script: Callable[[Wire], None], wire: Wire) -> None:
-    """Run a script until its client hangs up."""
+    """Run a script until its client disconnects."""
     try:
         script(wire)
     except (HungUp, OSError):
@@ -96,7 +96,7 @@ def serve(wire: Wire, size: int = MIB, flags: int = FLAGS) -> None:
 
 @contextmanager
 def one_at_a_time(others: Callable[[Wire], None] | None = None) -> Iterator[OneAtATime]:
-    """A server of that kind, closed in the end."""
+    """Yield a OneAtATime, and close it afterwards."""
     server = OneAtATime(others)
     try:
         yield server
@@ -124,7 +124,7 @@ def test_one_that_joins_is_watched(nbdkit: StartServer) -> None:
         async with nbd.aio.connect(nbdkit("memory", "1M").uri, connections=2) as disk:
             await until(lambda: len(disk.handles) == 2)
             disk.handles[0].close()
-            await outcome(disk.pread(512, 0))  # it may have been sent over the first
+            await outcome(disk.pread(512, 0))  # the request may have used the first connection
             assert await asyncio.wait_for(disk.pread(512, 0), 10) == bytes(512)
 
     run(main())
@@ -176,17 +176,17 @@ def test_one_that_is_never_greeted_is_given_up_after_the_timeout() -> None:
 
 
 def other_size(wire: Wire) -> None:
-    """Serve another disk."""
+    """Serve a disk of another size."""
     serve(wire, 2 * MIB)
 
 
 def read_only(wire: Wire) -> None:
-    """Serve the same disk, but not for writing."""
+    """Serve the same disk read-only."""
     serve(wire, MIB, FLAGS | 0x02)
 
 
 def refuse(wire: Wire) -> None:
-    """Hang up in the middle of the handshake."""
+    """Disconnect in the middle of the handshake."""
     wire.greet(FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES)
     hang_up(wire.sock)
 
@@ -204,7 +204,7 @@ def test_one_that_cannot_be_used_is_left_out(others: Callable[[Wire], None]) -> 
 
 
 def drop(clients: list[nbd.aio.Client]) -> None:
-    """Drop clients, and have PyPy notice."""
+    """Drop clients, and let PyPy finalize them."""
     clients.clear()
     for _ in range(3):
         gc.collect()

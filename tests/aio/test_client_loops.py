@@ -1,4 +1,4 @@
-"""nbd.aio in any event loop of asyncio's, and what becomes of a client that is not closed."""
+"""nbd.aio in every kind of event loop, and clients that are not closed."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def server(nbdkit: StartServer) -> Server:
 
 
 class Subclass(asyncio.SelectorEventLoop):
-    """An event loop of a program's own, over select()."""
+    """A program's own event loop, over select()."""
 
     def __init__(self) -> None:
         super().__init__(selectors.SelectSelector())
 
 
 def uvloop() -> Loop:
-    """Make a loop of uvloop's, if that is installed."""
+    """Make a uvloop event loop, if uvloop is installed."""
     if sys.implementation.name == "pypy":
         pytest.skip("uvloop is for CPython only")
     return pytest.importorskip("uvloop").new_event_loop()  # type: ignore[no-any-return]
@@ -47,7 +47,7 @@ LOOPS = [asyncio.new_event_loop, Subclass, uvloop]
 
 
 async def work(uri: str) -> None:
-    """Use a client for all kinds of things, with commands cancelled and commands that fail."""
+    """Use a client in many ways, with commands that are cancelled and commands that fail."""
     async with nbd.aio.connect(uri, connections=2, depth=8) as disk:
         await disk.pwrite(b"x" * 65536, 0)
         reads = [asyncio.ensure_future(disk.pread(4096, 4096 * n)) for n in range(16)]
@@ -123,7 +123,7 @@ def test_an_idle_client_does_not_keep_the_loop_busy(
     async def main() -> None:
         async with nbd.aio.connect(server.uri) as disk:
             await disk.pread(512, 0)
-            server.kill()  # its end is noticed once
+            server.kill()  # the end of the connection is noticed once
             await until(lambda: not select.select([disk._fd], [], [], 0)[0])
             await asyncio.sleep(0.01)
             assert not select.select([disk._fd], [], [], 0)[0]
@@ -191,7 +191,7 @@ def test_a_client_that_is_dropped_is_a_resource_warning_and_leaves_nothing(serve
         warnings.simplefilter("always")
         drop(server)
     assert [w.category for w in caught if "nbd.aio.Client" in str(w.message)] == [ResourceWarning]
-    caught.clear()  # a ResourceWarning refers to its object
+    caught.clear()  # a ResourceWarning keeps its object alive
     collect_garbage()
     assert descriptors() == before
     assert registered() == 0
@@ -220,7 +220,7 @@ def test_a_loop_may_be_closed_with_commands_in_flight(server: Server) -> None:
         loop.run_until_complete(main())
         loop.close()
         tasks.clear()
-        for _ in range(10):  # a finalizer may drop the next object
+        for _ in range(10):  # a finalizer may drop further objects
             collect_garbage()
     assert registered() == 0
 
@@ -240,12 +240,12 @@ def test_a_forked_child_leaves_the_parents_client_alone(server: Server) -> None:
             assert await disk.pread(512, 0) == bytes(512)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of fork beside threads
+        warnings.simplefilter("ignore", DeprecationWarning)  # about fork beside threads
         run(main())
 
 
 def _in_the_child(disk: Client) -> int:
-    """Use the client, which must be refused, and drop it; returns the exit status."""
+    """Use the client, which must be refused, and drop it; return the exit status."""
     warnings.simplefilter("ignore")
     asyncio._set_running_loop(None)
     try:

@@ -1,4 +1,4 @@
-"""A write that was cancelled does not undo the next one to the same place, however late it is."""
+"""A cancelled write never overwrites a later write to the same place, however late it is."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CMD_WRITE_ZEROES = 6
 
 
 class Late:
-    """A server that carries commands out when it is told to, the last of them first."""
+    """A server that carries out commands only when told to, the newest first."""
 
     def __init__(self) -> None:
         self.disk = bytearray(MIB)
@@ -44,7 +44,7 @@ class Late:
         self._thread.start()
 
     def release(self) -> None:
-        """Carry out what waits, the last first; what comes later is carried out at once."""
+        """Carry out the waiting commands, the newest first; later ones are carried out at once."""
         with self._changed:
             self.is_free = True
             while self.waiting:
@@ -91,7 +91,7 @@ class Late:
 
 @contextmanager
 def late() -> Iterator[Late]:
-    """A server of that kind, closed in the end."""
+    """Yield a Late server, and close it afterwards."""
     server = Late()
     try:
         yield server
@@ -171,7 +171,7 @@ def test_random_calls_do_what_they_do_to_a_bytearray(nbdkit: StartServer) -> Non
                 task.cancel()
             ended = await asyncio.gather(task, return_exceptions=True)
             if isinstance(ended[0], asyncio.CancelledError):
-                data = chance.randbytes(count)  # the retry, with other data
+                data = chance.randbytes(count)  # the retry, with different data
                 await disk.pwrite(data, at)
             model[at : at + count] = data
         else:

@@ -1,4 +1,4 @@
-"""A program that uses all of nbd.aio, with annotations: ./run lint checks them, and it runs."""
+"""An annotated program that uses all of nbd.aio: `./run lint` checks it, and a test runs it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import nbd.aio
 
 
 async def everything(uri: str, path: Path) -> list[object]:
-    """Use every method, with results of the types that mypy knows."""
+    """Use every method, with results whose types mypy knows."""
     seen: list[object] = []
     connecting: nbd.aio.Connecting = nbd.aio.connect(
         uri,

@@ -1,4 +1,4 @@
-"""Commands that do not wait: cookies, completion, and driving a handle by hand."""
+"""Commands that do not wait: cookies, completions, and driving a handle by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import nbd
 
 BASE = nbd.CONTEXT_BASE_ALLOCATION
 
-# Every command that has an aio form, as a call that takes further arguments.
+# Each command with an aio form, as a function that takes further arguments.
 COMMANDS: dict[str, Callable[..., int]] = {
     "aio_pread": lambda h, *more: h.aio_pread(bytearray(512), 0, *more),
     "aio_pread_structured": lambda h, *more: h.aio_pread_structured(
@@ -34,7 +34,7 @@ every_command = pytest.mark.parametrize("name", list(COMMANDS))
 
 @pytest.fixture
 def slow(nbdkit: StartServer, h: nbd.NBD) -> nbd.NBD:
-    """Return a handle whose reads are never answered; writes are."""
+    """Return a handle whose reads are never answered, whereas writes are."""
     answering = "--threads=2", "memory", "1M"  # one thread sleeps on the read
     h.connect_unix(nbdkit(*answering, "--filter=delay", "rdelay=600").socket)
     return h
@@ -42,7 +42,7 @@ def slow(nbdkit: StartServer, h: nbd.NBD) -> nbd.NBD:
 
 @pytest.fixture
 def failing(nbdkit: StartServer, h: nbd.NBD) -> nbd.NBD:
-    """Return a handle to a server at which every command fails with EIO."""
+    """Return a handle to a server on which every command fails with EIO."""
     h.add_meta_context(BASE)
     h.connect_unix(nbdkit("memory", "1M", "--filter=error", "error=EIO", "error-rate=1").socket)
     return h
@@ -191,7 +191,7 @@ def test_an_idle_handle_waits_to_read(disk: nbd.NBD) -> None:
 
 
 def run_by_hand(handle: nbd.NBD, reached: Callable[[], bool]) -> None:
-    """Drive a handle with an event loop of our own, as a program with its own loop does."""
+    """Drive a handle as a program with an event loop of its own does."""
     poller = select.poll()
     wanted = {
         nbd.AIO_DIRECTION_READ: select.POLLIN,

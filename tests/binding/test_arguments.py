@@ -1,4 +1,4 @@
-"""Every row of the argument table: what each C type takes from Python, and what it refuses."""
+"""Each row of the argument table: what each C type accepts from Python, and what it refuses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FILLED = b"\xff" * 1024
 
 
 class Index:
-    """An integer of another library, as numpy has them."""
+    """An integer type of another library, such as numpy's."""
 
     def __init__(self, value: int) -> None:
         self.value = value
@@ -35,7 +35,7 @@ class Index:
 
 
 class Spiteful:
-    """An object that refuses to tell its truth and its value."""
+    """An object whose truth value and integer value cannot be taken."""
 
     def __bool__(self) -> bool:
         raise ZeroDivisionError
@@ -50,7 +50,7 @@ def registry() -> Any:
     return nbd._binding.callbacks.registry
 
 
-# bool: any object, by its truth
+# bool: any object, converted by its truth value
 
 
 @pytest.mark.parametrize("value", [True, 1, -1, "no", [0], 0.1, object()])
@@ -83,7 +83,7 @@ def test_str_arrives_and_comes_back(h: nbd.NBD, text: str) -> None:
 
 
 class Text(str):
-    """A str of one's own."""
+    """A subclass of str."""
 
 
 def test_str_may_be_a_subclass(h: nbd.NBD) -> None:
@@ -359,7 +359,7 @@ def test_a_read_larger_than_the_address_space_is_an_error(disk: nbd.NBD, count: 
     assert disk.pread(512, 0) == bytes(512)
 
 
-# integers: the range of the C type, and nothing that is no integer
+# integers: the range of the C type; other objects are refused
 
 BITS_32 = [-1, 1 << 32, 1 << 64]
 BITS_64 = [-1, 1 << 64, -(1 << 63)]
@@ -561,7 +561,7 @@ def test_a_closure_may_be_any_callable(disk: nbd.NBD, completion: Callable[[Any]
     assert retired(disk)
 
 
-# how arguments are given
+# positional and keyword arguments
 
 
 def test_arguments_may_be_named(disk: nbd.NBD) -> None:

@@ -1,9 +1,9 @@
 """Any argument, in any state of the handle: a value or a documented exception, never a crash.
 
-hypothesis makes up the calls. They run in a process of their own, which is this file run as a
-program, so that a signal or a hang is a failed test and not the end of all tests. Left out is what
-waits or acts on the machine by design: endless timeouts, commands that do something, hosts other
-than this one, and descriptors that are not the test's own.
+hypothesis generates the calls. They run in a separate process, which runs this file as a program,
+so that a signal or a hang fails one test instead of ending all of them. Calls that wait or affect
+the machine by design are left out: infinite timeouts, commands with side effects, other hosts, and
+descriptors that do not belong to the test.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from hypothesis import strategies as st
 
 CALLS = 100_000 if SOAK else 5_000
 AT_ONCE = 8  # calls on one handle
-HANG = 60  # seconds until calls on one handle count as hung
-SOCKET = "socket"  # of a good server, in the working directory
+HANG = 60  # seconds until the calls on one handle are considered to hang
+SOCKET = "socket"  # of a working server, in the current directory
 STATES = "created", "opt mode", "connected", "shut down", "dead", "closed"
-BUFFER = "buffer"  # not a state of a handle: the methods of nbd.Buffer are called
+BUFFER = "buffer"  # not a state of a handle: stands for the methods of nbd.Buffer
 
 DOCUMENTED = (
     nbd.Error,
@@ -56,15 +56,15 @@ VALUES = (type(None), bool, int, str, bytearray, memoryview, nbd.Buffer)
 
 
 class CallbackFailed(Exception):
-    """What a callback of these tests raises."""
+    """The exception that callbacks raise."""
 
 
 class NoInteger(Exception):
-    """What comes out of OddIndex."""
+    """The exception that OddIndex raises."""
 
 
 class OddIndex:
-    """An object that says it is an integer, and is none."""
+    """An object whose __index__ raises."""
 
     def __index__(self) -> int:
         """Raise."""
@@ -72,16 +72,16 @@ class OddIndex:
 
 
 def raise_it(*args: object) -> None:
-    """Be a callback that raises."""
+    """Callback that raises."""
     raise CallbackFailed
 
 
 def take_nothing() -> None:
-    """Be a callback that cannot be called with what callbacks get."""
+    """Callback that cannot be called with a callback's arguments."""
 
 
 def fail_it(*args: Any) -> int:
-    """Be a callback that sets an error."""
+    """Callback that sets an error."""
     args[-1].value = 28
     return -1
 
@@ -106,7 +106,7 @@ def fresh_socket() -> int:
 
 
 def close_sockets() -> None:
-    """Close those sockets that no handle took."""
+    """Close those sockets that no handle took over."""
     for descriptor, inode in sockets.items():
         with suppress(OSError):
             if os.fstat(descriptor).st_ino == inode:
@@ -115,7 +115,7 @@ def close_sockets() -> None:
 
 
 def released_view() -> memoryview:
-    """Return a memoryview that cannot be used any more."""
+    """Return a memoryview that was released."""
     view = memoryview(bytearray(512))
     view.release()
     return view
@@ -208,7 +208,7 @@ addresses = st.sampled_from(
     ]
 )
 
-# By the name of the parameter, or of method and parameter.  Others get arbitrary values.
+# By the name of the parameter, or by method and parameter.  The others get arbitrary values.
 LIKELY: dict[str, st.SearchStrategy[Any]] = {
     "addr": addresses,
     "allow": switches,
@@ -249,7 +249,7 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
     "uri": uris,
     "verify": switches,
 }
-# Here an arbitrary integer or string would wait for ever, or reach out of this process.
+# An arbitrary integer or string would wait for ever here, or affect other processes.
 DELICATE = {"argv", "addr", "cid", "fd", "hostname", "port", "sock", "timeout", "uri"}
 
 Call = tuple[str, list[Any], dict[str, Any]]
@@ -257,15 +257,15 @@ Call = tuple[str, list[Any], dict[str, Any]]
 
 @cache
 def argument(name: str) -> st.SearchStrategy[Any]:
-    """Return what to pass for a parameter: mostly what it is for."""
+    """Return a value to pass for a parameter, mostly a meaningful one."""
     likely = LIKELY.get(name, texts)
     wrong = not_integers if name.rpartition(".")[2] in DELICATE else anything
-    # Not one_of: it gives every strategy inside of the two the same chance.
+    # Not one_of: it flattens the two strategies, and would choose each part equally often.
     return st.sampled_from([likely, likely, likely, likely, wrong]).flatmap(lambda chosen: chosen)
 
 
 def calls_of(owner: type, method: str) -> st.SearchStrategy[Call]:
-    """Return calls of a method: by position, by name, and with too few or too many arguments."""
+    """Return calls of a method: positional, by keyword, and with too few or too many arguments."""
     parameters = list(inspect.signature(getattr(owner, method)).parameters.values())
     if parameters and parameters[0].name == "self":
         del parameters[0]
@@ -295,7 +295,7 @@ def methods_of(owner: type) -> list[str]:
 
 
 def sequences(state: str) -> st.SearchStrategy[tuple[str, list[Call]]]:
-    """Return a state, and calls to make in it."""
+    """Return a state, and the calls to make in it."""
     owner = nbd.Buffer if state == BUFFER else nbd.NBD
     calls = st.one_of([calls_of(owner, method) for method in methods_of(owner)])
     return st.tuples(st.just(state), st.lists(calls, min_size=AT_ONCE, max_size=AT_ONCE))
@@ -324,16 +324,16 @@ def target_in(state: str) -> Any:
 
 
 class Caller:
-    """Makes calls, checks how each ends, and keeps in a file which one is under way."""
+    """Makes calls, checks the outcome of each, and records in a file which one is running."""
 
     def __init__(self, log: Path) -> None:
-        """Keep the call that is under way in this file."""
+        """Record the running call in this file."""
         self.returned: Counter[str] = Counter()
         self.raised: Counter[str] = Counter()
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT, 0o600)
 
     def tell(self, text: str) -> None:
-        """Put a text into the file in place of what was there."""
+        """Replace the content of the file."""
         os.ftruncate(self._log, 0)
         os.pwrite(self._log, text.encode(errors="backslashreplace"), 0)
 
@@ -355,14 +355,14 @@ class Caller:
 
 
 def would_wait(target: Any, method: str) -> bool:
-    """Tell whether libnbd takes the call for a promise that there is a reply, and waits for it."""
+    """Return whether libnbd expects a reply after the call, and would wait for it."""
     with suppress(nbd.ClosedHandle):
         return method == "aio_notify_read" and bool(target.aio_is_ready())
     return False
 
 
 def notice(unraisable: Any) -> None:
-    """Be sys.unraisablehook: what a callback raises may end here, anything else is a failure."""
+    """sys.unraisablehook: accepts what callbacks raise; anything else is a failure."""
     ours = CallbackFailed, IndexError, AttributeError
     if not isinstance(unraisable.exc_value, (*DOCUMENTED, *ours)):
         sys.__unraisablehook__(unraisable)
@@ -377,12 +377,12 @@ def close(target: Any) -> None:
 
 
 def program(log: Path, wanted: int, seed: int) -> None:
-    """Make calls until there are enough, and print the figures."""
+    """Make the given number of calls, and print the figures."""
     caller = Caller(log)
     sys.unraisablehook = notice
 
     def run(example: tuple[str, list[Call]]) -> None:
-        signal.alarm(HANG)  # SIGALRM ends the process; libnbd would go on waiting after SIGINT
+        signal.alarm(HANG)  # SIGALRM ends the process; libnbd would keep waiting after SIGINT
         state, calls = example
         target = target_in(state)
         for call in calls:
@@ -414,7 +414,7 @@ def program(log: Path, wanted: int, seed: int) -> None:
 
 
 def how_it_ended(status: int) -> str:
-    """Return what an exit status means."""
+    """Return the meaning of an exit status."""
     return signal.Signals(-status).name if status < 0 else f"status {status}"
 
 

@@ -1,4 +1,4 @@
-"""nbd.Buffer: what it shares and what it copies, and that it never shows another's bytes."""
+"""nbd.Buffer: what it shares, what it copies, and that it never shows the bytes of another."""
 
 from __future__ import annotations
 
@@ -416,18 +416,18 @@ def test_a_buffer_copies_between_two_handles(disk: nbd.NBD, nbdkit: StartServer)
         assert target.pread(5, 0) == b"moved"
 
 
-# ---- what a caller may do to an object by hand
+# ---- calls of the special methods by hand
 
 
 def in_flight(disk: nbd.NBD, size: int) -> tuple[nbd.Buffer, int]:
-    """Return a Buffer into which a command is reading x'es, and its cookie."""
+    """Return a Buffer into which a command is reading bytes of x, and the command's cookie."""
     disk.pwrite(b"x" * size, 0)
     buf = nbd.Buffer(size)
     return buf, disk.aio_pread(buf, 0)
 
 
 def others_of(size: int) -> list[nbd.Buffer]:
-    """Return Buffers that take whatever memory is free, full of y's."""
+    """Return Buffers full of y that take up whatever memory is free."""
     others = [nbd.Buffer(size) for _ in range(8)]
     for other in others:
         other[:] = b"y" * size

@@ -1,6 +1,6 @@
-"""Every kind of callback, annotated: `./run lint` shows them to mypy --strict, and these run them.
+"""Each kind of callback with annotations: mypy checks them in `./run lint`, and the tests run them.
 
-A `type: ignore` says what mypy must find wrong: one that is not needed is an error of its own.
+A `type: ignore` marks what mypy must reject: mypy also reports one that is not needed.
 """
 
 from __future__ import annotations
@@ -27,60 +27,60 @@ from nbd.types import (
 
 
 class BlockStatus64(Protocol):
-    """What block_status_64 is where libnbd.h has it."""
+    """The type of block_status_64, in versions of libnbd that have it."""
 
     def __call__(self, count: int, offset: int, extent64: Extent64Callback) -> None:
         """Ask for extents."""
 
 
 class Seen:
-    """Callbacks of every kind, which note the types of what they are called with."""
+    """Callbacks of each kind, which record the types of their arguments."""
 
     def __init__(self) -> None:
         self.types: list[type] = []
 
     def note(self, *arguments: object) -> None:
-        """Note the types of a callback's arguments."""
+        """Record the types of a callback's arguments."""
         self.types = [type(argument) for argument in arguments]
 
     def chunk(self, subbuf: memoryview, offset: int, status: int, error: ErrorNumber) -> None:
-        """Take a part of a structured read."""
+        """Receive a part of a structured read."""
         self.note(subbuf, offset, status, error.value)
 
     def completion(self, error: ErrorNumber) -> bool:
-        """Take the end of a command."""
+        """Receive the end of a command."""
         self.note(error.value)
         return not error
 
     def context(self, name: str) -> None:
-        """Take a meta context."""
+        """Receive a meta context."""
         self.note(name)
 
     def debug(self, function: str, message: str) -> int:
-        """Take a debug message."""
+        """Receive a debug message."""
         self.note(function, message)
         return 0
 
     def extent(self, metacontext: str, offset: int, entries: list[int], error: ErrorNumber) -> int:
-        """Take extents as a flat list."""
+        """Receive extents as a flat list."""
         self.note(metacontext, offset, entries, error.value, *entries)
         return 0
 
     def extent64(
         self, metacontext: str, offset: int, entries: list[tuple[int, int]], error: ErrorNumber
     ) -> int:
-        """Take extents as a list of pairs."""
+        """Receive extents as a list of pairs."""
         self.note(metacontext, offset, entries, error.value, *entries[0])
         return 0
 
     def export(self, name: str, description: str) -> None:
-        """Take an export."""
+        """Receive an export."""
         self.note(name, description)
 
 
 @pytest.fixture
 def seen() -> Seen:
-    """Return callbacks that nothing has called yet."""
+    """Return callbacks that have not been called."""
     return Seen()
 
 

@@ -1,7 +1,7 @@
-"""Callbacks of every kind: what they are called with, what they return, and what if they raise.
+"""Callbacks of each kind: their arguments, their results, and the exceptions that they raise.
 
-A kind is exercised by one call that surely runs its callback.  Three of the kinds can fail the call
-they belong to; libnbd ignores what the others return.
+Each kind is tried by one call that is certain to run its callback. A callback of three of the kinds
+can fail the call to which it belongs; libnbd ignores the result of the others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Callback = Callable[..., Any]
 
 
 def debug(handle: nbd.NBD, callback: Callback) -> None:
-    """Run a debug callback for the messages of one call, not for those of setting it up."""
+    """Run a debug callback for the messages of one call, without those of setting it up."""
 
     def only_of_get_handle_name(function: str, message: str) -> Any:
         return callback(function, message) if function == "nbd_get_handle_name" else 0
@@ -41,13 +41,13 @@ def debug(handle: nbd.NBD, callback: Callback) -> None:
         handle.set_debug(False)
 
 
-# A kind of callback, and a call on a connected handle that runs it.
+# The kinds of callback, each with a call on a connected handle that runs it.
 FAILING: dict[str, Callable[[nbd.NBD, Callback], object]] = {
     "extent": lambda h, call: h.block_status(MIB, 0, call),
     "chunk": lambda h, call: h.pread_structured(512, 0, call),
 }
 
-# The same for commands in flight: no call is left that could raise what their callbacks raise.
+# The same for commands in flight: no call is running that could raise a callback's exception.
 IN_FLIGHT: dict[str, Callable[[nbd.NBD, Callback], int]] = {
     "completion of aio_pread": lambda h, call: h.aio_pread(bytearray(512), 0, call),
     "completion of aio_pwrite": lambda h, call: h.aio_pwrite(bytes(512), 0, call),
@@ -72,7 +72,7 @@ every_stop = pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
 
 
 def recorded(run: Callable[[nbd.NBD, Callback], object], handle: nbd.NBD) -> list[tuple[Any, ...]]:
-    """Return what a call calls its callback with, time by time."""
+    """Return the arguments of each call of a callback."""
     calls: list[tuple[Any, ...]] = []
     run(handle, lambda *arguments: calls.append(arguments))
     if handle.aio_is_ready() or handle.aio_is_processing():
@@ -80,7 +80,7 @@ def recorded(run: Callable[[nbd.NBD, Callback], object], handle: nbd.NBD) -> lis
     return calls
 
 
-# what they are called with
+# their arguments
 
 
 def test_extent_gets_context_offset_flat_list_and_error(disk: nbd.NBD) -> None:
@@ -195,7 +195,7 @@ def test_extents_of_two_contexts_are_two_calls(
     assert sorted(context for context, *_ in calls) == [BASE, "qemu:dirty-bitmap:bitmap0"]
 
 
-# what they return
+# their results
 
 
 @pytest.mark.parametrize("result", [None, 0, 1, 2, "text", 1.5, object()])
@@ -339,7 +339,7 @@ def test_an_error_value_that_is_no_c_int_is_no_success(
     assert disk.aio_is_ready()
 
 
-# what if they raise
+# their exceptions
 
 
 @pytest.mark.parametrize("kind", [ValueError, AssertionError, StopIteration, MemoryError])
@@ -443,7 +443,7 @@ def test_an_exception_of_a_command_in_flight_is_reported(
 ) -> None:
     raised = ValueError("mine")
     cookie = run(disk, raiser(raised))
-    with suppress(nbd.Error):  # the next tests look at the command
+    with suppress(nbd.Error):  # the next tests check the command
         finish(disk, cookie)
     assert unraisable == [raised]
 
@@ -484,7 +484,7 @@ def test_the_default_hook_prints_an_unraisable_exception(
     assert "ValueError: mine" in capsys.readouterr().err
 
 
-# KeyboardInterrupt and SystemExit come out of the call that ran the callback
+# KeyboardInterrupt and SystemExit are raised by the call that ran the callback
 
 
 @every_stop
@@ -553,7 +553,7 @@ def test_a_stop_is_not_raised_twice(disk: nbd.NBD) -> None:
         disk.pread(512, MIB)
 
 
-# where they run
+# the thread in which they run
 
 
 def test_a_callback_may_use_another_handle(disk: nbd.NBD, nbdkit: StartServer) -> None:

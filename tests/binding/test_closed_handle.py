@@ -1,4 +1,4 @@
-"""A closed handle: every method says nbd.ClosedHandle, whatever its arguments are."""
+"""Every method of a closed handle raises nbd.ClosedHandle, whatever its arguments are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import nbd
 
 
 class Failing:
-    """A number, a path and a list whose conversion raises."""
+    """A number, a path and a list whose conversions raise."""
 
     def __index__(self) -> int:
         raise RuntimeError("no number")
@@ -44,13 +44,13 @@ WRONG = {
 
 
 def parameters(name: str) -> list[str]:
-    """The parameters of a method."""
+    """Return the parameters of a method."""
     return list(inspect.signature(getattr(nbd.NBD, name)).parameters)[1:]
 
 
 @pytest.fixture
 def closed_handle() -> nbd.NBD:
-    """Return a handle that is closed."""
+    """Return a closed handle."""
     handle = nbd.NBD()
     handle.close()
     return handle

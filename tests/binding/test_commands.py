@@ -1,4 +1,4 @@
-"""Commands that wait: reading, writing, zeroing, and asking what is allocated."""
+"""Commands that wait: read, write, zero, trim, and ask for the allocation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BASE = nbd.CONTEXT_BASE_ALLOCATION
 def chunks_of(
     handle: nbd.NBD, count: int, offset: int, flags: int = 0
 ) -> tuple[bytes, list[tuple[bytes, int, int, int]]]:
-    """Read in structured form; return the data, and what the callback was called with."""
+    """Make a structured read; return the data, and the arguments of the callback."""
     found: list[tuple[bytes, int, int, int]] = []
 
     def chunk(view: memoryview, where: int, status: int, error: Any) -> int:
@@ -31,7 +31,7 @@ def chunks_of(
 
 
 def pattern(count: int, offset: int) -> bytes:
-    """Return what nbdkit's pattern plugin has at offset: the offset of every eighth byte."""
+    """Return the data of nbdkit's pattern plugin: each 8 bytes are their own offset."""
     return b"".join(struct.pack(">Q", offset + i) for i in range(0, count, 8))
 
 

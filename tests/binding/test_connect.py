@@ -1,4 +1,4 @@
-"""Every way to reach a server: connect_* and aio_connect_*, TLS, and what a failure says."""
+"""Every way to connect: connect_* and aio_connect_*, TLS, and the errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.sizes import MIB
 
 import nbd
 
-NOBODY = 3  # a vsock address at which no machine is, or at least no server
+NOBODY = 3  # a vsock address with no machine, or at least no server
 MEMORY = ["--exit-with-parent", "memory", "1M"]
 
 
@@ -33,7 +33,7 @@ def tcp_server(nbdkit: StartServer) -> Server:
 
 
 def connected_socket(server: Server) -> int:
-    """Return the descriptor of a socket that is connected to the server."""
+    """Return the descriptor of a socket connected to the server."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.connect(server.socket)
     return sock.detach()

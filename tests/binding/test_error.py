@@ -1,4 +1,4 @@
-"""nbd.Error: attributes, text, pickling, and whose error it tells."""
+"""nbd.Error: its attributes, text and pickling, and which call's error it reports."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_error_survives_copying() -> None:
 
 
 class Refused(nbd.Error):
-    """An error of a program's own."""
+    """An exception of the program."""
 
 
 @pytest.mark.parametrize(

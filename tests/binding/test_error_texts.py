@@ -1,7 +1,7 @@
-"""Calls that wait fail with the words and numbers of libnbd's own module, although they are made of
-other functions of libnbd.
+"""Calls that wait fail with the same text and number as in libnbd's own module.
 
-One program runs with both modules, each in a process of its own, and prints how each call failed.
+They are made of other functions of libnbd. One program runs with both modules, each in a separate
+process, and prints how each call failed.
 """
 
 from __future__ import annotations
@@ -137,14 +137,14 @@ def failures(python: str) -> dict[str, Any]:
         [python, "-I", "-c", PROGRAM], capture_output=True, text=True, timeout=3 * TIMEOUT
     )
     assert done.returncode == 0, done.stderr
-    # nbdkit has a folder for each script, with a random name.
+    # nbdkit makes a folder with a random name for each script.
     found: dict[str, Any] = json.loads(re.sub(r"/nbdkit\w+/", "/nbdkit/", done.stdout))
     return found
 
 
 @cache
 def ours() -> dict[str, Any]:
-    """How the calls of the module under test fail."""
+    """Return how the calls of the module under test fail."""
     program("nbdkit")
     return failures(sys.executable)
 

@@ -1,6 +1,6 @@
-"""Buffers that other modules make: their bytes are read and written in place, or they are refused.
+"""Buffers of other modules: their bytes are read and written in place, or they are refused.
 
-nbd.Buffer.from_buffer is a sequence of bytes, whatever the items of the buffer behind it are.
+nbd.Buffer.from_buffer is a sequence of bytes, whatever the items of the underlying buffer are.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ EMPTY: dict[str, Make] = {
 
 
 def contents(buffer: Any) -> bytes:
-    """Return the bytes of a buffer, a view of dates included, which memoryview does not take."""
+    """Return the bytes of any buffer; memoryview does not accept one of dates."""
     if numpy is not None and isinstance(buffer, numpy.ndarray):
         return bytes(buffer.tobytes())
     return memoryview(buffer).tobytes()
@@ -192,7 +192,7 @@ def test_an_empty_buffer_is_an_error_of_libnbd(disk: nbd.NBD, make: Make) -> Non
 
 
 def test_shared_memory_is_read_and_written_in_place(nbdkit: StartServer) -> None:
-    # By itself, because the module leaves a process of its own running.
+    # In a process of its own, because the module leaves a process running.
     program = """
 import nbd, sys
 from multiprocessing import shared_memory

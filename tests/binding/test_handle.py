@@ -1,4 +1,4 @@
-"""The life of a handle: how it begins, the ways it ends, and what a closed one says."""
+"""The life of a handle: how it begins, the ways in which it ends, and a closed handle."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def test_a_subclass_that_makes_no_handle_has_none() -> None:
 
 
 class Unmade(nbd.NBD):
-    """A handle that forgets to be one."""
+    """A handle whose __init__ does not call NBD.__init__."""
 
     def __init__(self) -> None:
-        """Do not call super().__init__()."""
+        """Leave out super().__init__()."""
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -1,8 +1,8 @@
 """Every function and constant of the installed libnbd.h is bound, and every function is called.
 
-A function is called in a state of the handle in which it can succeed, through a proxy that notes
-the name, so that an entry of the table cannot be about another function than it says.  A libnbd
-that has a function which this table lacks fails the test: then nothing has tried it yet.
+Each function is called in a state of the handle in which it can succeed. A proxy notes the name of
+the method, so that no entry of the table can test another function than its own. If libnbd has a
+function that the table lacks, the test fails, because nothing has tried that function.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from nbd._binding.build import BUNDLED
 
 BASE = nbd.CONTEXT_BASE_ALLOCATION
 
-# The package has no methods for these.  It calls them itself, to make and close a handle, and to
+# The package has no methods for these: it calls them itself, to make and close a handle, and to
 # get the error of a call.
 NO_METHODS = {"create", "close", "get_error", "get_errno"}
 
 
 @cache
 def header() -> str:
-    """Return the text of the installed libnbd.h without its comments, or nothing."""
+    """Return the text of the installed libnbd.h without comments, or an empty string."""
     folders = ["/usr/include"]
     if shutil.which("pkg-config"):
         found = subprocess.run(
@@ -52,14 +52,14 @@ def functions() -> list[str]:
 
 
 def constants() -> dict[str, str]:
-    """Return the constants in libnbd.h, without LIBNBD_, and how they are written there."""
+    """Return the constants in libnbd.h, without LIBNBD_, and their values as written there."""
     found = re.findall(r'^#define LIBNBD_(\w+) +("[^"]*"|\w+)$', header(), flags=re.MULTILINE)
     return {name: value for name, value in found if not name.startswith("HAVE_")}
 
 
 @pytest.fixture(autouse=True)
 def has_header() -> None:
-    """Skip without libnbd.h, or if libnbd came with the package and may be another one."""
+    """Skip if libnbd.h is missing, or if libnbd came with the package and may differ from it."""
     if not header():
         pytest.skip("there is no libnbd.h (Debian package: libnbd-dev)")
     if BUNDLED:
@@ -67,7 +67,7 @@ def has_header() -> None:
 
 
 def ignore(*arguments: Any) -> int:
-    """A callback that is content with everything."""
+    """Callback that accepts everything."""
     return 0
 
 
@@ -77,7 +77,7 @@ def room() -> nbd.Buffer:
 
 
 class Called:
-    """A handle that notes the names of the methods that are called."""
+    """A proxy of a handle that notes the names of the methods that are called."""
 
     def __init__(self, handle: nbd.NBD) -> None:
         self.handle = handle
@@ -229,7 +229,7 @@ BUSY: dict[str, Call] = {
     "aio_peek_command_completed": lambda h: h.aio_peek_command_completed(),
 }
 
-# Negotiating with the same server; nothing was asked for yet.
+# Negotiating with the same server, before any option was sent.
 NEGOTIATING: dict[str, Call] = {
     "opt_go": lambda h: h.opt_go(),
     "opt_abort": lambda h: h.opt_abort(),
@@ -259,7 +259,7 @@ NEGOTIATING: dict[str, Call] = {
     ),
 }
 
-# A server that waits at a Unix socket or at a TCP port; the handle is new.
+# A server that listens on a Unix socket or a TCP port; the handle is new.
 UNIX: dict[str, Callable[[Any, Server], object]] = {
     "connect_uri": lambda h, server: h.connect_uri(server.uri),
     "connect_unix": lambda h, server: h.connect_unix(server.socket),
@@ -300,7 +300,7 @@ def reached(server: Server) -> int:
 
 
 def each(table: dict[str, Any]) -> pytest.MarkDecorator:
-    """Run a test for each entry of a table; skip what the libnbd in use lacks."""
+    """Run a test for each entry of a table; skip those that the libnbd in use lacks."""
     entries = [
         pytest.param(name, call, id=name, marks=pytest.mark.needs(name))
         for name, call in table.items()

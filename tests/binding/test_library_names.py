@@ -1,7 +1,7 @@
-"""Every name that the package takes from the C library exists there, in this mode of cffi.
+"""Every name that the package uses of the C library exists there, in this mode of cffi.
 
-A name that does not exist is an AttributeError at the place where it is used, which may be the one
-that no test has reached: the message for what was refused.
+A missing name raises AttributeError only where it is used, which may be code that no test reaches:
+the message for an argument that was refused, for example.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def tree(path: Path) -> ast.AST:
 
 
 def is_named(node: ast.expr, name: str) -> bool:
-    """Tell whether an expression is a name, or an attribute of that name, such as shim.lib."""
+    """Return whether an expression is a name, or an attribute with that name: shim.lib."""
     if isinstance(node, ast.Attribute):
         return node.attr == name
     return isinstance(node, ast.Name) and node.id == name
 
 
 def taken(module: ast.AST, of: str) -> Iterator[str]:
-    """Yield the attributes that a module takes of `lib` or `ffi`."""
+    """Yield the attributes of `lib` or `ffi` that a module uses."""
     for node in ast.walk(module):
         if isinstance(node, ast.Attribute) and is_named(node.value, of):
             yield node.attr
@@ -46,11 +46,11 @@ def taken(module: ast.AST, of: str) -> Iterator[str]:
 
 
 def looked_up(call: ast.Call) -> Iterator[str]:
-    """Yield the names that getattr(lib, name), hasattr or ffi.addressof may ask for."""
+    """Yield the names that getattr(lib, name), hasattr or ffi.addressof may look up."""
     function = call.func
     asked = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
     if asked not in ("getattr", "addressof") or len(call.args) != 2:
-        return  # a third argument is for a name that does not exist
+        return  # with a third argument, getattr accepts a missing name
     name = call.args[1]
     if isinstance(name, ast.Constant):
         yield str(name.value)
@@ -78,12 +78,12 @@ def types(module: ast.AST) -> Iterator[str]:
 
 
 def missing(module: ast.AST) -> list[str]:
-    """Return the names that a module takes of the library and that it does not have."""
+    """Return the names that a module uses of the library and that the library lacks."""
     return sorted({name for name in taken(module, "lib") if not hasattr(lib, name)})
 
 
 def unknown(module: ast.AST) -> list[str]:
-    """Return the types that a module names and that cffi does not know."""
+    """Return the C types that a module names and that cffi does not know."""
     found = []
     for name in sorted(set(types(module))):
         try:

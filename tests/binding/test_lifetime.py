@@ -1,4 +1,4 @@
-"""How long callables and buffers live: as long as libnbd needs them, and not longer."""
+"""Callables and buffers live as long as libnbd needs them, and no longer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ refuses_to_resize = pytest.mark.skipif(
 
 
 class Completion:
-    """A callable that can be weakly referred to."""
+    """A callable that supports weak references."""
 
     def __init__(self, result: int = 1) -> None:
         self.result = result
@@ -36,7 +36,7 @@ class Completion:
 
 
 class Room(bytearray):
-    """A bytearray that can be weakly referred to."""
+    """A bytearray that supports weak references."""
 
 
 @pytest.fixture(autouse=True)
@@ -47,13 +47,13 @@ def nothing_is_left() -> Iterator[None]:
 
 
 def alive(reference: weakref.ref[Any]) -> bool:
-    """Tell whether what a weak reference refers to survives a collection."""
+    """Return whether the referent of a weak reference survives a collection."""
     gc.collect()
     return reference() is not None
 
 
 def gone(reference: weakref.ref[Any]) -> bool:
-    """Tell whether what a weak reference refers to is let go; PyPy may need some collections."""
+    """Return whether the referent was freed; PyPy may need several collections."""
     for _ in range(5):
         if reference() is None:
             return True
@@ -327,8 +327,8 @@ def test_a_shared_bytearray_in_flight_cannot_be_resized(stuck: nbd.NBD) -> None:
 def test_a_resize_in_flight_is_harmless(
     nbdkit: StartServer, h: nbd.NBD, unraisable: list[Any], shared: bool
 ) -> None:
-    # CPython and PyPy 8 refuse to resize it.  PyPy 7 resizes it.  Then libnbd must not write to
-    # where the bytes were, and what was read is lost.
+    # CPython and PyPy 8 refuse to resize it, whereas PyPy 7 resizes it.  Then libnbd must not write
+    # to the old memory, and the data is lost.
     server = nbdkit("memory", "1M", "--filter=delay", "rdelay=600")
     h.connect_unix(server.socket)
     buffers = [bytearray(4096) for _ in range(32)]

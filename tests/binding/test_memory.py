@@ -1,4 +1,4 @@
-"""How much memory reads and nbd.Buffer take: it is used again up to a bound, and given back."""
+"""Memory of reads and of nbd.Buffer: it is reused up to a bound, and released."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ FEW, MANY = 10_000, 1_000_000 if SOAK else 40_000
 BLOCK = 4096
 # The bound that README and set_pool_limit give.
 POOL = (32 if sys.implementation.name == "pypy" else 64) * MIB
-NURSERY = 4 * MIB  # PyPy would make it as large as half of the processor's cache
+NURSERY = 4 * MIB  # PyPy's default is half of the processor's cache
 
-# Each is a program of its own: the peak of this process comes from the tests before.
+# Each runs in a process of its own, since the peak of this process is that of earlier tests.
 PEAK = """
 import sys
 import nbd
@@ -116,23 +116,23 @@ drops_late = pytest.mark.skipif(
 
 @pytest.fixture
 def pool_limit() -> Iterator[Callable[[int], None]]:
-    """Return set_pool_limit; the bound is afterwards what it was."""
+    """Return set_pool_limit; the previous limit is restored afterwards."""
     yield nbd.memory.set_pool_limit
     nbd.memory.set_pool_limit(POOL)
 
 
 def pooled() -> int:
-    """Return how many bytes the pool has, in use or not."""
+    """Return how many bytes the pool holds, in use or free."""
     return memory._pooled()
 
 
 def address(buffer: nbd.Buffer) -> int:
-    """Return where a Buffer's memory is."""
+    """Return the address of a Buffer's memory."""
     return int(shim.ffi.cast("uintptr_t", buffer._memory.pin))  # type: ignore[union-attr]
 
 
 def growth(program: str, *arguments: str, nursery: int = NURSERY) -> int:
-    """Return by how many bytes a program's memory grows, which it prints."""
+    """Return by how many bytes a program's memory grew, as the program printed it."""
     command = [sys.executable, "-W", "ignore", "-I", "-c", PEAK + program, *arguments]
     environ = {**os.environ, "PYPY_GC_NURSERY": str(nursery)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ)
@@ -182,7 +182,7 @@ def test_a_large_buffer_gives_its_memory_back(nbdkit: StartServer) -> None:
 
 @recycles
 def test_memory_of_a_dropped_buffer_is_used_again(pool_limit: Callable[[int], None]) -> None:
-    pool_limit(POOL)  # drops what other tests have left in the pool
+    pool_limit(POOL)  # drops memory of earlier tests from the pool
 
     def read_beside(others: list[nbd.Buffer]) -> set[int]:
         found = set()

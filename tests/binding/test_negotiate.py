@@ -1,4 +1,4 @@
-"""What client and server agree on: settings before connecting, opt mode, and what came of it."""
+"""What client and server negotiate: settings before connecting, opt mode, and the result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import nbd
 
 BASE = nbd.CONTEXT_BASE_ALLOCATION
 
-# An nbdkit that offers two exports; each has a description, a size and a name of its own.
+# An nbdkit with two exports, each with its own name, description and size.
 EXPORTS = [
     "eval",
     r"list_exports=printf 'INTERLEAVED\none\nthe first\ntwo\nthe second\n'",
@@ -33,7 +33,7 @@ def exports(nbdkit: StartServer) -> Server:
 
 
 def listed(handle: nbd.NBD) -> list[tuple[str, str]]:
-    """Return what opt_list calls its callback with."""
+    """Return the arguments of opt_list's callback."""
     found: list[tuple[str, str]] = []
     assert handle.opt_list(lambda *export: found.append(export)) == len(found)
     return found

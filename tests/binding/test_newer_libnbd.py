@@ -1,4 +1,4 @@
-"""Calls that libnbd 1.14 does not have yet; each is skipped where the libnbd in use lacks it."""
+"""Calls that libnbd 1.14 lacks; each is skipped if the libnbd in use lacks it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.sizes import MIB
 
 import nbd
 
-# A type checker sees the methods of one libnbd only.
+# A type checker sees the methods of only one version of libnbd.
 Handle = Any
 
 BASE = nbd.CONTEXT_BASE_ALLOCATION
@@ -24,7 +24,7 @@ BITMAP = "qemu:dirty-bitmap:bitmap0"
 
 @pytest.fixture
 def opt(nbdkit: StartServer, h: Handle) -> Handle:
-    """Return a handle that is negotiating; nothing was negotiated automatically."""
+    """Return a handle that is negotiating, with no automatic negotiation before."""
     h.set_opt_mode(True)
     h.set_request_structured_replies(False)
     h.connect_unix(nbdkit("memory", "1M").socket)
@@ -33,7 +33,7 @@ def opt(nbdkit: StartServer, h: Handle) -> Handle:
 
 @pytest.fixture
 def extended(qemu_nbd: StartServer, dirty_qcow2: Path, h: Handle) -> Handle:
-    """Return a handle with extended headers, base:allocation and a dirty bitmap; or skip."""
+    """Return a handle with extended headers, base:allocation and a dirty bitmap, or skip."""
     h.add_meta_context(BASE)
     h.add_meta_context(BITMAP)
     h.connect_unix(qemu_nbd(dirty_qcow2, "--format=qcow2", "--bitmap=bitmap0").socket)
@@ -302,7 +302,7 @@ def test_the_tls_hostname_is_what_the_certificate_is_for(
     assert h.get_tls_negotiated()
 
 
-# what a handle tells
+# properties of a handle
 
 
 @pytest.mark.needs("stats_bytes_sent")

@@ -1,7 +1,7 @@
-"""Names, signatures and constants are those of libnbd's own Python module.
+"""Names, signatures and constants equal those of libnbd's own Python module.
 
-The reference is whatever python3-libnbd the system's Python has.  It is asked in a process of its
-own, with the same questions as our module, and only if both belong to the same libnbd.
+The reference is the python3-libnbd of the system's Python. It is inspected in a separate process by
+the same code as our module, and only if both use the same version of libnbd.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from support.servers import TIMEOUT
 
 SYSTEM_PYTHON = "/usr/bin/python3"
 
-# {name: value} for the constants, {name: [[parameter, kind, default], ...]} for the rest.
+# {name: value} for the constants, {name: [[parameter, kind, default], ...]} for the others.
 Signature = list[list[Optional[str]]]
 
 DESCRIBE = """
@@ -65,8 +65,8 @@ print(json.dumps({
 
 
 def describe(python: str) -> dict[str, Any] | None:
-    """Return what a Python's nbd module has, or None if it has no such module."""
-    # -I keeps the folder of this run off the path, so that nothing shadows what is installed.
+    """Return a description of a Python's nbd module, or None if it has none."""
+    # -I keeps the current folder off the path, so that nothing shadows the installed module.
     done = subprocess.run(
         [python, "-I", "-c", DESCRIBE], capture_output=True, text=True, timeout=TIMEOUT
     )
@@ -87,7 +87,7 @@ def ours() -> dict[str, Any]:
 
 @cache
 def system() -> dict[str, Any] | str:
-    """Describe libnbd's own module, or say why there is none to compare with."""
+    """Describe libnbd's own module, or return a reason why it cannot be compared."""
     try:
         found = describe(SYSTEM_PYTHON)
     except FileNotFoundError:
@@ -109,7 +109,7 @@ def reference() -> dict[str, Any]:
 
 
 def differences(theirs: dict[str, Any], mine: dict[str, Any]) -> dict[str, Any]:
-    """Return what the reference has and ours has not, or has otherwise."""
+    """Return what ours lacks of the reference, or has with a different description."""
     return {
         name: {"reference": value, "ours": mine.get(name, "absent")}
         for name, value in theirs.items()
@@ -149,7 +149,7 @@ def test_every_method_of_a_handle_has_the_same_signature(reference: dict[str, An
 
 
 def test_a_handle_has_no_other_method_but_close(reference: dict[str, Any]) -> None:
-    # Callers probe with hasattr for what the libnbd in use can do.
+    # Programs use hasattr to find out what the libnbd in use can do.
     assert set(ours()["NBD"]) - set(reference["NBD"]) <= {"close", *OWN_METHODS}
 
 

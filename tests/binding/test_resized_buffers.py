@@ -1,4 +1,4 @@
-"""Buffers that are resized while they are used: refused, or seen, but never memory of others."""
+"""Buffers that are resized while in use never show, or let libnbd write to, foreign memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import nbd
 
 SIZE = 1 << 20
 
-# Another thread tries to resize `shared` all the time.
+# Another thread keeps trying to resize `shared`.
 RESIZING = """
 import sys, threading, time, nbd
 
@@ -90,7 +90,7 @@ COMMANDS = {
 
 
 def resized(use: str, *arguments: str) -> None:
-    """Run a program that uses `shared`, and nbd.Buffer `buffer` of it, while it is resized."""
+    """Run a program that uses `shared`, and an nbd.Buffer of it, while it is resized."""
     connected = CONNECTED if arguments else ""
     program = f"{RESIZING}\n{connected}\ndef use():\n    {use}\n\nuntil_resized(use)"
     done = run_program(program, *arguments)
@@ -109,7 +109,7 @@ def test_a_command_on_memory_that_another_thread_resizes(nbdkit: StartServer, us
 
 
 class Emptying:
-    """A number that empties a bytearray when it is asked."""
+    """A number whose conversion empties a bytearray."""
 
     def __init__(self, value: int, shared: bytearray) -> None:
         self.value = value
@@ -144,7 +144,7 @@ def test_a_number_that_empties_the_buffer_leaves_an_empty_slice() -> None:
     assert buffer[Emptying(512, shared) : SIZE] == b""
 
 
-# The object behind the view that a chunk callback is given is resized in the callback.
+# The callback of a chunk resizes the object that underlies its view.
 CHUNKS = """
 import sys, nbd
 

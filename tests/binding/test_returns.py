@@ -1,4 +1,4 @@
-"""Every row of the return table: the exact type in which a result arrives."""
+"""Each row of the return table: the exact type of each result."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TRUTHS = [
     "supports_uri",
 ]
 
-# These came after libnbd 1.14.
+# These are newer than libnbd 1.14.
 LATER_TRUTHS = [
     "can_block_status_payload",
     "get_extended_headers_negotiated",
@@ -222,7 +222,7 @@ def test_get_tls_username_returns_a_str(h: nbd.NBD) -> None:
 
 
 def test_private_data_is_never_an_error(h: nbd.NBD) -> None:
-    # The bits of the greatest value are those of -1, which means failure for other types.
+    # The largest value has the same bits as -1, which other return types use for failure.
     greatest = (1 << 64) - 1
     h.set_private_data(greatest)
     assert h.set_private_data(0) == greatest

@@ -100,7 +100,7 @@ def test_a_server_that_sends_little_by_little_is_stopped_too(
 
 @pytest.fixture
 def timeout(nbdkit: StartServer, h: nbd.NBD) -> nbd.Timeout:
-    """Return an exception that a call has raised."""
+    """Return an nbd.Timeout that a call raised."""
     server = nbdkit("memory", "1M")
     h.connect_unix(server.socket)
     h.settimeout(0.01)

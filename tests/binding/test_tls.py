@@ -1,4 +1,4 @@
-"""Who may talk to whom: TLS by certificates and by keys, and what a URI is allowed to ask for."""
+"""TLS with certificates and with keys: who is accepted, and what a URI may ask for."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SIZE = 1 << 20
 DISK = "memory", str(SIZE)
 
 
-# Before 1.20 libnbd looks at the server's certificate only if it was given a folder with
-# certificates, and a host name (CVE-2024-7383).
+# Before 1.20, libnbd checks the server's certificate only if it was given a folder with
+# certificates and a host name (CVE-2024-7383).
 VERIFIES_ALWAYS = tuple(map(int, nbd.NBD().get_version().split(".")[:2])) >= (1, 20)
 verifies_always = pytest.mark.skipif(
     not VERIFIES_ALWAYS, reason="libnbd before 1.20 does not verify here (CVE-2024-7383)"
@@ -29,7 +29,7 @@ verifies_always = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def bound() -> Iterator[None]:
-    """End the process, with a traceback, if a handshake never ends."""
+    """End the process with a traceback if a handshake does not end."""
     faulthandler.dump_traceback_later(FATAL, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
@@ -37,20 +37,20 @@ def bound() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def expired(certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return certificates of which the server's was valid once."""
+    """Return certificates in which the server's has expired."""
     return tls.with_server(certificates, tmp_path_factory.mktemp("pki") / "expired", tls.EXPIRED)
 
 
 @pytest.fixture(scope="session")
 def elsewhere(certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return certificates of which the server's is that of another host."""
+    """Return certificates in which the server's names another host."""
     folder = tmp_path_factory.mktemp("pki") / "elsewhere"
     return tls.with_server(certificates, folder, tls.ELSEWHERE)
 
 
 @pytest.fixture(scope="session")
 def strangers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return certificates that an authority of the same name but another key has signed."""
+    """Return certificates signed by a CA with the same name and another key."""
     return servers.certificates(tmp_path_factory.mktemp("pki"))
 
 
@@ -79,7 +79,7 @@ def psk_server(
     psk: Path,
     tmp_path: Path,
 ) -> servers.Server:
-    """Return a server on a Unix socket that knows alice by the fixture psk."""
+    """Return a server on a Unix socket that has alice's key of the fixture psk."""
     if request.param == "nbdkit":
         return nbdkit(*DISK, tls="require", psk=psk)
     return qemu_nbd(raw_disk(tmp_path), "--format=raw", *tls.qemu_psk(psk))
@@ -89,7 +89,7 @@ def psk_server(
 def server_in_the_clear(
     request: pytest.FixtureRequest, nbdkit: StartServer, qemu_nbd: StartServer, tmp_path: Path
 ) -> servers.Server:
-    """Return a server on a Unix socket that knows no TLS."""
+    """Return a server on a Unix socket without TLS."""
     if request.param == "nbdkit":
         return nbdkit(*DISK)
     return qemu_nbd(raw_disk(tmp_path), "--format=raw")
@@ -103,9 +103,10 @@ def raw_disk(folder: Path) -> Path:
 
 
 def connect_x509(h: nbd.NBD, server: servers.Server, folder: Path | None) -> None:
-    """Connect with certificates from a folder; without one, with the system's.
+    """Connect with certificates from a folder, or with the system's if it is None.
 
-    By the address, which the certificates name too: a minimal root knows no localhost.
+    It connects to the address, which the certificates also name: a minimal root cannot resolve
+    localhost.
     """
     h.set_tls(nbd.TLS_REQUIRE)
     if folder is not None:
@@ -122,7 +123,7 @@ def connect_psk(h: nbd.NBD, server: servers.Server, psk: Path, username: str = "
 
 
 def check_data(h: nbd.NBD) -> None:
-    """Check that the connection is encrypted and that what is written through it is read again."""
+    """Check that the connection is encrypted, and that it reads back what it wrote."""
     assert h.get_tls_negotiated() is True
     data = os.urandom(SIZE)
     h.pwrite(data, 0)
@@ -318,12 +319,12 @@ def test_server_with_tls_refuses_a_client_without(h: nbd.NBD, psk_server: server
 
 
 def uri_with_key(server: servers.Server, psk: Path) -> str:
-    """Return the URI of a server together with the file of the key."""
+    """Return the URI of a server with the file of the key."""
     return f"nbds+unix://alice@/?socket={server.socket}&tls-psk-file={psk}"
 
 
 def not_permitted(h: nbd.NBD, uri: str) -> str:
-    """Connect to a URI that is not allowed and return why it is not."""
+    """Connect to a URI that is not allowed, and return the reason."""
     with pytest.raises(nbd.Error) as caught:
         h.connect_uri(uri)
     assert caught.value.errno == "EPERM"
@@ -390,7 +391,7 @@ def test_certificates_in_a_uri_are_refused_unless_allowed(h: nbd.NBD, certificat
 
 
 def keeps_secret(secrets: list[str], error: nbd.Error, h: nbd.NBD) -> None:
-    """Check that no secret is in what an error or a handle shows."""
+    """Check that neither an error nor a handle shows a secret."""
     shown = [str(error), repr(error), repr(error.args), repr(h), str(h)]
     assert not [one for one in shown for secret in secrets if secret in one]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""nbd.copy: what arrives, what is refused before, and what a failure leaves."""
+"""nbd.copy: the content of the target, refused copies, and failures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from nbd._disks.threads import running
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """Return a file of 5 MiB and some bytes: data, holes, and data that is zero."""
+    """Return a file of 5 MiB and some bytes, with data, holes, and zeroes that are data."""
     path = tmp_path / "image"
     with path.open("wb") as file:
         file.truncate(5 * MIB + 1234)
@@ -47,7 +47,7 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def empty(tmp_path: Path, image: Path) -> Path:
-    """Return a file of the same size, full of other bytes."""
+    """Return a file of the same size with other content."""
     path = tmp_path / "empty"
     path.write_bytes(b"\xff" * image.stat().st_size)
     return path
@@ -59,7 +59,7 @@ def served(nbdkit: StartServer, path: Path, *options: str) -> str:
 
 
 def holes_read(image: Path, result: nbd.Copied) -> bool:
-    """Whether a copy has read everything."""
+    """Return whether a copy has read everything, holes included."""
     return result == (image.stat().st_size, 0)
 
 
@@ -106,7 +106,7 @@ def test_a_file_is_copied_to_a_file(image: Path, tmp_path: Path) -> None:
 
 
 def cached(path: Path) -> int:
-    """Return how many bytes of a file are in the system's cache."""
+    """Return how many bytes of a file are in the page cache."""
     size, page = path.stat().st_size, os.sysconf("SC_PAGESIZE")
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
@@ -375,7 +375,7 @@ def test_a_source_with_blocks_is_copied_to_a_part_of_a_file(
     target.write_bytes(b"\xff" * 70_000)
     policy = ("blocksize-minimum=512", "blocksize-error-policy=allow")
     with nbd.NBD() as h, target.open("r+b") as file:
-        h.set_strict_mode(0)  # so that the end, which is no block, can be read
+        h.set_strict_mode(0)  # so that the end, which is less than a block, can be read
         h.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
         h.connect_uri(nbdkit("--filter=blocksize-policy", "file", str(source), *policy).uri)
         assert sum(nbd.copy(h, file, sparse=is_sparse)) == 4095
@@ -388,7 +388,7 @@ def test_a_server_that_cannot_tell_of_holes_is_read(nbdkit: StartServer, tmp_pat
 
 
 def without_data(wire: hostile.Wire) -> None:
-    """Say of every read that it is done, and send nothing of what was to be read."""
+    """Reply to every read without sending any of its data."""
     wire.negotiate()
     while True:
         wire.chunk(wire.request(), hostile.CHUNK_NONE)
@@ -399,7 +399,7 @@ def test_a_read_whose_data_never_came_is_an_error(tmp_path: Path) -> None:
         source.connect_socket(server.fileno())
         with pytest.raises(nbd.Error, match="reading the source failed at offset 0") as failed:
             nbd.copy(source, str(tmp_path / "target"))
-    assert failed.value.errno in ("EIO", "EPROTO")  # newer versions of libnbd say the latter
+    assert failed.value.errno in ("EIO", "EPROTO")  # newer versions of libnbd report the latter
 
 
 @pytest.mark.parametrize("side", [0, 1])

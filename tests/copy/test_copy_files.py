@@ -1,4 +1,4 @@
-"""nbd.copy and files: what has a descriptor and a buffer, a mode, or not the size that it says."""
+"""nbd.copy and files: buffers, modes, wrong sizes, and files with methods of their own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from support.sizes import MIB
 
 import nbd
 
-# A file in memory need not know O_DIRECT, as tmpfs before Linux 6.6.
+# A file system in memory may lack O_DIRECT, as tmpfs did before Linux 6.6.
 BLOCK = 4096
 
 
@@ -40,7 +40,7 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """Return a larger file full of other bytes."""
+    """Return a larger file with other content."""
     path = tmp_path / "old"
     path.write_bytes(b"\xff" * 5 * MIB)
     return path
@@ -63,7 +63,7 @@ def test_what_is_appended_follows_what_was_there(
     path.write_bytes(b"before" * 100_000)
     with path.open("ab", buffering) as target:
         if has_position:
-            target.seek(3)  # writes go to the end all the same
+            target.seek(3)  # writes are appended nevertheless
         nbd.copy(served(nbdkit, image), target)
         target.write(b"after")
     assert path.read_bytes() == b"before" * 100_000 + image.read_bytes() + b"after"
@@ -133,7 +133,7 @@ def test_what_the_buffer_of_the_target_has_comes_first(image: Path, old: Path) -
 
 def test_what_the_target_has_read_before_is_not_read_again(image: Path, old: Path) -> None:
     with old.open("r+b") as target:
-        assert target.read(10) == b"\xff" * 10  # more is in the buffer
+        assert target.read(10) == b"\xff" * 10  # the rest is in the buffer
         nbd.copy(image, target)
         target.seek(10)
         assert target.read(1000) == image.read_bytes()[:1000]
@@ -152,14 +152,14 @@ def test_holes_replace_old_data_of_an_open_file(
 
 
 class Upper(io.BufferedReader):
-    """A reader whose bytes are not those of its descriptor."""
+    """A reader that returns other bytes than its descriptor."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         return super().read(size).upper()
 
 
 class Counting(io.FileIO):
-    """A file with a write of its own."""
+    """A file with its own write method."""
 
     written = 0
 
@@ -197,7 +197,7 @@ def test_a_pair_is_read_and_written_on_its_sides(image: Path, tmp_path: Path) ->
 
 
 class Broken(Exception):
-    """What a test raises in the middle of a copy."""
+    """An exception that a test raises in the middle of a copy."""
 
 
 @pytest.mark.parametrize("buffering", [0, -1])
@@ -225,7 +225,7 @@ def test_a_copy_that_fails_leaves_the_position_of_a_target(old: Path, nbdkit: St
         assert target.tell() == 17
 
 
-# Sizes that are not true.
+# Wrong sizes.
 
 
 @pytest.mark.parametrize("path", ["/proc/version", "/proc/self/mountinfo"])
@@ -301,7 +301,7 @@ def test_the_last_bytes_of_a_file_that_shrinks_are_not_counted(
         nbd.copy(path, server.uri, progress=shrink)
 
 
-# What cannot be, said before anything is lost.
+# Impossible copies are refused before anything is overwritten.
 
 
 def test_one_file_under_two_names_is_refused(image: Path, tmp_path: Path) -> None:
@@ -379,7 +379,7 @@ def test_what_begins_as_a_uri_is_none_of_a_file(
     assert set(tmp_path.iterdir()) == before
 
 
-# What a file system refuses.
+# Errors of the file system.
 
 
 def test_a_file_that_must_not_grow_is_named(image: Path, tmp_path: Path) -> None:
@@ -421,13 +421,13 @@ def test_a_full_device_is_named(nbdkit: StartServer, image: Path) -> None:
             with pytest.raises(OSError, match=r"the target failed: .*'/dev/full'") as full:
                 nbd.copy(served(nbdkit, image), target)
             assert full.value.errno == errno.ENOSPC
-        with suppress(OSError):  # older Pythons keep in the buffer what could not be written
+        with suppress(OSError):  # older Pythons keep unwritten data in the buffer
             buffered.close()
 
 
 @contextmanager
 def small_file_system(path: Path) -> Iterator[Path]:
-    """Mount 1 MiB of memory on a folder, where this is permitted."""
+    """Mount a tmpfs of 1 MiB on a folder, if that is permitted."""
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(path)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
@@ -451,7 +451,7 @@ def test_a_full_file_system_is_said(nbdkit: StartServer, tmp_path: Path) -> None
 
 @contextmanager
 def direct(path: Path, flags: int, mode: str, buffering: int = 0) -> Iterator[Any]:
-    """Open a file past the cache of the system."""
+    """Open a file with O_DIRECT, bypassing the page cache."""
     try:
         fd = os.open(path, flags | os.O_DIRECT)
     except OSError as reason:

@@ -1,6 +1,6 @@
-"""nbd.copy beside bytes: every kind of source and target, with random content, places and options.
+"""nbd.copy compared with bytes: every kind of source and target, with random content and options.
 
-A round that fails prints its seed: `replay(seed, folder)` makes the same one again.
+A round that fails prints its seed: `replay(seed, folder)` repeats the round.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ CMD_WRITE_ZEROES = 6
 
 
 class MemoryDisk:
-    """A scripted server of some bytes: it tells of few extents at once, and answers out of order.
+    """A scripted server of some bytes that returns few extents at once, and replies out of order.
 
-    Every answer of it is one that a good server may give.
+    Each of its replies is one that a correct server may send.
     """
 
     def __init__(self, rng: random.Random, content: bytes) -> None:
-        """Serve some content."""
+        """Serve this content."""
         self.content = bytearray(content)
         self._rng = rng
         self._has_zero = rng.random() < 0.5
         self._late: list[Callable[[], None]] = []
 
     def __call__(self, wire: hostile.Wire) -> None:
-        """Be the script of a hostile.Connection."""
+        """Serve a client, as the script of a hostile.Connection."""
         flags = hostile.EXPORT_FLAGS
         if not self._has_zero:
             flags &= ~SEND_WRITE_ZEROES
@@ -63,7 +63,7 @@ class MemoryDisk:
             self._send_late()
 
     def _is_more(self, wire: hostile.Wire) -> bool:
-        """Whether another request is there already."""
+        """Return whether another request has already arrived."""
         try:
             return bool(wire.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
         except OSError:
@@ -89,7 +89,7 @@ class MemoryDisk:
         self._late.append(lambda: wire.chunk(request, kind, payload))
 
     def _extents(self, request: hostile.Request) -> bytes:
-        """A few extents from the place on, perhaps beyond what was asked for."""
+        """Return a few extents from an offset on, perhaps beyond the requested range."""
         entries: list[int] = []
         at = request.offset
         for _ in range(self._rng.randint(1, 3)):
@@ -103,49 +103,49 @@ class MemoryDisk:
 
 
 class Giver:
-    """An object that has only a read, with answers of any size and type."""
+    """An object with only a read method, which returns any number of bytes in any type."""
 
     def __init__(self, rng: random.Random, data: bytes) -> None:
-        """Give some data."""
+        """Provide this data."""
         self._rng = rng
         self._file = io.BytesIO(data)
         self._again = bytearray()
 
     def read(self, size: int) -> Any:
-        """Return at least one byte, if some is left."""
+        """Return at least one byte, unless the end is reached."""
         data = self._file.read(self._rng.randint(1, size))
         kind = self._rng.choice([bytes, bytearray, memoryview])
         if kind is memoryview:
-            self._again[:] = data  # what it has returned before is used again
+            self._again[:] = data  # the object that it returned before is overwritten
             return memoryview(bytes(self._again))
         return kind(data)
 
 
 class Taker:
-    """An object that has only a write, which takes as much as it likes, and keeps it."""
+    """An object with only a write method, which accepts any part of the data and keeps it."""
 
     def __init__(self, rng: random.Random) -> None:
-        """Begin with nothing."""
+        """Begin empty."""
         self._rng = rng
         self._parts: list[Any] = []
 
     def write(self, data: Any) -> int | None:
-        """Take some; None stands for all."""
+        """Accept some bytes; None means all of them."""
         count = self._rng.choice([None, len(data), self._rng.randint(1, len(data))])
         self._parts.append(data[:count])
         return count
 
     @property
     def content(self) -> bytes:
-        """What it was given."""
+        """Return all bytes that were accepted."""
         return b"".join(self._parts)
 
 
 class Round:
-    """One copy, and what it should do."""
+    """One copy, and its expected result."""
 
     def __init__(self, seed: int, folder: Path, stack: ExitStack) -> None:
-        """Decide everything by the seed."""
+        """Derive every choice from the seed."""
         self.rng = random.Random(seed)
         self.folder = folder
         self.stack = stack
@@ -155,7 +155,7 @@ class Round:
         self.options: dict[str, Any] = {}
 
     def size(self) -> int:
-        """A size with odd ones among them."""
+        """Return a random size, sometimes an odd one."""
         large = 5 * MIB if self.rng.random() < 0.2 else 400 * KIB
         return self.rng.choice(
             [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 4095, 4096, 4097, 256 * KIB, MIB]
@@ -164,7 +164,7 @@ class Round:
         )
 
     def content(self, size: int) -> bytes:
-        """Data and zeroes, in parts of any size."""
+        """Return data and zeroes, in parts of any size."""
         whole = bytearray(size)
         at = 0
         while at < size:
@@ -176,7 +176,7 @@ class Round:
         return bytes(whole)
 
     def file(self, name: str, content: bytes) -> Path:
-        """A file in which some of the zeroes are holes."""
+        """Return a file in which some of the zeroes are holes."""
         path = self.folder / name
         with path.open("wb") as file:
             file.truncate(len(content))
@@ -188,11 +188,11 @@ class Round:
         return path
 
     def after(self, check: Callable[[], None]) -> None:
-        """Check something when the copy is done."""
+        """Add a check to be made after the copy."""
         self.checks.append(check)
 
     def expect(self, actual: Callable[[], Any], expected: bytes) -> None:
-        """Compare bytes when the copy is done."""
+        """Compare bytes after the copy."""
 
         def check() -> None:
             data = bytes(actual())
@@ -205,7 +205,7 @@ class Round:
     # Servers.
 
     def nbdkit(self, path: Path, *options: str) -> servers.Server:
-        """A server of a file that ends with the round."""
+        """Return a server on a file, which ends with the round."""
         filters = [one for one in options if one.startswith("--")]
         others = [one for one in options if not one.startswith("--")]
         argv = servers.nbdkit_argv([*filters, "file", str(path), *others], None, None, None)
@@ -213,11 +213,11 @@ class Round:
         return self.stack.enter_context(servers.Server(argv, servers.short_folder()))
 
     def lacking(self, *possible: str) -> list[str]:
-        """Filters, of which each takes something from a server."""
+        """Return filters that each remove a feature of a server."""
         return [f"--filter={one}" for one in possible if self.rng.random() < 0.25]
 
     def blocks(self, path: Path) -> str:
-        """The URI of a server with a minimum block size, for a size of whole blocks."""
+        """Return the URI of a server with a minimum block size, for a multiple of it."""
         least = self.rng.choice([512, 4096])
         policy = f"blocksize-minimum={least}", "blocksize-maximum=64K"
         options = ("--filter=blocksize-policy", "blocksize-error-policy=error", *policy)
@@ -225,11 +225,11 @@ class Round:
         return self.stack.enter_context(servers.Server(argv, servers.short_folder())).uri
 
     def connected(self, uri: str) -> nbd.NBD:
-        """A handle of the caller's."""
+        """Return a handle that the caller owns."""
         return self.stack.enter_context(nbd.connect(uri))
 
     def scripted(self, disk: MemoryDisk) -> nbd.NBD:
-        """A handle that is connected to a scripted server."""
+        """Return a handle connected to a scripted server."""
         server = self.stack.enter_context(hostile.Connection(disk, bound=60))
         handle = self.stack.enter_context(nbd.NBD())
         handle.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
@@ -255,7 +255,7 @@ class Round:
         return self.scripted(MemoryDisk(random.Random(self.rng.random()), self.data))
 
     def source_damaged(self) -> Any:
-        """A disk of which some sectors cannot be read: the copy continues with zeroes."""
+        """Return a disk with unreadable sectors: the copy continues with zeroes."""
         whole = bytearray(self.data)
         path = self.file("source", self.data)
         lines, at = ["0x0 +"], 0
@@ -285,7 +285,7 @@ class Round:
         return self._opened_source("rb", self.rng.choice([-1, 100]))
 
     def source_unflushed(self) -> Any:
-        """A file of which parts are only in the buffer of the object."""
+        """Return a file some of whose data is only in the object's buffer."""
         start = self.rng.randint(0, 5000)
         whole = self.rng.randbytes(start) + self.data
         path = self.file("source", self.content(len(whole)))
@@ -339,7 +339,7 @@ class Round:
         return Giver(self.rng, self.data)
 
     def _behind_something(self) -> tuple[bytes, int]:
-        """The data behind other bytes, and where it begins."""
+        """Return the data after other bytes, and its offset."""
         start = self.rng.choice([0, 0, 1, 512, 4096, self.rng.randint(0, 9000)])
         return self.rng.randbytes(start) + self.data, start
 
@@ -402,7 +402,7 @@ class Round:
         return self._opened_target(self.rng.choice(["r+b", "w+b"]), -1)
 
     def target_unflushed(self) -> Any:
-        """A file of which the object has bytes in its buffer, written or read."""
+        """Return a file whose object has bytes in its buffer, written or read."""
         file = self._opened_target("r+b", self.rng.choice([-1, 64 * KIB]), has_check=False)
         before = self.rng.randbytes(self.rng.randint(0, 3000))
         old = (self.folder / "target").read_bytes()
@@ -513,7 +513,7 @@ class Round:
         return file
 
     def _check_target(self, file: Any, old: bytes, start: int) -> None:
-        """Have what follows the copy, and the rest of the file, compared through the object."""
+        """Compare the position and the rest of the file through the object after the copy."""
 
         def read() -> Any:
             assert file.tell() == start + len(self.data)
@@ -544,9 +544,9 @@ class Round:
 
 
 def _overwritten(old: bytes, start: int, data: bytes) -> bytes:
-    """What a file has after a write."""
+    """Return the content of a file after a write."""
     if not data:
-        return old  # also where that is behind its end
+        return old  # also if that is past its end
     return old[:start].ljust(start, b"\0") + data + old[start + len(data) :]
 
 
@@ -565,7 +565,7 @@ def _write_all(fd: int, data: bytes) -> None:
 def _direct(path: Path, flags: int) -> int:
     try:
         return os.open(path, flags | os.O_DIRECT)
-    except OSError:  # not every file system knows it
+    except OSError:  # not every file system supports it
         return os.open(path, flags)
 
 
@@ -574,7 +574,7 @@ def _kinds(side: str) -> list[str]:
 
 
 def replay(seed: int, folder: Path) -> None:
-    """Make one round."""
+    """Run one round."""
     folder.mkdir(exist_ok=True)
     with ExitStack() as stack:
         one = Round(seed, folder, stack)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""nbd.copy of a disk of which a part cannot be read: what is lost is named exactly, and no more."""
+"""nbd.copy of a disk with unreadable parts: exactly these are reported and lost."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def damaged(nbdkit: StartServer, image: Path, bad: Ranges, *options: str) -> str:
-    """Return the URI of a disk of which some ranges cannot be read."""
+    """Return the URI of a disk with unreadable ranges."""
     lines, at, size = ["0x0 +"], 0, image.stat().st_size
     for start, length in [*bad, (size, 0)]:
         if start > at:
@@ -53,7 +53,7 @@ def damaged(nbdkit: StartServer, image: Path, bad: Ranges, *options: str) -> str
 
 
 def with_zeroes(image: Path, bad: Ranges) -> bytes:
-    """Return what can be saved of an image."""
+    """Return an image with zeroes in the unreadable ranges."""
     data = bytearray(image.read_bytes())
     for start, length in bad:
         data[start : start + length] = bytes(length)
@@ -61,7 +61,7 @@ def with_zeroes(image: Path, bad: Ranges) -> bytes:
 
 
 class Noted:
-    """An on_error that continues, and notes its calls."""
+    """An on_error that continues, and records its calls."""
 
     def __init__(self) -> None:
         self.calls: Ranges = []
@@ -140,7 +140,7 @@ def test_a_false_answer_raises_the_error(
 
 
 class Refused(Exception):
-    """What the on_error of a test raises."""
+    """The exception that a test's on_error raises."""
 
 
 def test_what_on_error_raises_ends_the_copy(
@@ -266,7 +266,7 @@ def test_what_cannot_be_written_is_no_bad_place(nbdkit: StartServer, image: Path
 
 
 class Damaged:
-    """A file that has bad sectors."""
+    """A file with bad sectors."""
 
     name = "a file"
 
@@ -276,10 +276,10 @@ class Damaged:
         self.fd = 0
 
     def check_size(self, stop: int) -> None:
-        """Do nothing: it has not become shorter."""
+        """Accept the file: it has not become shorter."""
 
     def read_into(self, view: memoryview, offset: int) -> None:
-        """Read, unless it is bad."""
+        """Read, or fail in a bad sector."""
         stop = offset + len(view)
         if any(start < stop and offset < start + length for start, length in self._bad):
             raise OSError(errno.EIO, "bad")

@@ -1,4 +1,4 @@
-"""nbd.copy and streams: every wait can be stopped, and nothing is flushed by what fails."""
+"""nbd.copy and streams: every wait can be stopped, and a failed copy flushes nothing."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from support.sizes import KIB, MIB
 import nbd
 import nbd._disks.files
 
-SOON = 10.0  # seconds in which what waits has to end; without a bound it would wait for ever
+SOON = 20.0  # seconds within which a wait must end that would otherwise last for ever
 DATA = random.Random(1).randbytes(3 * MIB + 77)
 
 
 @contextmanager
 def stopped(seconds: float = SHORT) -> Iterator[None]:
-    """Have a signal stop what is called after some time, and fail if that takes long."""
-    gc.collect()  # PyPy loses what a handler raises in the callback of a weak reference
+    """Stop the block by a signal after some time, and fail if it does not end soon."""
+    gc.collect()  # PyPy loses exceptions in the callback of a weak reference
     began = time.monotonic()
     with alarm(seconds=seconds), pytest.raises(Stop):
         yield
@@ -47,7 +47,7 @@ def stopped(seconds: float = SHORT) -> Iterator[None]:
 
 @contextmanager
 def late() -> Iterator[None]:
-    """Expect nbd.Timeout of what is called with a short timeout."""
+    """Expect nbd.Timeout of the block, which has a short timeout."""
     began = time.monotonic()
     with pytest.raises(nbd.Timeout):
         yield
@@ -92,11 +92,11 @@ def writing(fd: int, data: bytes, parts: int = 7) -> Iterator[None]:
         thread.join()
 
 
-# What an object's `write` may return.
+# Results of an object's `write` method.
 
 
 class Sink:
-    """An object with a write of its own; it keeps what it is given, as it may."""
+    """An object with its own write method, which keeps the objects that it is given."""
 
     def __init__(self, answer: Callable[[int], Any]) -> None:
         """Answer each write with a function of the size of its data."""
@@ -128,7 +128,7 @@ def test_an_object_may_keep_what_it_is_given(
 
 
 class Full(io.RawIOBase):
-    """One that takes nothing now."""
+    """An object that accepts nothing at the moment."""
 
     def writable(self) -> bool:
         return True
@@ -156,14 +156,14 @@ def test_a_write_that_makes_no_sense_is_an_error(
 
 
 class Source:
-    """An object that has only a read."""
+    """An object with only a read method."""
 
     def __init__(self, *answers: Any) -> None:
-        """Answer one read after the other; an exception is raised."""
+        """Return these results, one for each read; an exception is raised."""
         self.answers = list(answers)
 
     def read(self, size: int) -> Any:
-        """Return the next answer."""
+        """Return the next result."""
         answer = self.answers.pop(0) if self.answers else b""
         if isinstance(answer, BaseException):
             raise answer
@@ -194,7 +194,7 @@ def test_a_read_that_makes_no_sense_is_an_error(
         nbd.copy(Source(answer), nbdkit("memory", "1M").uri)
 
 
-# What fails is not flushed, and its exception comes out.
+# A failed copy flushes nothing, and raises the exception.
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, LookupError, OSError])
@@ -224,7 +224,7 @@ def test_a_copy_that_is_done_has_flushed_if_it_was_asked_to(
 
 @contextmanager
 def hung(nbdkit: StartServer, direction: str) -> Iterator[tuple[Any, Any, Callable[..., None]]]:
-    """Give the source and target of a copy of a stream, and a `progress` that stops the server."""
+    """Yield source and target of a copy of a stream, and a `progress` that stops the server."""
     server = nbdkit("memory", "16M")
     paused: list[bool] = []
 
@@ -233,11 +233,11 @@ def hung(nbdkit: StartServer, direction: str) -> Iterator[tuple[Any, Any, Callab
             return
         paused.append(True)
         server.pause()
-        # PyPy imports something to read a file, and calls back when the lock of that import is
-        # collected.  What a signal's handler raises there is lost: so the signal comes later.
+        # PyPy imports a module to read a file, and runs a callback when the lock of that import is
+        # collected.  An exception of a signal handler is lost there, so the signal is sent later.
         timer = signal.setitimer(signal.ITIMER_REAL, 0)
         if any(timer):
-            for _ in range(3):  # finalizers that the first one calls leave garbage, too
+            for _ in range(3):  # the finalizers of the first collection leave garbage as well
                 gc.collect()
             signal.setitimer(signal.ITIMER_REAL, SHORT, AGAIN)
 
@@ -316,13 +316,13 @@ def test_a_stream_that_is_longer_than_the_disk_is_an_error(nbdkit: StartServer) 
     assert nbd.copy(Source(DATA[:MIB]), nbdkit("memory", "1M").uri).copied == MIB
 
 
-# What cannot be read.
+# Unreadable parts.
 
 BAD = [(512 * KIB, 4 * KIB), (MIB + 4 * KIB, 8 * KIB)]
 
 
 def with_holes(data: bytes) -> bytes:
-    """Return data with zeroes in the bad places."""
+    """Return the data with zeroes in the bad ranges."""
     whole = bytearray(data)
     for start, length in BAD:
         whole[start : start + length] = bytes(length)
@@ -330,7 +330,7 @@ def with_holes(data: bytes) -> bytes:
 
 
 def ask(calls: list[tuple[int, int]], answer: bool) -> Callable[[int, int, nbd.Error], bool]:
-    """Return an on_error that notes what it is asked."""
+    """Return an on_error that records its calls."""
 
     def on_error(offset: int, length: int, error: nbd.Error) -> bool:
         assert error.errnum == errno.EIO
@@ -391,7 +391,7 @@ def test_a_stream_gets_zeroes_for_what_a_file_cannot_read(
 
 @pytest.fixture
 def fifo(tmp_path: Path) -> Path:
-    """Return a FIFO that nobody has opened."""
+    """Return a FIFO that no process has opened."""
     path = tmp_path / "fifo"
     os.mkfifo(path)
     return path
@@ -444,7 +444,7 @@ asyncio.run(main())
     began = time.monotonic()
     done = run_program(program, *(pair if direction == "from" else pair[::-1]))
     assert (done.stdout, done.stderr) == ("cancelled\n", "")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < SOON
 
 
 # Pipes, sockets and terminals.
@@ -463,7 +463,7 @@ def a_raw_pipe(is_source: bool) -> tuple[int, Any]:
 
 
 def a_pipe_that_does_not_wait(is_source: bool) -> tuple[int, Any]:
-    """Return the other side of a pipe, and its file, whose descriptor does not block."""
+    """Return the other side of a pipe, and its file, whose descriptor is non-blocking."""
     other, file = a_pipe(is_source)
     os.set_blocking(file.fileno(), False)
     return other, file
@@ -566,7 +566,7 @@ def test_what_the_buffer_of_a_source_has_comes_first(nbdkit: StartServer, kind: 
     with open(other, "wb", 0) as sink, file:
         sink.write(b"line\n" + DATA[:1000])
         assert file.readline() == b"line\n"
-        with late():  # the buffer has bytes, and the descriptor has none
+        with late():  # the bytes are in the buffer, and the descriptor has none left
             nbd.copy(file, uri, timeout=0.2)
         sink.write(b"line\nmore")
         assert file.readline() == b"line\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Threads that can be begun, cancelled and awaited in any order, at any moment."""
+"""Threads that can be started, cancelled and joined in any order, at any moment."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 
 from nbd._disks.threads import Helper, running
 
-BOUND = 10  # seconds until an event that does not come fails the test
+BOUND = 10  # seconds until a test fails because an event does not happen
 
 
 def nothing() -> None:

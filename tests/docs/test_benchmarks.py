@@ -1,4 +1,4 @@
-"""The benchmarks run and say what they measured; how fast anything is, no test asserts."""
+"""The benchmarks run and report measurements; no test asserts how fast anything is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def test_a_quick_round_of_one_workload_writes_its_samples_as_json(tmp_path: Path) -> None:
-    """`handles` needs no server and is over in a moment."""
+    """`handles` needs no server and takes only a moment."""
     out = tmp_path / "out.json"
     options = ["--quick", "--rounds=1", "--only=handles", f"--json={out}"]
     (tmp_path / "venv").symlink_to(sys.prefix)
@@ -42,7 +42,7 @@ def test_every_workload_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_kind_of_workload_exists_in_python_and_in_c(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two programs are given the same command line."""
+    """Both programs are given the same command line."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     plan, workloads = importlib.import_module("plan"), importlib.import_module("workloads")
     others = {"import", plan.WHOLE_COPY}

@@ -1,4 +1,4 @@
-"""What help() and README say is there, is complete, and its examples do what they show."""
+"""The documentation in help() and README is complete and correct, and its examples work."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 README = CHECKOUT / "README.md"
 ENTRIES = CHECKOUT / "generator" / "docs"
 
-TIMEOUT = 30  # seconds until an example that does not end fails the test
+TIMEOUT = 30  # seconds until a test fails because an example does not end
 LEAST = 200  # characters of a method's docstring
 ROWS, COLUMNS = 24, 80
 
@@ -50,7 +50,7 @@ SERVER = ["nbdkit", "-s", "--exit-with-parent", "memory", "size=1M"]
 
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 
-# What a block of README may use without saying so.
+# The names that a block of README may use without defining them.
 PRELUDE = """\
 import nbd
 h = nbd.NBD()
@@ -60,7 +60,7 @@ h.connect_uri("nbd://localhost")
 
 
 def public_things() -> Iterator[tuple[str, object]]:
-    """Yield the name and the value of everything in nbd that can have a docstring."""
+    """Yield the name and value of everything in nbd that can have a docstring."""
     yield "nbd", nbd
     for name in OWN:
         yield from with_members(f"nbd.{name}", getattr(nbd, name))
@@ -71,7 +71,7 @@ def public_things() -> Iterator[tuple[str, object]]:
 
 
 def with_members(name: str, thing: object) -> Iterator[tuple[str, object]]:
-    """Yield a thing and, if it is a class, its public members."""
+    """Yield an object and, if it is a class, its public members."""
     yield name, thing
     if inspect.isclass(thing):
         for member, value in inspect.getmembers(thing):
@@ -82,14 +82,14 @@ def with_members(name: str, thing: object) -> Iterator[tuple[str, object]]:
 
 
 def modules() -> Iterator[Any]:
-    """Yield the modules of the package that are not private."""
+    """Yield the public modules of the package."""
     for module in pkgutil.iter_modules(nbd.__path__):
         if not module.name.startswith("_"):
             yield importlib.import_module(f"nbd.{module.name}")
 
 
 def arguments(text: str) -> dict[str, str]:
-    """Return what the section Args of a docstring says, by name."""
+    """Return the descriptions in a docstring's Args section, by name."""
     section = re.search(r"^Args:\n((?:    .*\n|\n)+)", text + "\n", re.MULTILINE)
     if section is None:
         return {}
@@ -108,7 +108,7 @@ def rendered(thing: object) -> list[str]:
 
 
 def entries() -> dict[str, str]:
-    """Return the documentation that the generator has, for every libnbd, by the call's name."""
+    """Return the generator's documentation for all versions of libnbd, by the call's name."""
     found: dict[str, str] = {}
     for path in ENTRIES.glob("*.txt"):
         parts = re.split(r"^== (\w+) \([\d.]+\)\n", path.read_text(encoding="utf-8"), flags=re.M)
@@ -122,7 +122,7 @@ BLOCKS = [match.groups() for match in BLOCK.finditer(README.read_text(encoding="
 
 
 def end_servers() -> None:
-    """Kill the servers that an example has started: whoever waits for one comes back."""
+    """Kill the servers that an example started, which ends every wait for one."""
     for process, name in servers.children().items():
         if name in ("nbdkit", "qemu-nbd"):
             with suppress(ProcessLookupError):
@@ -131,7 +131,7 @@ def end_servers() -> None:
 
 @pytest.fixture
 def collected() -> Iterator[None]:
-    """Close what an example leaves behind: on PyPy that takes a collection."""
+    """Close the objects that an example leaves open: PyPy needs a collection for that."""
     yield
     gc.collect()
 
@@ -154,7 +154,7 @@ def test_example_in_docstring(name: str) -> None:
 
 
 def run_program(text: str, uri: str, folder: Path) -> str:
-    """Run a program with a server in the place of localhost and return what it prints."""
+    """Run a program with a server instead of localhost, and return its output."""
     program = folder / "program.py"
     program.write_text(text.replace('"nbd://localhost"', repr(uri)), encoding="utf-8")
     done = subprocess.run(

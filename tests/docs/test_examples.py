@@ -1,4 +1,4 @@
-"""The examples as a user runs them: each is a process, and what it prints or writes is checked."""
+"""The examples, run as a user runs them: each in a process, whose output is checked."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import nbd
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = sorted(path.name for path in EXAMPLES.glob("*.py"))
-TIMEOUT = 60  # seconds until an example that does not end fails the test
+TIMEOUT = 60  # seconds until a test fails because an example does not end
 NO_CONTROLS = {"LIBNBD_DEBUG": "", "PYTHONIOENCODING": "utf-8", "TERM": "dumb"}
 
 Serve = servers.StartServer
@@ -61,12 +61,12 @@ def run(tmp_path: Path) -> Run:
 
 
 def complaint(failed: subprocess.CompletedProcess[str]) -> str:
-    """Return the last line on stderr: the interpreter may have something to say before."""
+    """Return the last line of stderr: the interpreter may print something before it."""
     return failed.stderr.splitlines()[-1]
 
 
 def on_terminal(name: str, *args: str) -> str:
-    """Run an example on a terminal of 64 columns and return what it shows there."""
+    """Run an example on a terminal of 64 columns, and return its output."""
     pexpect = pytest.importorskip("pexpect", reason="pexpect makes the pseudo-terminal")
     shown, status = pexpect.run(
         subprocess.list2cmdline([sys.executable, str(EXAMPLES / name), *args]),
@@ -81,7 +81,7 @@ def on_terminal(name: str, *args: str) -> str:
 
 
 def disk_image(path: Path, size: int, seed: int) -> bytes:
-    """Write a sparse image with data in random places, and return its content."""
+    """Write a sparse image with data in random places; return its content."""
     chance = random.Random(seed)
     content = bytearray(size)
     with path.open("wb") as file:
@@ -96,7 +96,7 @@ def disk_image(path: Path, size: int, seed: int) -> bytes:
 
 
 def pattern(size: int) -> bytes:
-    """Return what nbdkit's pattern plugin serves: at each 8 bytes their offset."""
+    """Return the data of nbdkit's pattern plugin: each 8 bytes are their own offset."""
     offsets = array("Q", range(0, size, 8))
     if sys.byteorder == "little":
         offsets.byteswap()
@@ -157,7 +157,7 @@ def test_map_says_what_is_wrong_in_one_line(run: Run, nbdkit: Serve) -> None:
 
 
 def told(copy: subprocess.CompletedProcess[str]) -> tuple[int, int]:
-    """How many bytes the example has copied and zeroed, as it says."""
+    """Return how many bytes the example copied and zeroed, according to its output."""
     numbers = re.fullmatch(COPIED, copy.stdout)
     assert numbers is not None, copy.stdout
     return int(numbers[1]), int(numbers[2])
@@ -170,7 +170,7 @@ def test_copy_starts_servers_of_its_own(run: Run) -> None:
 
 
 def copied_between_files(run: Run, nbdkit: Serve, folder: Path, *filters: str) -> tuple[str, str]:
-    """Copy a sparse image over one full of other data; return the digests of both afterwards."""
+    """Copy a sparse image over a file of other data; return the digests of both."""
     size = 20 * MIB + 777
     content = disk_image(folder / "source", size, 2)
     (folder / "target").write_bytes(b"old content" * (size // 11 + 1))

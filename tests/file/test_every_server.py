@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""nbd.open, extents, copy and connect with servers that are slow, lack something, or fail."""
+"""nbd.open, extents, copy and connect with servers that are slow, fail, or lack features."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PARTS = [(start, 64 * KIB) for start in range(0, SIZE, 320 * KIB)]
 TIMEOUT = 10  # seconds
 
 
-#: nbdkit's eval plugin as a server of a file that has only what every server has.
+#: nbdkit's eval plugin serving a file with only the features that every server has.
 READ = "pread=dd if={0} skip=$4 count=$3 iflag=count_bytes,skip_bytes status=none"
 WRITE = "pwrite=dd of={0} seek=$4 conv=notrunc oflag=seek_bytes status=none"
 PLAIN = ("eval", "get_size=stat -c %s {0}", READ, WRITE)
-#: The same, in extents of 64 KiB at the most.  However much is asked for, one is told.
+#: The same, with extents of at most 64 KiB, and only one extent in each reply.
 ONE_EXTENT = "extents=at=$(( $4 / 65536 * 65536 )); echo $at 65536 $(( at / 65536 % 5 ? 3 : 0 ))"
 BLOCKS = (
     "blocksize-minimum=4096",
@@ -34,7 +34,7 @@ BLOCKS = (
     "blocksize-error-policy=error",
 )
 
-#: The arguments of nbdkit, for the file {0}.
+#: Arguments of nbdkit to serve the file {0}.
 KINDS: dict[str, tuple[str, ...]] = {
     "slow": ("--filter=delay", "file", "{0}", "rdelay=20ms", "wdelay=20ms"),
     "with blocks": ("--filter=blocksize-policy", "file", "{0}", *BLOCKS),
@@ -47,7 +47,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "of one extent at a time": (*PLAIN, ONE_EXTENT),
 }
 
-#: The same for servers that cannot go on.  The eval plugin's shell is a child of nbdkit.
+#: The same for servers that fail or die.  The eval plugin's shell is a child of nbdkit.
 FAILING: dict[str, tuple[str, ...]] = {
     "fails": ("--filter=error", "file", "{0}", "error=EIO", "error-rate=100%"),
     "dies": (
@@ -72,7 +72,7 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """Return a file of the same size, full of other bytes."""
+    """Return a file of the same size with other content."""
     path = tmp_path / "old"
     path.write_bytes(b"\xff" * SIZE)
     return path

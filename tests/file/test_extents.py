@@ -1,4 +1,4 @@
-"""nbd.extents: the whole range, in order, whatever the server's answers are cut into."""
+"""nbd.extents: it covers the whole range in order, however the server splits its replies."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ CONTEXT = 7
 
 
 def answering(*chunks: tuple[int, ...]) -> Connection:
-    """A server that answers each block_status with these extents, one chunk for each tuple."""
+    """Serve each block_status with these extents, one chunk for each tuple."""
 
     def script(wire: Wire) -> None:
         wire.negotiate(contexts=[(CONTEXT, nbd.CONTEXT_BASE_ALLOCATION.encode())])
@@ -200,7 +200,7 @@ def test_short_and_long_answers_cover_the_range_and_no_more(
         h.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
         h.connect_socket(connection.fileno())
         if chunk[0] > MIB // 4 and hasattr(h, "block_status_64"):
-            with pytest.raises(nbd.Error) as refused:  # newer libnbd takes no answer that long
+            with pytest.raises(nbd.Error) as refused:  # newer libnbd refuses so long a reply
                 list(nbd.extents(h, start=1, end=MIB // 4))
             assert refused.value.errno == "EPROTO"
         else:

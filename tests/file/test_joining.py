@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Connections that join work which has begun: each that comes is used, none is waited for."""
+"""Connections that join while work is running: each one is used, and none is waited for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.servers import StartServer
 import nbd
 from nbd._disks.joining import Joining
 
-BOUND = 10  # seconds until an event that does not come fails the test
+BOUND = 10  # seconds until a test fails because an event does not happen
 
 
 def run(joining: Joining) -> None:
@@ -32,7 +32,7 @@ def join_all(joining: Joining) -> None:
 
 @contextmanager
 def silent_server() -> Iterator[tuple[socket.socket, str]]:
-    """Listen, and greet nobody."""
+    """Listen, and never send a greeting."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(BOUND)
         yield listener, f"nbd://127.0.0.1:{listener.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""nbd.connect: it asks for base:allocation, and waits for a server that is not there yet."""
+"""nbd.connect requests base:allocation, and waits for a server that is not listening yet."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nbd._disks import connect as connecting
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Return a list of the pauses between two tries, which are not made."""
+    """Return a list of the pauses between tries, and skip these pauses."""
     made: list[float] = []
     monkeypatch.setattr(connecting, "_rest", made.append)
     return made

@@ -1,4 +1,4 @@
-"""What `prepare` sets on a handle counts: the URI does not replace it without a word."""
+"""The URI does not silently replace the settings that `prepare` made on the handle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.servers import StartServer, program
 import nbd
 from nbd._disks import connect as connecting
 
-#: A plugin whose disk has as many sectors as its export name has bytes, and one more.
+#: A plugin whose disk has one sector more than its export name has bytes.
 BY_NAME = (
     "eval",
     'open=printf %s "$3" | wc -c',
@@ -24,7 +24,7 @@ BY_NAME = (
 
 
 def sectors(name: str) -> int:
-    """The size of that export of the plugin."""
+    """Return the size of that export of the plugin in sectors."""
     return len(name.encode("utf-8", "surrogateescape")) + 1
 
 
@@ -35,7 +35,7 @@ def connect(uri: Any, **options: Any) -> tuple[int, str]:
 
 
 def connect_in_a_loop(uri: Any, **options: Any) -> tuple[int, str]:
-    """The same with nbd.aio.connect."""
+    """Do the same with nbd.aio.connect."""
 
     async def main() -> tuple[int, str]:
         async with nbd.aio.connect(uri, timeout=10, **options) as disk:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""nbd.open: a disk behaves as a binary file of the built-in open does."""
+"""nbd.open: a disk behaves like a binary file of the built-in open."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from support.sizes import KIB, MIB
 
 import nbd
 
-#: Sizes of the buffer: none, a small one, the usual one.
 POLICY = (
     "blocksize-minimum=4096",
     "blocksize-preferred=4096",
@@ -40,14 +39,14 @@ def server(nbdkit: StartServer) -> Server:
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """Return a file of 3 MiB and some bytes, no multiple of 512."""
+    """Return a file of 3 MiB and some bytes, so that its size is no multiple of 512."""
     path = tmp_path / "image"
     path.write_bytes(random.Random(1).randbytes(3 * MIB + 77))
     return path
 
 
 class Logged:
-    """A server on a file, and what it was asked for."""
+    """A server on a file, with a log of its requests."""
 
     def __init__(self, nbdkit: StartServer, log: Path, path: Path, *options: str) -> None:
         self.log = log
@@ -56,7 +55,7 @@ class Logged:
         ).uri
 
     def lines(self, what: str) -> list[str]:
-        """Return the lines of the log about a request, without those about its end."""
+        """Return the lines of the log at the start of each request."""
         text = self.log.read_text()
         return [line for line in text.splitlines() if re.search(rf" {what} id=\d+ ", line)]
 
@@ -65,8 +64,8 @@ class Logged:
         found = (re.search(r"offset=(\w+) count=(\w+)", line) for line in self.lines("Read"))
         return [(int(one[1], 16), int(one[2], 16)) for one in found if one]
 
-    def most_at_once(self) -> int:
-        """Return how many reads were in the server at the same time."""
+    def max_at_once(self) -> int:
+        """Return the maximum number of concurrent reads."""
         now = most = 0
         for line in self.log.read_text().splitlines():
             now += 1 if " Read id=" in line else -1 if "...Read id=" in line else 0
@@ -76,7 +75,7 @@ class Logged:
 
 @pytest.fixture
 def logged(nbdkit: StartServer, tmp_path: Path, image: Path) -> Logged:
-    """Return a server on the image that logs what it was asked for."""
+    """Return a server on the image that logs its requests."""
     return Logged(nbdkit, tmp_path / "log", image)
 
 
@@ -363,7 +362,7 @@ def test_reading_ahead_grows_while_the_server_is_slow(nbdkit: StartServer, tmp_p
     with nbd.open(server.uri) as disk:
         while disk.read(64 * KIB):
             pass
-    assert 8 <= logged.most_at_once() <= 32
+    assert 8 <= logged.max_at_once() <= 32
 
 
 def test_read_ahead_is_bounded_by_what_was_read_in_order(
@@ -381,7 +380,7 @@ def test_read_ahead_is_bounded_by_what_was_read_in_order(
 
 
 def sparse(path: Path, size: int) -> Path:
-    """Make a file that is a hole."""
+    """Make a file that is one hole."""
     with path.open("wb") as file:
         file.truncate(size)
     return path
@@ -432,7 +431,7 @@ def test_a_read_sees_what_was_written_before_it(nbdkit: StartServer) -> None:
 def test_reading_ahead_sees_what_is_being_written(nbdkit: StartServer) -> None:
     server = nbdkit("--filter=delay", "--threads=16", "memory", "1M", "wdelay=20ms")
     with nbd.open(server.uri, "r+b", buffering=0) as disk:
-        disk.read(1000)  # the next read at 1000 reads ahead
+        disk.read(1000)  # the next read, at 1000, reads ahead
         disk.seek(300_000)
         disk.write(b"new")
         disk.seek(1000)

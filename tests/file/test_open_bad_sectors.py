@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""nbd.open on a disk with sectors that cannot be read: only these are lost."""
+"""nbd.open on a disk with unreadable sectors: only these are lost."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ BUFFERINGS = [0, SECTOR, -1]
 
 @pytest.fixture(params=["1", "512", "4096"])
 def uri(request: pytest.FixtureRequest, nbdkit: StartServer, tmp_path: Path) -> str:
-    """Return a server of a disk with bad sectors, whose minimum block size is the parameter."""
+    """Return the URI of a disk with bad sectors; the parameter is its minimum block size."""
     return rescued(nbdkit, tmp_path, [(n * SECTOR, SECTOR) for n in BAD], request.param)
 
 
 def rescued(
     nbdkit: StartServer, folder: Path, bad: list[tuple[int, int]], minimum: str = "1"
 ) -> str:
-    """Return a server of the data, of which ranges cannot be read: an offset and a size of each."""
+    """Return the URI of the data with unreadable ranges, given as (offset, size)."""
     image, ranges = folder / "image", folder / "map"
     image.write_bytes(DATA)
     lines, at = ["# Mapfile", "0x0 ? 1"], 0
@@ -47,7 +47,7 @@ def rescued(
 
 
 def sector(number: int) -> bytes:
-    """Return what a sector has."""
+    """Return the content of a sector."""
     return DATA[number * SECTOR : (number + 1) * SECTOR]
 
 
@@ -87,7 +87,7 @@ def test_reading_on_without_a_seek_loses_the_bad_ones_only(uri: str, buffering: 
 
 
 def read_on(disk: Any, method: str, found: list[bytes]) -> None:
-    """Read until that fails."""
+    """Read until a read fails."""
     while True:
         memory = bytearray(512)
         part = disk.read1(512) if method == "read1" else memory[: disk.readinto(memory)]
@@ -105,7 +105,7 @@ def test_other_reads_stop_where_the_bad_sector_begins(
     disk: Any
     with nbd.open(uri, buffering=buffering) as disk:
         if not hasattr(disk, method):
-            return  # the unbuffered file has no read1
+            return  # an unbuffered file has no read1
         with pytest.raises(nbd.DiskError) as caught:
             read_on(disk, method, found)
     assert b"".join(found) == DATA[: 20 * SECTOR + 512]

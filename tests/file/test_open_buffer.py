@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""nbd.open: what the buffer has, and what the disk has, is one file, whatever calls follow."""
+"""nbd.open: buffer and disk appear as one file, in any order of calls."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from support.servers import StartServer
 
 import nbd
 
-#: A small buffer on a small disk, so that most calls leave it or fill it.
+#: A small buffer on a small disk, so that most calls leave the buffer or fill it.
 SIZE, BUFFER = 8192, 256
 COUNTS = (0, 1, 10, 100, 150, 256, 257, 400, 1000)
 
 
 @pytest.fixture
 def data() -> bytes:
-    """Return what the disk has: no two parts of it are the same."""
+    """Return the content of the disk, in which no part occurs twice."""
     return random.Random(1).randbytes(SIZE)
 
 
 @pytest.fixture
 def disk(nbdkit: StartServer, data: bytes) -> Iterator[Any]:
-    """Return a file on a disk that has the data, with a small buffer."""
+    """Return a file with a small buffer, on a disk with the data."""
     uri = nbdkit("memory", str(SIZE)).uri
     with nbd.open(uri, "wb") as writer:
         writer.write(data)
@@ -86,7 +86,7 @@ def test_calls_in_any_order_do_what_they_do_in_memory(disk: Any, data: bytes, se
 
 
 def one_call(rand: random.Random, disk: Any, memory: io.BytesIO) -> None:
-    """Call one method, which rand chooses, of the disk; and one of memory that does the same."""
+    """Call a method of the disk, chosen by rand, and do the same to a bytearray."""
     count = rand.choice(COUNTS)
     method = rand.choice(["read", "read1", "readinto", "readinto1", "peek", "seek", "write"])
     room = min(count, SIZE - memory.tell())
@@ -111,7 +111,7 @@ def one_call(rand: random.Random, disk: Any, memory: io.BytesIO) -> None:
 
 
 def check_length(method: str, count: int, room: int) -> None:
-    """Check that a read was whole; those that end in 1 only have to read something."""
+    """Check that a read was complete; a method whose name ends in 1 must only read something."""
     if method.endswith("1"):
         assert min(1, room) <= count <= room
     else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""nbd.open: one Ctrl-C leaves a file whose server hangs; closing by several threads; forks."""
+"""nbd.open: closing a file whose server hangs, by several threads, and after a fork."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from support.waits import paused
 
 import nbd
 
-#: Closing waits for about a second, and this machine may be busy.
-BOUND = 5.0
-BLOCKED = 12 * MIB  # more than is written without waiting
+#: Seconds; closing waits for about one, and the machine may be busy.
+BOUND = 20.0
+BLOCKED = 12 * MIB  # more than can be written without waiting
 
 CALLS: dict[str, Callable[[Any], object]] = {
     "write": lambda disk: disk.write(bytes(BLOCKED)),
@@ -35,11 +35,6 @@ CALLS: dict[str, Callable[[Any], object]] = {
     "read": lambda disk: (disk.write(b"abc"), disk.seek(MIB), disk.read(1)),
     "leave": lambda disk: disk.write(b"abc"),
 }
-
-
-def stop(number: int, frame: FrameType | None) -> None:
-    """Raise from a signal handler."""
-    raise Stop
 
 
 @pytest.mark.parametrize("buffering", BUFFERINGS)
@@ -67,7 +62,7 @@ def test_one_signal_leaves_a_with_block_whose_server_hangs(
 
 
 def flush_and_close(disk: Any, how: str) -> None:
-    """Flush, and close in one of the ways that programs do."""
+    """Flush, and close in one of the usual ways."""
     if how == "finally":
         try:
             CALLS["flush"](disk)
@@ -89,7 +84,7 @@ def test_other_ways_to_close_keep_the_first_exception(
 ) -> None:
     server = nbdkit("memory", "16M")
     disk: Any = nbd.open(server.uri, "r+b", buffering=buffering)
-    with paused(server), pytest.raises(Stop), alarm(stop):
+    with paused(server), pytest.raises(Stop), alarm():
         flush_and_close(disk, how)
     assert disk.closed
 
@@ -110,7 +105,7 @@ def test_close_says_that_data_may_be_lost(nbdkit: StartServer, buffering: int) -
     disk: Any = nbd.open(server.uri, "r+b", buffering=buffering)
     start = time.monotonic()
     with paused(server):
-        with alarm(stop), pytest.raises(Stop):
+        with alarm(), pytest.raises(Stop):
             CALLS["read"](disk)
         with pytest.raises(nbd.Timeout, match="may be lost"):
             disk.close()
@@ -144,14 +139,14 @@ def test_close_flushes_if_the_server_works_again(
     image.write_bytes(bytes(4 * MIB))
     server = nbdkit("file", str(image))
     disk: Any = nbd.open(server.uri, "r+b", buffering=buffering)
-    with paused(server), alarm(stop), pytest.raises(Stop):
+    with paused(server), alarm(), pytest.raises(Stop):
         CALLS[name](disk)
     disk.close()
     assert image.read_bytes()[:3] == b"abc"
 
 
 def write_and_raise(disk: Any, data: bytes, kind: type[BaseException]) -> None:
-    """Write, and leave the file by an exception."""
+    """Write, and leave the `with` block by an exception."""
     with disk:
         disk.write(data)
         raise kind
@@ -253,7 +248,7 @@ def test_closing_closes_the_descriptors(nbdkit: StartServer, buffering: int) -> 
     server = nbdkit("--threads=4", "memory", "1M")
     files = []
     with nbd.open(server.uri):
-        pass  # what is made once
+        pass  # objects that are made only once
     collect_garbage()
     before = descriptors()
     for _ in range(20):
@@ -315,7 +310,7 @@ def test_a_closed_handle_of_the_caller_is_an_error_and_not_a_hang(nbdkit: StartS
 
 def test_a_signal_handler_cannot_close_the_file_of_the_call_it_stopped(nbdkit: StartServer) -> None:
     server = nbdkit("memory", "1M")
-    collect_garbage()  # PyPy loses what a handler raises in the finalizer of what others have left
+    collect_garbage()  # PyPy loses what a handler raises in a finalizer of an earlier test's object
     for buffering in BUFFERINGS:
         with nbd.open(server.uri, "r+b", buffering=buffering) as disk:
             with (

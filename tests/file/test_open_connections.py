@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""nbd.open with several connections: a file starts on the first, and the others may never come."""
+"""nbd.open with several connections: the first is enough, and the others may never join."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from support.usage import collect_garbage, descriptors
 import nbd
 import nbd._disks.connections
 
-BOUND = 5.0
+BOUND = 20.0  # seconds until a call counts as hung
 #: HAS_FLAGS, SEND_FLUSH, CAN_MULTI_CONN
 FLAGS = 0x01 | 0x04 | 0x100
 
@@ -34,7 +34,7 @@ def in_use(raw: Any) -> int:
 
 @contextmanager
 def greeting(tmp_sock: str, count: int, size: int = SIZE) -> Iterator[str]:
-    """Serve zeroes to the first clients, and never greet the others; yields the URI."""
+    """Serve zeroes to the first clients and never greet the others; yield the URI."""
     clients: list[socket.socket] = []
 
     def serve(client: socket.socket) -> None:
@@ -75,7 +75,7 @@ def greeting(tmp_sock: str, count: int, size: int = SIZE) -> Iterator[str]:
 def test_connections_that_never_come_cost_nothing(
     tmp_sock: str, buffering: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nbd._disks.connections, "CLOSE_TIMEOUT", 20.0)
+    monkeypatch.setattr(nbd._disks.connections, "CLOSE_TIMEOUT", 60.0)
     with greeting(tmp_sock, 1) as uri:
         collect_garbage()
         before = descriptors()
@@ -85,8 +85,8 @@ def test_connections_that_never_come_cost_nothing(
             data = b"".join(iter(lambda: disk.read(100_000), b""))
             assert len(data) == SIZE
             assert in_use(raw) == 1
-        assert time.monotonic() - start < 10  # less than one goodbye takes
-        # The server has one descriptor of each connection in this process too.
+        assert time.monotonic() - start < BOUND  # one goodbye would take 60 s
+        # The server's descriptor of each connection is in this process as well.
         assert descriptors() <= before + 4
 
 
@@ -153,7 +153,7 @@ def test_a_connection_to_another_export_does_not_join(tmp_sock: str) -> None:
         with greeting(tmp_sock, 9, 2 * SIZE) as other:
             raw._connections.add(other, 1)
             while raw._connections._joining[0].aio_is_connecting():
-                raw._connections._joining[0].poll(-1)  # so it is there before the first request
+                raw._connections._joining[0].poll(-1)  # so it joins before the first request
             until = time.monotonic() + 20
             while raw._connections._joining:
                 disk.seek(0)

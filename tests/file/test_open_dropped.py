@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""nbd.open: a file that is dropped without being closed loses nothing, and hangs for no server."""
+"""nbd.open: a file that is dropped without closing loses no data, and never hangs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import nbd
 
 MODES = ["r+b", "wb"]
 COUNT = 40
-#: A dropped file waits for about a second, and this machine may be busy.
-BOUND = 6.0
+#: Seconds; a dropped file waits for about one, and the machine may be busy.
+BOUND = 20.0
 
 
 @pytest.fixture
@@ -33,12 +33,12 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def slow(nbdkit: StartServer, image: Path) -> Server:
-    """Return a server on the image that takes some time for each write."""
+    """Return a server on the image whose writes take some time."""
     return nbdkit("--threads=4", "--filter=delay", "file", str(image), "wdelay=10ms")
 
 
 def write_all(disk: Any) -> bytes:
-    """Write in pieces; returns all that was written."""
+    """Write in pieces; return everything that was written."""
     pieces = [bytes([65 + n % 26]) * 5000 for n in range(COUNT)]
     for piece in pieces:
         assert disk.write(piece) == len(piece)
@@ -46,15 +46,15 @@ def write_all(disk: Any) -> bytes:
 
 
 class Node:
-    """Something in a cycle of references."""
+    """An object in a reference cycle."""
 
     def __init__(self, *kept: object) -> None:
-        """Refer to itself and to others."""
+        """Refer to itself and to other objects."""
         self.kept = [*kept, self]
 
 
 def drop(*kept: list[Any]) -> None:
-    """Drop what lists have, and have all garbage finalized."""
+    """Drop the elements of lists, and finalize all garbage."""
     for one in kept:
         one.clear()
     for _ in range(3):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""nbd.open: what servers that fail, die or are late do to a file, and Ctrl-C."""
+"""nbd.open with servers that fail, die or are late, and calls that a signal stops."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from support.waits import paused
 
 import nbd
 
-#: More than is written without waiting.
+#: More than can be written without waiting.
 TOO_MUCH = 12 * MIB
 
 
 class Failing:
-    """A server whose commands of one kind fail while a file exists."""
+    """A server whose commands of one kind fail as long as a file exists."""
 
     def __init__(self, nbdkit: StartServer, folder: Path, kind: str) -> None:
         self.trigger = folder / "fail"
@@ -58,8 +58,8 @@ def stopped(server: Server, way: str) -> Iterator[None]:
             yield
 
 
-def patience(way: str) -> float | None:
-    """Return the timeout of a file whose calls are to be stopped; flushing a file may take long."""
+def timeout_of(way: str) -> float | None:
+    """Return the timeout of a file whose calls are stopped; flushing a file may take long."""
     return 20 * SHORT if way == "timeout" else None
 
 
@@ -136,7 +136,7 @@ def test_the_error_of_a_write_comes_out_once(nbdkit: StartServer, tmp_path: Path
     assert disk.closed
 
 
-#: A disk of 1 MiB of which one command fails.
+#: A disk of 1 MiB on which one kind of command fails.
 PLUGIN = {
     "get_size": "echo 1048576",
     "pread": "head -c $3 /dev/zero",
@@ -205,7 +205,7 @@ def test_a_read_that_was_stopped_can_be_made_again(
 ) -> None:
     server = nbdkit("--threads=8", "file", str(image))
     data = image.read_bytes()
-    with nbd.open(server.uri, buffering=buffering, timeout=patience(way)) as disk:
+    with nbd.open(server.uri, buffering=buffering, timeout=timeout_of(way)) as disk:
         for offset, count in ((0, 1000), (MIB, 3 * MIB), (5 * MIB, 100)):
             disk.seek(offset)
             assert disk.read(1) == data[offset : offset + 1]
@@ -223,12 +223,12 @@ def test_reading_ahead_goes_on_after_it_was_stopped(
 ) -> None:
     server = nbdkit("--threads=8", "file", str(image))
     parts: list[bytes] = []
-    with nbd.open(server.uri, buffering=0, timeout=patience(way)) as disk:
+    with nbd.open(server.uri, buffering=0, timeout=timeout_of(way)) as disk:
         parts.extend(disk.read(100_000) for _ in range(20))
         with stopped(server, way):
             while True:
                 parts.append(disk.read(100_000))
-        # A signal can come after a read, before its bytes are in the list.
+        # A signal may arrive between the read and the append to the list.
         disk.seek(sum(map(len, parts)))
         parts.append(disk.read())
     assert b"".join(parts) == image.read_bytes()
@@ -237,7 +237,7 @@ def test_reading_ahead_goes_on_after_it_was_stopped(
 def test_a_read_that_timed_out_keeps_the_position(nbdkit: StartServer, image: Path) -> None:
     server = nbdkit("--threads=8", "file", str(image))
     parts: list[bytes] = []
-    with nbd.open(server.uri, buffering=0, timeout=patience("timeout")) as disk:
+    with nbd.open(server.uri, buffering=0, timeout=timeout_of("timeout")) as disk:
         with stopped(server, "timeout"):
             while True:
                 parts.append(disk.read(100_000))
@@ -251,7 +251,7 @@ def test_a_write_that_was_stopped_can_be_made_again(
 ) -> None:
     server = nbdkit("--threads=8", "file", str(image))
     data = random.Random(2).randbytes(TOO_MUCH)
-    with nbd.open(server.uri, "r+b", buffering=buffering, timeout=patience(way)) as disk:
+    with nbd.open(server.uri, "r+b", buffering=buffering, timeout=timeout_of(way)) as disk:
         with stopped(server, way):
             disk.write(b"x" * TOO_MUCH)
         disk.seek(0)
@@ -313,7 +313,7 @@ def test_a_large_read_that_was_stopped_ends_before_the_next_call_does(
 
 
 def test_closing_waits_for_what_is_read_ahead(nbdkit: StartServer, h: nbd.NBD) -> None:
-    """A server can die of an answer that it cannot send."""
+    """Otherwise a server may die because it cannot send a reply."""
     h.connect_uri(nbdkit("--filter=delay", "memory", "4M", "rdelay=50ms").uri)
     with nbd.open(h) as disk:
         while not h.aio_in_flight():

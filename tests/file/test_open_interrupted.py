@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""nbd.open: a call that an exception stops, at any bytecode, moves nothing and leaves nothing."""
+"""nbd.open: an exception at any bytecode of a call keeps the position and leaks nothing."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from nbd._disks.connections import _kept
 
 SIZE = 512 * KIB
 DATA = random.Random(1).randbytes(SIZE)
-#: The last place is where the method returns: no `try` of it can be around that.  CPython runs no
-#: signal handler there, but a trace function can raise.
+#: The last place is the return of the method, which no `try` in the method can enclose.  CPython
+#: runs no signal handler there, but a trace function can raise.
 RETURNS = 1
 #: What is dropped may wait for a collection, which takes long on PyPy: there one is for many files.
 AT_A_TIME = 1 if sys.implementation.name == "cpython" else 50
@@ -45,13 +45,13 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def uri(nbdkit: StartServer, image: Path) -> str:
-    """Return the URI of a server of the image."""
+    """Return the URI of a server on the image."""
     return nbdkit("file", str(image)).uri
 
 
 @pytest.fixture(autouse=True)
 def no_garbage_is_collected() -> Iterator[None]:
-    """Let no finalizer of other tests run: an exception that is raised in it is lost."""
+    """Run no finalizer of earlier tests: an exception that is raised in one is lost."""
     collect_garbage()
     gc.disable()
     yield
@@ -81,7 +81,7 @@ def test_a_stopped_read_moves_nothing(
 ) -> None:
     with nbd.open(uri, buffering=buffering) as disk:
         if not buffering and name in ("read1", "readline"):
-            return  # there is no read1, and a read of each byte for a line
+            return  # an unbuffered file has no read1, and reads a line byte by byte
         read, start = READS[name], SIZE - 5000
 
         def once(injector: Injector) -> None:
@@ -133,7 +133,7 @@ def test_a_stopped_write_moves_nothing(
 
 
 def what_a_destructor_met() -> BaseException | None:
-    """Return what was raised inside of a destructor, which the next call raises."""
+    """Return the exception raised inside a destructor, which the next call raises."""
     try:
         with nbd.NBD() as handle:
             handle.get_version()
@@ -203,7 +203,7 @@ def test_signals_at_any_moment_lose_no_byte(uri: str, buffering: int) -> None:
                     signal.setitimer(signal.ITIMER_REAL, 0)
             except Stop:
                 stops += 1
-                continue  # whether the data or the position was taken is not known here
+                continue  # the data may have been read without being returned
             assert data == DATA[start : start + len(data)]
             assert end == start + len(data)
     assert stops

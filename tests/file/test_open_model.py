@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""nbd.open beside a bytearray: random calls, buffers, connections, block sizes, a second writer.
+"""nbd.open compared with a bytearray: random calls, buffers, connections and other writers.
 
-What a read may see is known for each byte: what is on the disk, or, inside of io's buffer, an older
-value.  A buffer is filled by reads, so it has no byte that is older than the last seek outside of
-it, and read-ahead is that old at most too.
+For each byte it is known what a read may return: the byte on the disk or, inside io's buffer, an
+older value. Reads fill a buffer, so that no byte in it is older than the last seek outside of it;
+the same holds for what was read ahead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import nbd
 
 ROUNDS = 1000 if SOAK else 24
 CALLS = 60
-#: The rounds of one test, so that a failure is found again soon.
+#: Rounds of one test: few, so that a failure is quick to reproduce.
 SHARE = 8
 BUFFERINGS = (0, 2, 100, 512, 4096, 10_000, -1)
 BLOCKS = ((1, 4096), (512, 4096), (4096, 65536), (65536, 65536))
@@ -32,21 +32,21 @@ MODES = ("rb", "r+b", "wb", "w+b")
 
 
 class Model:
-    """The disk as it is, and the older values that a byte may still show.
+    """The content of the disk, and the older values that a read may still return for a byte.
 
     Attributes:
-        now: What the disk has, with what the file has written.
+        now: The content of the disk, including what was written through the file.
         at: The position of the file.
     """
 
     def __init__(self, data: bytes) -> None:
-        """Begin with what the disk has."""
+        """Begin with the content of the disk."""
         self.now = bytearray(data)
         self.at = 0
         self._older: dict[int, set[int]] = {}
 
     def write(self, data: bytes) -> None:
-        """Note what the file has written at its position: it sees that at once."""
+        """Write through the file at its position: later reads must return this."""
         end = self.at + len(data)
         self.now[self.at : end] = data
         for place in range(self.at, end):
@@ -54,17 +54,17 @@ class Model:
         self.at = end
 
     def write_by_other(self, data: bytes, at: int) -> None:
-        """Note what somebody else has written."""
+        """Write through another connection."""
         for place in range(at, at + len(data)):
             self._older.setdefault(place, set()).add(self.now[place])
         self.now[at : at + len(data)] = data
 
     def read_anew(self) -> None:
-        """From now on no older value may be seen."""
+        """Accept no older values from now on."""
         self._older.clear()
 
     def check(self, found: bytes, wanted: int, *, is_whole: bool) -> None:
-        """Check what was read at the position, and move it."""
+        """Check the result of a read at the position, and advance the position."""
         room = max(0, min(wanted, len(self.now) - self.at))
         assert len(found) == room if is_whole else min(1, room) <= len(found) <= room
         if self.now[self.at : self.at + len(found)] != found:
@@ -101,7 +101,7 @@ class Round:
         return ", ".join(f"{name}={getattr(self, name)}" for name in kept)
 
     def run(self) -> None:
-        """Make the calls, and compare."""
+        """Make the calls, and compare each result."""
         rand = self.rand
         data = rand.randbytes(self.size)
         with nbd.connect(self.server.uri) as self.other, nbd.queue.Queue(self.other) as self.queue:
@@ -118,7 +118,7 @@ class Round:
             assert found == self.model.now
 
     def write_directly(self, data: bytes, at: int) -> None:
-        """Write through another connection, and flush."""
+        """Write through the other connection, and flush."""
         self.finish(self.queue.write(data, at))
         self.finish(self.queue.flush())
 
@@ -129,7 +129,7 @@ class Round:
         assert request.error is None
 
     def one_call(self) -> None:
-        """Make one call, which rand chooses."""
+        """Make one call, chosen by rand."""
         rand, model = self.rand, self.model
         calls: list[Callable[[], None]] = [self.seek, self.seek, self.others, self.odd]
         if self.disk.readable():
@@ -139,7 +139,7 @@ class Round:
         if rand.random() < 0.1:
             calls = [self.write_past_end] if self.disk.writable() else [self.seek_to_end]
         if not self.buffering:
-            model.read_anew()  # each read sees the disk as it is
+            model.read_anew()  # each read returns the current content of the disk
         rand.choice(calls)()
 
     def count(self) -> int:
@@ -147,7 +147,7 @@ class Round:
         return self.rand.choice((0, 1, 17, 512, 1000, 4096, 10_000, 70_000, 300_000))
 
     def seek(self) -> None:
-        """Jump, at times to where the file is."""
+        """Seek, sometimes to the current position."""
         rand, model, disk = self.rand, self.model, self.disk
         place = rand.choice([rand.randrange(self.size), model.at, max(0, model.at - 600), 0])
         how = rand.choice([os.SEEK_SET, os.SEEK_CUR, os.SEEK_END])
@@ -156,11 +156,11 @@ class Round:
         assert disk.seek(place - origin, how) == place
         model.at = place
         reach = 256 * KIB if self.buffering == -1 else self.buffering
-        if how == os.SEEK_END or abs(place - before) > reach:  # surely outside of the buffer
+        if how == os.SEEK_END or abs(place - before) > reach:  # certainly outside of the buffer
             model.read_anew()
 
     def seek_to_end(self) -> None:
-        """Jump to the end or behind it, and find nothing there."""
+        """Seek to the end or past it, and read nothing there."""
         where = self.size + self.rand.choice([0, 1, 5000])
         assert self.disk.seek(where) == where
         assert not self.disk.readable() or self.disk.read(10) == b""
@@ -168,7 +168,7 @@ class Round:
         self.model.read_anew()
 
     def read(self) -> None:
-        """Read by one of the methods that do."""
+        """Read with one of the methods that read."""
         disk, count = self.disk, self.count()
         method = self.rand.choice(["read", "readinto", "read1", "readinto1", "read all"])
         if method.endswith("1") and not self.buffering:
@@ -185,7 +185,7 @@ class Round:
             self.model.check(getattr(disk, method)(count), count, is_whole=is_whole)
 
     def read_in_order(self) -> None:
-        """Read so that the file reads ahead."""
+        """Read sequentially, so that the file reads ahead."""
         step = self.rand.choice([700, 4096, 50_000])
         for _ in range(self.rand.randrange(12)):
             found = self.disk.read(step)
@@ -196,7 +196,7 @@ class Round:
                 self.model.read_anew()
 
     def line(self) -> None:
-        """Read a line, which may be cut."""
+        """Read a line, which may be cut short."""
         most = self.rand.choice([10, 100])
         found = self.disk.readline(most)
         assert b"\n" not in found[:-1]
@@ -205,7 +205,7 @@ class Round:
         self.model.check(found, len(found), is_whole=True)
 
     def peek(self) -> None:
-        """Look ahead, which moves nothing."""
+        """Peek, which does not change the position."""
         if not self.buffering or not hasattr(self.disk, "peek"):
             return
         found = self.disk.peek(10)
@@ -215,27 +215,27 @@ class Round:
         self.model.at = before
 
     def write(self) -> None:
-        """Write what has room."""
+        """Write data that fits."""
         data = self.rand.randbytes(min(self.count(), max(0, self.size - self.model.at)))
         assert self.disk.write(data) == len(data)
         self.model.write(data)
 
     def write_past_end(self) -> None:
-        """Write more than has room: it is refused, and nothing of it is written."""
+        """Write more than fits: the write is refused and changes nothing."""
         self.model.at = self.disk.seek(self.size - 3)
         with pytest.raises(OSError, match="the disk ends at") as caught:
             self.disk.write(b"0123456789")
         assert caught.value.errno == errno.ENOSPC
 
     def flush(self) -> None:
-        """Flush: others see what was written."""
+        """Flush, which makes the data visible to others."""
         self.disk.flush()
         found = bytearray(self.size)
         self.finish(self.queue.read(found, 0))
         assert found == self.model.now
 
     def others(self) -> None:
-        """Let somebody else write, elsewhere than what the file may have in a buffer of writes."""
+        """Write through another connection, outside of the file's buffered writes."""
         if self.disk.writable():
             self.disk.flush()
         at = self.rand.randrange(self.size)

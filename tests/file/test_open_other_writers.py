@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""nbd.open: what a read sees of that which others write to the disk."""
+"""nbd.open: what a read returns after others have written to the disk."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_seek_outside_of_the_buffer_reads_anew(
         while disk.tell() < MIB:
             disk.read(64 * KIB)  # which reads ahead
         for turn in range(1, 20):
-            for place in (0, MIB + 300 * KIB):  # behind it, and where it has read ahead
+            for place in (0, MIB + 300 * KIB):  # after it, and in the part that was read ahead
                 other(bytes([turn]) * BLOCK, place)
                 disk.seek(place)
                 assert disk.read(BLOCK) == bytes([turn]) * BLOCK
@@ -92,4 +92,4 @@ def test_a_seek_inside_the_buffer_keeps_it(
         disk.read(BLOCK)
         other(b"\1" * 4096, 0)
         disk.seek(0)
-        assert disk.read(BLOCK) == bytes(BLOCK)  # as with a file of the built-in open
+        assert disk.read(BLOCK) == bytes(BLOCK)  # as a file of the built-in open does

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""nbd.open: modules that only know files read and write disks through it."""
+"""nbd.open: modules that only know files can read and write disks."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_file_digest_hashes_a_disk(uri: str) -> None:
 
 @pytest.fixture
 def ext4(tmp_path: Path) -> Path:
-    """Return an image of a file system with etc/hostname and data, which is larger than a piece."""
+    """Return an ext4 image, larger than a piece, with etc/hostname and data."""
     tree, image = tmp_path / "tree", tmp_path / "ext4"
     (tree / "etc").mkdir(parents=True)
     (tree / "etc" / "hostname").write_text("disk\n")
@@ -103,7 +103,7 @@ def ext4(tmp_path: Path) -> Path:
 
 
 def run(*argv: str) -> None:
-    """Run a program that has to succeed."""
+    """Run a program that must succeed."""
     import subprocess
 
     subprocess.run(argv, check=True, timeout=20, stdout=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""A libnbd that nobody has seen is bound by the rules alone: really built, loaded and called."""
+"""A made-up version of libnbd is bound by the rules alone: built, loaded and called."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ Cflags: -I{folder}
 Libs: -L{folder} -lnbd -Wl,-rpath,{folder}
 """
 
-#: What each example leaves in `out` is compared by a test.
+#: Examples; tests compare the content of `out` after each.
 PROGRAM = """\
 import inspect, json, sys
 import nbd
@@ -266,7 +266,7 @@ def compiler() -> str:
 
 @pytest.fixture(scope="module")
 def made_up(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Build the package for the made-up libnbd; return its folder, and what the build said."""
+    """Build the package for the made-up libnbd; return its folder and the build's output."""
     folder = tmp_path_factory.mktemp("made-up")
     (folder / "libnbd.h").write_text(HEADER)
     (folder / "libnbd.c").write_text(LIBRARY)
@@ -311,7 +311,7 @@ def run(*command: object, **variables: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def does(made_up: tuple[Path, str]) -> Callable[[str], dict[str, Any]]:
-    """Return a function that runs lines of Python with the made-up nbd, and returns their `out`."""
+    """Return a function that runs lines of Python with the made-up nbd, and returns `out`."""
 
     def do(lines: str) -> dict[str, Any]:
         program = f"{PROGRAM}{lines}\nprint(json.dumps(out))"

@@ -1,4 +1,4 @@
-"""What C cannot say: what a return value means, what may be left out, what is documented."""
+"""What C cannot express: the meaning of results, optional parameters, and documentation."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ OPTIONAL = "#define NBD_NULL_COMPLETION { 0 }\n"
 
 
 def header(*declarations: str) -> Header:
-    """Return the model of these declarations; H stands for the handle."""
+    """Return the model of some declarations, in which H stands for the handle."""
     lines = "".join(f"extern {d};\n" for d in declarations)
     return parse(PRELUDE + lines.replace("(H", "(struct nbd_handle *h"), OPTIONAL)
 
 
 def meaning(declaration: str, *others: str) -> Returns:
-    """Return what the first of the declared functions returns."""
+    """Return the meaning of the result of the first function declared."""
     found = header(declaration, *others)
     return returned(found.functions[0], found)
 
 
 def defaults(declaration: str) -> list[str]:
-    """Return the names of the parameters that may be left out."""
+    """Return the names of the optional parameters."""
     (function,) = header(declaration).functions
     return [p.name for p in function.parameters if has_default(function, p)]
 
@@ -112,7 +112,7 @@ def test_a_callback_without_a_null_macro_is_required() -> None:
 
 
 def test_calls_without_lock_exist() -> None:
-    # The others came with a later libnbd.
+    # The others are in later versions of libnbd.
     later = {"get_version_extra", "supports_vsock"}
     names = {f.name for f in read(find_library().header).functions}
     assert names | later >= LOCK_FREE

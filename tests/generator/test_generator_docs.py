@@ -1,7 +1,7 @@
-"""The documentation of the calls: an entry for each, of a call that exists, once, and long enough.
+"""The documentation of the calls: each call has exactly one entry, and the entry is long enough.
 
-NBD_EXTRA_HEADERS names more libnbd.h files (separated by colons), such as a newer libnbd's, whose
-calls must have entries as well.
+NBD_EXTRA_HEADERS names further libnbd.h files, separated by colons, such as a newer version's,
+whose calls must also have entries.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EXAMPLES = 40
 
 
 def version(text: str) -> tuple[int, ...]:
-    """Return a version for comparison."""
+    """Return a version as numbers, which can be compared."""
     return tuple(int(part) for part in text.split("."))
 
 
@@ -78,5 +78,5 @@ def test_many_entries_have_an_example() -> None:
 
 
 def has_example(entry: Documentation) -> bool:
-    """Tell whether an entry shows how to make the call."""
+    """Return whether an entry shows how to make the call."""
     return "Example:\n    >>> " in entry.text

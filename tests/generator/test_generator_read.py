@@ -1,4 +1,4 @@
-"""From libnbd.h to the model: each rule on a line of C."""
+"""From libnbd.h to the model: each rule, tried on a line of C."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PAIR = "typedef struct { uint64_t length; uint64_t flags; } nbd_pair;"
 def function(
     parameters: str, before: str = "", macros: str = "", returns: str = "int "
 ) -> Function:
-    """Return the model of the one function nbd_f with these parameters behind the handle."""
+    """Return the model of a function nbd_f with these parameters after the handle."""
     header = parse(f"{before}\nextern {returns}nbd_f (struct nbd_handle *h{parameters});", macros)
     assert not header.unbound
     (only,) = header.functions
@@ -34,13 +34,13 @@ def function(
 
 
 def parameter(declaration: str, before: str = "", macros: str = "") -> Parameter:
-    """Return the model of one parameter; a length that goes with it is part of it."""
+    """Return the model of one parameter, together with its length if it has one."""
     (only,) = function(f", {declaration}", before, macros).parameters
     return only
 
 
 def closure(arguments: str, before: str = "") -> Closure:
-    """Return the model of a callback type with these arguments behind user_data."""
+    """Return the model of a callback type with these arguments after user_data."""
     fields = f"int (*callback) (void *user_data{arguments}); void *user_data;"
     (only,) = parse(f"{before}\ntypedef struct {{ {fields} }} nbd_c_callback;", "").closures
     assert only.name == "c"
@@ -48,12 +48,12 @@ def closure(arguments: str, before: str = "") -> Closure:
 
 
 def reasons(header: Header) -> dict[str, str]:
-    """Return why what is not bound is not bound."""
+    """Return the reasons for the functions that are not bound."""
     return dict(header.unbound)
 
 
 def constants(macros: str) -> dict[str, object]:
-    """Return the constants that lines of `#define` are."""
+    """Return the constants that lines of `#define` define."""
     return dict(parse("", macros).constants)
 
 

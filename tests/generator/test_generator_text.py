@@ -1,4 +1,4 @@
-"""From the model to text: the C glue and the Python modules, as the generator writes them."""
+"""From the model to text: the C glue and the Python modules that the generator writes."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ MADE_BY = {
 
 
 def header(declaration: str) -> Header:
-    """Return the model of a function; H stands for the handle."""
+    """Return the model of a function, in which H stands for the handle."""
     text = f"{PRELUDE}extern {declaration};".replace("(H", "(struct nbd_handle *h")
     return parse(text, "#define NBD_NULL_COMPLETION { 0 }")
 
 
 def function(declaration: str) -> Function:
-    """Return the same function alone."""
+    """Return the model of the function alone."""
     (only,) = header(declaration).functions
     return only
 
@@ -259,9 +259,10 @@ def test_a_module_is_formatted(name: str, tmp_path: Path) -> None:
 
 
 def foreign_names(module: str) -> Iterator[str]:
-    """Yield the names in the functions of a module that are not made of their parameters' names.
+    """Yield the names used in a module's functions that are not derived from parameter names.
 
-    No parameter of libnbd can be called `_` or `int`, begin with nbdcall_, or be the buffer twice.
+    No parameter of libnbd can be called `_` or `int`, begin with nbdcall_, or have the buffer's
+    name twice.
     """
     impossible = {"_", "int", "buf"}
     for node in ast.walk(ast.parse(module)):

@@ -23,13 +23,13 @@ READ = "void *buf, size_t count, uint64_t offset"
 
 
 def header(*declarations: str) -> Header:
-    """The model of some declarations."""
+    """Return the model of some declarations."""
     text = PRELUDE + "".join(f"extern {declaration};\n" for declaration in declarations)
     return stoppable(parse(text, ""))
 
 
 def names(found: Header) -> list[str]:
-    """The names of its calls."""
+    """Return the names of the calls that wait."""
     return [function.name for function in found.functions]
 
 

@@ -1,4 +1,4 @@
-"""What is installed is complete, says what it is, and goes away without a trace."""
+"""The installed package is complete and has correct metadata, and uninstalling removes all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SOURCES = (
 OURS = re.compile(r"nbd|libnbd[_-]cffi|__editable__.*libnbd")
 ENOUGH = 600  # seconds: PyPy compiles under load
 
-# What a build makes beside the sources; .gitignore names all of it.
+# The files that a build makes in the source folder; .gitignore names all of them.
 MADE_IN_PLACE = re.compile(
     r"build|libnbd_cffi\.egg-info|__pycache__"
     r"|nbd/(_binding/|_disks/|aio/|shell/)?__pycache__"
@@ -81,7 +81,7 @@ def test_abi_mode_installs_no_extension_module() -> None:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Path:
-    """Return the site-packages of a fresh environment with all that this one has, but for ours."""
+    """Return the site-packages of a new environment with all that this one has, without nbd."""
     folder = tmp_path / "environment"
     command = [sys.executable, "-m", "venv", "--without-pip", str(folder)]
     subprocess.run(command, check=True)
@@ -94,9 +94,9 @@ def environment(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def pip(environment: Path) -> Pip:
-    """Return a function that runs pip in the fresh environment; it needs no network."""
+    """Return a function that runs pip in the new environment, without network."""
     python = environment.parents[2] / "bin" / "python"
-    # Nobody runs what is built here, so the compiler need not optimise it.
+    # The build is never run, so the compiler need not optimize.
     variables = {"NBD_CFFI_MODE": MODE.lower(), "CFLAGS": "-O0", "PIP_NO_INDEX": "1"}
 
     def run(*arguments: object) -> str:
@@ -117,7 +117,7 @@ def pip(environment: Path) -> Pip:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Return a copy of the sources, as a checkout has them."""
+    """Return a copy of the sources in a checkout."""
     folder = tmp_path / "source"
     folder.mkdir()
     for name in SOURCES:
@@ -131,7 +131,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def files(folder: Path) -> set[str]:
-    """Return the paths below a folder; what is only a link there is not followed."""
+    """Return the paths below a folder, without following links."""
     return {
         os.path.relpath(os.path.join(where, name), folder)
         for where, folders, names in os.walk(folder)
@@ -164,7 +164,7 @@ def test_an_editable_install_works_and_leaves_nothing_but_what_it_built(
     python = prefix / "bin" / "python"
     command = [str(python), "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    ask = ["pkg-config", "--modversion", "libnbd"]  # what it is built with
+    ask = ["pkg-config", "--modversion", "libnbd"]  # the version it is built with
     version = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
     assert done.stdout.split() == [str(source / "nbd" / "__init__.py"), version], done.stderr
     pip("uninstall", "--yes", "libnbd-cffi")

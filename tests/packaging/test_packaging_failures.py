@@ -1,4 +1,4 @@
-"""What goes wrong on a user's machine is said in words: what happened, and what to type."""
+"""A failed build or import says in words what happened, and what to type."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Failing = Callable[..., str]
 
 
 def run(*arguments: object, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run the Python under test, with some variables of the environment changed."""
+    """Run the Python under test with some environment variables changed."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
@@ -37,7 +37,7 @@ def run(*arguments: object, cwd: Path, **variables: str) -> subprocess.Completed
 
 @pytest.fixture
 def failing(tmp_path: Path) -> Failing:
-    """Return a function that runs Python on something that must fail, and returns what it says."""
+    """Return a function that runs Python, which must fail, and returns its message."""
 
     def fail(*arguments: object, **variables: str) -> str:
         done = run(*arguments, cwd=tmp_path, **variables)
@@ -49,7 +49,7 @@ def failing(tmp_path: Path) -> Failing:
 
 @pytest.fixture
 def build(failing: Failing, tmp_path: Path) -> Callable[..., str]:
-    """Return a function that runs the build script, which must fail, and returns what it says."""
+    """Return a function that runs the build script, which must fail, and returns its message."""
     script = CHECKOUT / "build_nbd.py"
 
     def fail(**variables: str) -> str:
@@ -62,7 +62,7 @@ def build(failing: Failing, tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def only(tmp_path: Path) -> Callable[..., str]:
-    """Return a function that makes a PATH on which there are only the programs it is given."""
+    """Return a function that makes a PATH with only the given programs."""
     folder = tmp_path / "bin"
     folder.mkdir()
 
@@ -118,7 +118,7 @@ def test_a_build_in_an_unknown_mode_says_which_there_are(build: Failing) -> None
 
 
 def test_what_pip_shows_of_a_failed_build_has_the_reason(failing: Failing, tmp_path: Path) -> None:
-    # pip runs setup.py, and shows what it wrote.
+    # pip runs setup.py, and shows its output.
     variables = {"PKG_CONFIG_LIBDIR": str(tmp_path), "PKG_CONFIG_PATH": ""}
     message = failing(CHECKOUT / "setup.py", "--version", **variables)
     assert "libnbd-cffi cannot be built: " in message
@@ -128,7 +128,7 @@ def test_what_pip_shows_of_a_failed_build_has_the_reason(failing: Failing, tmp_p
 
 @pytest.fixture
 def old_libnbd(tmp_path: Path) -> Callable[[str], str]:
-    """Return a function that makes a libnbd.so.0 with nearly nothing in it, and its folder."""
+    """Return a function that makes a folder with a nearly empty libnbd.so.0."""
     if BUNDLED:
         pytest.skip("libnbd came with the package, which looks for no other")
     compiler = shutil.which("cc")
@@ -194,7 +194,7 @@ def test_a_python_without_cffi_is_told_so(failing: Failing) -> None:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """Return a folder with a copy of the installed package, for others to damage."""
+    """Return a copy of the installed package that tests may damage."""
     folder = tmp_path / "site"
     folder.mkdir()
     for name in OURS:
@@ -217,7 +217,7 @@ def test_what_uninstalling_the_unrelated_package_took_away_is_named(
     failing: Failing, site: Path
 ) -> None:
     (site / "nbd" / "__init__.py").unlink()
-    # Without the site-packages of this environment, where Python would find our package.
+    # Without this environment's site-packages, in which Python would find our package.
     variables = {"PYTHONPATH": str(site), "HIDDEN": str(INSTALLED)}
     code = (
         "import os, sys, _cffi_backend; hidden = os.environ['HIDDEN']; "
@@ -231,7 +231,7 @@ def test_what_uninstalling_the_unrelated_package_took_away_is_named(
 
 @pytest.fixture
 def theirs(tmp_path: Path) -> Path:
-    """Return a folder with a module like libnbd's own: nbd.py, and nbdsh.py beside it."""
+    """Return a folder with modules like libnbd's own: nbd.py and nbdsh.py."""
     folder = tmp_path / "theirs"
     folder.mkdir()
     (folder / "nbd.py").write_text("class NBD:\n    pass\n")
@@ -257,7 +257,7 @@ def test_libnbds_own_module_behind_ours_changes_nothing(
 
 
 def test_libnbds_own_module_in_the_systems_site_packages_changes_nothing(tmp_path: Path) -> None:
-    """An environment made with --system-site-packages has ours before the system's."""
+    """With --system-site-packages, the environment's modules come before the system's."""
     environment = tmp_path / "environment"
     options = ("--system-site-packages", "--without-pip")
     assert run("-m", "venv", *options, environment, cwd=tmp_path).returncode == 0
@@ -265,7 +265,7 @@ def test_libnbds_own_module_in_the_systems_site_packages_changes_nothing(tmp_pat
     where = "import sysconfig; print(sysconfig.get_path('platlib'))"
     made = subprocess.run([python, "-c", where], capture_output=True, text=True, check=True)
     target = Path(made.stdout.strip())
-    for source in INSTALLED.iterdir():  # our package, and what a build needs
+    for source in INSTALLED.iterdir():  # our package, and the requirements of a build
         if not (target / source.name).exists():
             (target / source.name).symlink_to(source)
     code = "import nbd; print(nbd.__file__); print(hasattr(nbd, 'Buffer'))"

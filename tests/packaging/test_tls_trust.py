@@ -1,7 +1,8 @@
-"""Whom a self-contained wheel trusts: the authorities of the system that it runs on.
+"""A self-contained wheel trusts the certificate authorities of the system on which it runs.
 
-What such a wheel has for that is csrc/tls.c.  It is compiled with a folder in front of the places
-where distributions keep their authorities, and loaded before libnbd, as the wheel's shim is.
+Such a wheel contains csrc/tls.c for that purpose. The tests compile it with a folder in front of
+the paths where distributions keep their authorities, and load it before libnbd, as the wheel's shim
+is.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ h.set_tls(nbd.TLS_REQUIRE)
 h.connect_tcp("localhost", sys.argv[1])
 print(h.pread(8, 8).hex())
 """
-EIGHT = "0000000000000008"  # what nbdkit's pattern has at 8
+EIGHT = "0000000000000008"  # the data of nbdkit's pattern plugin at 8
 
-# Before 1.20 libnbd does not compare a certificate with these authorities (CVE-2024-7383).
+# Before 1.20, libnbd does not verify a certificate with these authorities (CVE-2024-7383).
 pytestmark = pytest.mark.skipif(
     tuple(map(int, nbd.__version__.split(".")[:2])) < (1, 20),
     reason="libnbd before 1.20 does not verify here (CVE-2024-7383)",
@@ -54,13 +55,13 @@ class System(NamedTuple):
     preloaded: Path
 
     def keep_authorities(self, authority: Path, at: str) -> None:
-        """Put an authority where a distribution has its file."""
+        """Install an authority's file where a distribution keeps it."""
         target = self.root / at
         target.parent.mkdir(parents=True)
         shutil.copy(authority, target)
 
     def read(self, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Read from the server, in a process that trusts as a self-contained wheel does."""
+        """Read from the server, in a process that trusts what a self-contained wheel trusts."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("SSL_CERT")}
         preload = " ".join(filter(None, [inherited.get("LD_PRELOAD"), str(self.preloaded)]))
         environ = {**inherited, "LD_PRELOAD": preload, **variables}
@@ -78,7 +79,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def system(nbdkit: StartServer, certificates: Path, tmp_path: Path) -> System:
-    """Return a system whose root folder is empty yet."""
+    """Return a system whose root folder is still empty."""
     server = nbdkit("pattern", "1M", tcp=True, tls="require", certificates=certificates)
     root, preloaded = tmp_path / "root", tmp_path / "trust.so"
     compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")

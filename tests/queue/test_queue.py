@@ -1,4 +1,4 @@
-"""nbd.queue.Queue: requests of any size end once, with their data or their error."""
+"""nbd.queue.Queue: requests of any size end exactly once, with their data or an error."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def finished(queue: Queue, least: int = 1) -> list[nbd.queue.Request]:
 
 
 def orphans(h: nbd.NBD) -> int:
-    """Return how many commands of a handle have lost their caller."""
+    """Return how many commands of a handle were abandoned by their caller."""
     return int(lib.nbdshim_orphans(h._h))
 
 
@@ -153,7 +153,7 @@ def test_a_disk_with_blocks_is_as_bytes_are(nbdkit: StartServer, h: nbd.NBD, siz
             count = chosen.randrange(1, min(200_000, size - start) + 1)
             middle = count // 2
             data = chosen.randbytes(middle)
-            # Two neighbours at once: they share a block.
+            # Two adjacent writes at once, which share a block.
             queue.write(data, start)
             queue.zero(count - middle, start + middle)
             model[start : start + count] = data + bytes(count - middle)
@@ -254,7 +254,7 @@ def test_what_is_dropped_keeps_its_memory_until_the_answer(nbdkit: StartServer, 
 
 def test_a_queue_that_is_forgotten_is_dropped(nbdkit: StartServer, h: nbd.NBD) -> None:
     h.connect_uri(nbdkit("memory", "1M").uri)
-    gc.collect()  # what earlier tests have left
+    gc.collect()  # garbage of earlier tests
     before = len(registry)
     queue = Queue(h)
     queue.read(bytearray(512), 0)

@@ -1,4 +1,4 @@
-"""nbd.queue.Queue at its limits: large numbers, small servers, many connections, late answers."""
+"""nbd.queue.Queue at its limits: large numbers, small servers, many connections, late replies."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def finished(queue: Queue) -> list[nbd.queue.Request]:
 
 
 class SmallServer:
-    """A server that refuses zeroes above its maximum block size, and notes what it was asked."""
+    """A server that refuses zeroes above its maximum block size, and records its requests."""
 
     def __init__(self, maximum: int) -> None:
         self.maximum = maximum
@@ -91,7 +91,7 @@ def test_zeroes_are_cut_where_the_server_bounds_them(h: nbd.NBD) -> None:
     for start, length in ((1000, 300_000), (400_000, 200_000), (SIZE * 3 // 4, SIZE // 4)):
         expected[start : start + length] = b"z" * length
     assert covered == expected
-    assert server.refused == 2  # afterwards the queue knows
+    assert server.refused == 2  # then the queue knows the limit
 
 
 def test_an_error_names_the_request_and_the_place(nbdkit: StartServer, h: nbd.NBD) -> None:
@@ -162,7 +162,7 @@ def test_a_large_export_is_refused_at_once(h: nbd.NBD) -> None:
 
 
 class LateServer:
-    """A disk that keeps its answers to writes until it is told to give them, newest first."""
+    """A disk that delays its replies to writes until it is told to give them, newest first."""
 
     def __init__(self) -> None:
         self.disk = bytearray(SIZE)
@@ -191,7 +191,7 @@ class LateServer:
             self.give()
 
     def give(self) -> None:
-        """Write what came last first, and answer."""
+        """Carry out the writes, the newest first, and reply."""
         self.is_late = False
         while self.late:
             request, data = self.late.pop()
@@ -273,13 +273,13 @@ def test_a_wait_for_another_threads_turn_counts(h: nbd.NBD) -> None:
     with connected(h, LateServer()), Queue(h) as queue:
         queue.write(b"never", 0)
         began = time.monotonic()
-        other = threading.Thread(target=queue.wait, args=(1, 20))
+        other = threading.Thread(target=queue.wait, args=(1, 60))
         other.start()
         while queue._lock.acquire(blocking=False):
             queue._lock.release()
             time.sleep(0.001)
-        assert queue.step() == []  # it does not wait
+        assert queue.step() == []  # a step does not wait
         assert queue.wait(1, 0.1) == []
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 20
         queue.wake()
         other.join()

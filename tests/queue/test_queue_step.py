@@ -1,4 +1,4 @@
-"""nbd.queue.Queue in an event loop: fileno says when there is something to do, and step does it."""
+"""nbd.queue.Queue in an event loop: fileno() becomes readable, and then step() does the work."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def queue(disk: nbd.NBD) -> Iterator[Queue]:
 
 
 def is_ready(queue: Queue, seconds: float = 0) -> bool:
-    """Whether the queue's descriptor can be read."""
+    """Return whether the queue's descriptor is readable."""
     return bool(select.select([queue], [], [], seconds)[0])
 
 
 def stepped(queue: Queue, count: int) -> list[nbd.queue.Request]:
-    """Step as an event loop does, until so many requests are done."""
+    """Step as an event loop does, until this many requests are done."""
     done: list[nbd.queue.Request] = []
     while len(done) < count:
         assert is_ready(queue, TIMEOUT)
@@ -48,7 +48,7 @@ def test_what_was_written_is_read(queue: Queue) -> None:
 
 
 def stepped_alone(queue: Queue, request: nbd.queue.Request) -> nbd.Error | None:
-    """Return the error of the only request."""
+    """Step until the only request is done, and return its error."""
     assert stepped(queue, 1) == [request]
     return request.error
 

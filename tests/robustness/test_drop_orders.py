@@ -1,4 +1,4 @@
-"""Handle, buffer and callable of a command, dropped in every order and at every time."""
+"""The handle, buffer and callable of a command, dropped in every order and at every time."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ Drop = Callable[[], None]
 
 
 class Room(bytearray):
-    """A bytearray that can be weakly referred to."""
+    """A bytearray that supports weak references."""
 
 
 class Callback:
-    """A callable that can be weakly referred to, and that does something when it is called."""
+    """A callable that supports weak references, and that acts when it is called."""
 
     def __init__(self, result: int, act: Drop | None = None) -> None:
-        """Return a result, after the act if there is one."""
+        """Return this result, after the act if there is one."""
         self.result = result
         self.act = act
 
     def __call__(self, *arguments: Any) -> int:
-        """Act, once, and return."""
+        """Act the first time, and return the result."""
         act, self.act = self.act, None
         if act is not None:
             act()
@@ -42,10 +42,10 @@ class Callback:
 
 
 class Command:
-    """A read, the three objects that it takes, and what is left of them."""
+    """A read with its handle, buffer and callable, and weak references to these."""
 
     def __init__(self, path: str, result: int = 1, act: Drop | None = None) -> None:
-        """Connect to a server and issue the read; its callbacks return a result, after an act."""
+        """Connect and issue the read, whose callbacks act and return the result."""
         self.held: dict[str, Any] = {
             "handle": nbd.NBD(),
             "buffer": Room(512),
@@ -62,13 +62,13 @@ class Command:
         )
 
     def drop(self, order: tuple[str, ...]) -> None:
-        """Drop the objects in an order; what libnbd needs lives on as long as the handle."""
+        """Drop the objects in this order; libnbd keeps the ones that it needs."""
         for name in order:
             del self.held[name]
             gc.collect()
 
     def is_gone(self) -> bool:
-        """Tell whether nothing is left."""
+        """Return whether all of them were freed."""
         collect_garbage()
         return not self.held and not [one for one in self.left.values() if one() is not None]
 
@@ -82,7 +82,7 @@ def nothing_is_left() -> Iterator[None]:
 
 @pytest.fixture
 def stuck(nbdkit: StartServer) -> str:
-    """Return the socket of a server that answers no read."""
+    """Return the socket of a server that never answers a read."""
     return nbdkit("memory", "1M", "--filter=delay", "rdelay=600").socket
 
 
@@ -122,7 +122,7 @@ def test_in_the_command_s_own_callback(prompt: str, result: int) -> None:
     commands: list[Command] = []
     for order in ORDERS:
         commands[:] = [Command(prompt, result, lambda: commands[0].drop(order))]  # noqa: B023
-        while commands[0].held:  # until only the call refers to the handle
+        while commands[0].held:  # until the call holds the only reference to the handle
             commands[0].held["handle"].poll(-1)
         assert commands[0].is_gone(), order
 

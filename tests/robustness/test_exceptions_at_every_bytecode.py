@@ -1,6 +1,7 @@
-"""A signal handler that raises, at every bytecode of every method that keeps something for libnbd.
+"""A signal handler raises at every bytecode of every method that registers something for libnbd.
 
-The exception comes out, nothing stays registered or pinned, and no byte of others shows.
+The exception is raised by the call, nothing stays registered or pinned, and no byte of another
+buffer becomes visible.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ import nbd
 
 BLOCK = 1536  # no other test uses this size, so the blocks in the pool are full of OLD
 OLD = 0xA5
-KEPT = 8  # how many blocks of that size are in the pool
+KEPT = 8  # how many blocks of that size the pool keeps
 
 
 def takes(name: str) -> list[str]:
-    """The parameters of a method."""
+    """Return the parameters of a method."""
     return list(inspect.signature(getattr(nbd.NBD, name)).parameters)
 
 
 def is_kept(name: str) -> bool:
-    """Whether a method keeps a callable or a buffer for libnbd."""
+    """Return whether a method keeps a callable or a buffer for libnbd."""
     annotations = str(inspect.signature(getattr(nbd.NBD, name)))
     return "Callback" in annotations or "Buffer" in annotations
 
@@ -46,7 +47,7 @@ COMMANDS = [name for name in KEEPING if name not in NEGOTIATING]
 
 
 def arguments(name: str, done: Callable[..., int], buffer: Any) -> dict[str, Any]:
-    """Arguments for a method, by name."""
+    """Return arguments for a method, by name."""
     known: dict[str, Any] = {
         "buf": buffer,
         "count": BLOCK,
@@ -63,16 +64,16 @@ def arguments(name: str, done: Callable[..., int], buffer: Any) -> dict[str, Any
 
 
 def retire(h: nbd.NBD) -> None:
-    """Let all commands end, and retire those that no completion has retired."""
+    """Run all commands to their end, and retire those that no completion retired."""
     while h.aio_in_flight():
         h.poll(1000)
     while cookie := completed(h):
-        with suppress(nbd.Error):  # the call fails if its callback was interrupted
+        with suppress(nbd.Error):  # the call fails if its callback is interrupted
             h.aio_command_completed(cookie)
 
 
 def completed(h: nbd.NBD) -> int:
-    """Return the cookie of a command that waits to be retired; 0 if there is none."""
+    """Return the cookie of a command that waits to be retired, or 0."""
     try:
         return h.aio_peek_command_completed()
     except nbd.Error:
@@ -81,7 +82,7 @@ def completed(h: nbd.NBD) -> int:
 
 @pytest.fixture
 def server(qemu_nbd: StartServer, tmp_path: Path) -> Server:
-    """Return a server of a disk of 1 MiB, with extended headers where it has them."""
+    """Return a server with a disk of 1 MiB, with extended headers if it supports them."""
     image = tmp_path / "disk"
     image.write_bytes(bytes(MIB))
     return qemu_nbd(image, "--format=raw", "--discard=unmap")
@@ -108,28 +109,28 @@ def connect(server: Server) -> Iterator[Callable[..., nbd.NBD]]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_printed(unraisable: list[Any], capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-    """Assert that no exception was merely reported."""
+    """Assert that no exception was only printed."""
     yield
     assert unraisable == []
     assert "Injected" not in capfd.readouterr().err
 
 
 def use_blocks() -> None:
-    """Leave blocks in the pool that are full of OLD."""
+    """Leave blocks full of OLD in the pool."""
     buffers = [nbd.Buffer(BLOCK) for _ in range(KEPT)]
     for buffer in buffers:
         buffer[:] = bytes([OLD]) * BLOCK
 
 
 def check_out(injector: Injector, error: BaseException | None, h: nbd.NBD) -> None:
-    """Check that the injected exception came out of a call, or comes out of the next."""
+    """Check that a call, or the next one, raised the injected exception."""
     if injector.raised and not came_out(error):
         with pytest.raises(KeyboardInterrupt):
             h.get_size()
 
 
 def check_unpinned(buffer: Any) -> None:
-    """Check that nobody keeps a bytearray from being resized."""
+    """Check that a bytearray can be resized."""
     if isinstance(buffer, bytearray):
         try:
             buffer.append(0)
@@ -190,7 +191,7 @@ def test_a_method_of_the_negotiation(
 
 
 def drive(h: nbd.NBD, cookies: list[int]) -> None:
-    """Let commands end, and retire them."""
+    """Run commands to their end, and retire them."""
     while h.aio_in_flight():
         h.poll(1000)
     for cookie in cookies:
@@ -241,7 +242,7 @@ def test_closing_with_commands_in_flight(connect: Callable[..., nbd.NBD], figure
 
 
 def set_and_look(buffer: nbd.Buffer) -> bytearray:
-    """Set a byte, and return those behind it."""
+    """Set a byte, and return the bytes after it."""
     buffer[5] = 1
     return buffer.to_bytearray()[6:]
 

@@ -1,4 +1,4 @@
-"""A program that ends, whatever its handles are at: with status 0, and nothing on stderr."""
+"""A program exits with status 0 and nothing on stderr, in whatever state its handles are."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STUCK = "memory", "1M", "--filter=delay", "rdelay=600", "wdelay=600"
 
 @pytest.fixture
 def ends(figure: Figure) -> Ending:
-    """Run a program that must end with status 0 and write nothing: ends(program, argument)."""
+    """Run a program, which must exit with status 0 and print nothing: ends(program, argument)."""
 
     def run(program: str, *arguments: str) -> None:
         done = [run_program(program, *arguments) for _ in range(RUNS)]
@@ -60,7 +60,7 @@ for i in range(8):
 
 
 def test_with_commands_in_flight_whose_callbacks_fail(nbdkit: StartServer, ends: Ending) -> None:
-    # libnbd 1.22 and later call a completion once more when its handle is closed.
+    # libnbd 1.22 and later call a completion again when its handle is closed.
     program = """
 import nbd, sys
 def fail(error):
@@ -161,7 +161,7 @@ assert handles[0].aio_is_created()
 
 # --- daemon threads ---------------------------------------------------------------------------
 
-# A daemon thread is somewhere in work() when the program ends.
+# A daemon thread is anywhere in work() when the program exits.
 IN_A_DAEMON_THREAD = """
 import nbd, sys, threading
 started = threading.Event()

@@ -1,4 +1,4 @@
-"""The end of a program whose exit functions, finalizers and threads still use handles."""
+"""A program exits while exit functions, finalizers and threads still use handles."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EVERYTHING = "b'late' 1048576\n"
 CLOSED = "ClosedHandle\n"
 READ = "bytearray(b'\\x00')\n"
 
-# Functions that run after the handles were closed see closed handles, and may make new ones.
+# Functions that run after the handles were closed find them closed, and may make new ones.
 USE = """
 def use():
     try:
@@ -117,8 +117,8 @@ def test_a_program_ends_with(nbdkit: StartServer, before: str, after: str, expec
     assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
 
 
-# PyPy runs no finalizers at the end.  On CPython, what a finalizer needs may be gone already.  So
-# the test only asks that the program ends in order.
+# PyPy runs no finalizers at exit.  On CPython, objects that a finalizer needs may already be gone.
+# Therefore the test only requires a clean exit.
 FINALIZERS = {
     "reads from its handle": "self.h.pread(1, 0)",
     "closes its handle": "self.h.close()",

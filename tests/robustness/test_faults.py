@@ -1,4 +1,4 @@
-"""Servers that fail, stall and die: every command has one outcome, and what was read is right."""
+"""Servers that fail, stall and die: each command has one outcome, and each read is correct."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ QUEUE = 16  # commands in flight in the asynchronous run
 IN_FLIGHT = 64  # commands in flight when the server is killed
 
 FAULTY = (
-    *("--threads=16", "memory", str(SIZE)),  # so replies come in another order than the commands
+    *("--threads=16", "memory", str(SIZE)),  # so that replies arrive out of order
     *("--filter=error", "error=EIO", "error-rate=20%"),
     *("--filter=delay", "rdelay=1ms", "wdelay=1ms"),
 )
@@ -49,7 +49,7 @@ STUCK = "memory", str(SIZE), "--filter=delay", "rdelay=600", "wdelay=600", "dela
 
 @dataclass
 class Operation:
-    """A command on some blocks, and what it would write."""
+    """A command on some blocks, and the data of a write."""
 
     kind: str
     first: int
@@ -72,12 +72,12 @@ class Operation:
         return self.count * BLOCK
 
     def data(self) -> bytes:
-        """Return what a write writes."""
+        """Return the data of a write."""
         return b"".join(content(block, self.version) for block in self.blocks)
 
 
 def content(block: int, version: int) -> bytes:
-    """Return what a version of a block holds; version 0 is zeroes."""
+    """Return the content of a version of a block; version 0 is zeroes."""
     if version == 0:
         return bytes(BLOCK)
     return struct.pack(">QQ", block, version) * (BLOCK // 16)
@@ -94,14 +94,14 @@ def operations(count: int) -> Iterator[Operation]:
 
 @dataclass
 class Model:
-    """What each block may hold: a command that failed may have been carried out or not."""
+    """The possible contents of each block: a failed command may have been carried out or not."""
 
     versions: list[set[int]] = field(default_factory=lambda: [{0} for _ in range(BLOCKS)])
     errors: int = 0
     wrong: int = 0
 
     def settle(self, operation: Operation, data: bytes | bytearray | None, error: bool) -> None:
-        """Take note of how an operation ended, and of the bytes if it was a read."""
+        """Record the outcome of an operation, and the data of a read."""
         self.errors += error
         for number, block in enumerate(operation.blocks):
             if operation.kind != "read":
@@ -115,7 +115,7 @@ class Model:
                 self.versions[block] = held or {0}
 
     def check(self, name: str, figure: Figure) -> None:
-        """Record the figures, and check that faults did happen and did no harm."""
+        """Record the figures; check that faults happened and corrupted nothing."""
         figure(f"{name}: commands", OPERATIONS)
         figure(f"{name}: commands that failed", self.errors)
         figure(f"{name}: wrong bytes in successful reads", self.wrong)
@@ -138,7 +138,7 @@ def test_model_takes_a_failed_write_for_either() -> None:
 
 
 def execute(h: nbd.NBD, operation: Operation) -> bytearray | None:
-    """Do an operation synchronously and return what was read."""
+    """Carry out an operation synchronously, and return the data of a read."""
     if operation.kind == "read":
         return h.pread(operation.length, operation.offset)
     if operation.kind == "write":
@@ -176,13 +176,13 @@ class Command:
     """An operation in flight."""
 
     operation: Operation
-    retire: int | None  # what its completion returns, None if it has no completion
+    retire: int | None  # the result of its completion, None without a completion
     errors: list[int] = field(default_factory=list)
     buffer: nbd.Buffer | None = None
     cookie: int = 0
 
     def complete(self, error: Any) -> int:
-        """Be the completion callback."""
+        """Completion callback."""
         self.errors.append(error.value)
         return self.retire or 0
 
@@ -201,7 +201,7 @@ class Command:
             self.cookie = call(operation.length, operation.offset, completion=completion)
 
     def ended(self, h: nbd.NBD) -> bool | None:
-        """Tell how the command ended: True if well, False if with an error, None if it did not."""
+        """Return whether the command succeeded, or None if it has not ended."""
         if self.retire == 1:
             return self.errors[0] == 0 if self.errors else None
         try:
@@ -210,7 +210,7 @@ class Command:
             return False
 
     def settle(self, model: Model, good: bool) -> None:
-        """Check that the end was told once, and as what it was."""
+        """Check that the end was reported once and correctly."""
         if self.retire is not None:
             assert self.errors == [0 if good else errno.EIO]
         reads = self.buffer is not None and self.operation.kind == "read"
@@ -219,7 +219,7 @@ class Command:
 
 
 def collect(h: nbd.NBD, flying: list[Command], model: Model) -> list[Command]:
-    """Take note of every command that has ended and return the others."""
+    """Record every command that has ended, and return the others."""
     left = []
     for command in flying:
         good = command.ended(h)
@@ -231,7 +231,7 @@ def collect(h: nbd.NBD, flying: list[Command], model: Model) -> list[Command]:
 
 
 def overlaps(operation: Operation, flying: list[Command]) -> bool:
-    """Tell whether an operation touches blocks of a command that is in flight."""
+    """Return whether an operation touches blocks of a command in flight."""
     return any(
         operation.first < other.blocks.stop and other.first < operation.blocks.stop
         for other in (command.operation for command in flying)
@@ -268,15 +268,15 @@ def test_asynchronous_commands_survive_faults(
 
 
 class Completion:
-    """A completion callback that counts its calls, and that a weak reference can follow."""
+    """A completion callback that counts its calls and supports weak references."""
 
     def __init__(self, retire: int) -> None:
-        """Return this to libnbd when called."""
+        """Return this value to libnbd."""
         self.retire = retire
         self.errors: list[int] = []
 
     def __call__(self, error: Any) -> int:
-        """Take note of an end."""
+        """Record the end of the command."""
         self.errors.append(error.value)
         return self.retire
 
@@ -297,14 +297,14 @@ def issue(h: nbd.NBD, number: int, completion: Completion | None) -> int:
 
 
 def wait_until_dead(h: nbd.NBD) -> None:
-    """Drive the handle until it has noticed that the server is gone."""
+    """Drive the handle until it has noticed that the server died."""
     with suppress(nbd.Error):
         while not (h.aio_is_dead() or h.aio_is_closed()):
             h.poll(-1)
 
 
 def kill_with_commands_in_flight(server: servers.Server) -> list[weakref.ref[Completion]]:
-    """Kill a server that has answered nothing, check every command, return what must be freed."""
+    """Kill a server before it answers, check every command; return what must be freed."""
     h = nbd.NBD()
     h.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
     h.connect_unix(server.socket)
@@ -328,7 +328,7 @@ def kill_with_commands_in_flight(server: servers.Server) -> list[weakref.ref[Com
 
 
 def kill_times(nbdkit: StartServer, times: int) -> None:
-    """Kill this many servers, and check that nothing is left of the commands."""
+    """Kill this many servers, and check that nothing of the commands is left."""
     freed: list[weakref.ref[Completion]] = []
     for _ in range(times):
         with nbdkit(*STUCK) as server, Watchdog(BOUND, server.kill) as watchdog:
@@ -363,7 +363,7 @@ def test_killed_server_fails_a_synchronous_command(nbdkit: StartServer, h: nbd.N
     assert not watchdog.late
 
 
-# --- what a failed call leaves ----------------------------------------------------------------
+# --- after a failed call ----------------------------------------------------------------------
 
 
 @pytest.mark.skipif(
@@ -381,7 +381,7 @@ def test_failed_call_lets_go_of_its_buffer_at_once(h: nbd.NBD, method: str) -> N
         gc.enable()
 
 
-# The garbage collector clears the oldest objects first, so the view is made before the cycle.
+# The garbage collector clears the oldest objects first, so make the view before the cycle.
 COLLECT_A_VIEW = """
 import gc, sys, nbd
 
@@ -412,7 +412,7 @@ def test_failed_call_with_a_memoryview_does_not_crash_the_collector(method: str)
 
 
 def relay(path: str, limit: int) -> Script:
-    """Return a script that relays to a real server until that has said limit bytes."""
+    """Return a script that relays to a real server until the server has sent `limit` bytes."""
 
     def script(wire: Wire) -> None:
         with socket.socket(socket.AF_UNIX) as server:
@@ -423,7 +423,7 @@ def relay(path: str, limit: int) -> Script:
 
 
 def pump(client: socket.socket, server: socket.socket, limit: int) -> None:
-    """Carry what client and server say, to that byte of the server's that is the limit."""
+    """Carry data in both directions, up to the limit of the server's bytes."""
     while limit > 0:
         for source in select.select([client, server], [], [])[0]:
             try:
@@ -438,7 +438,7 @@ def pump(client: socket.socket, server: socket.socket, limit: int) -> None:
 
 
 def cut_handshakes(server: servers.Server, prepare: Callable[[nbd.NBD], object], step: int) -> int:
-    """Cut handshakes ever later, see each fail, and return the limit at which one is whole."""
+    """Cut handshakes after more and more bytes; return the first limit that is enough."""
     limit = 0
     while True:
         h = nbd.NBD()

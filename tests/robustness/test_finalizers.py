@@ -1,4 +1,4 @@
-"""A handle that is finalized while somebody still has it: it is closed, nothing else happens."""
+"""A handle whose finalizer runs while references to it exist is closed, and nothing else."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from support.programs import run_program
 
 import nbd
 
-# Other handles are made all the time, so that freed memory is used again.  Each handle has a name.
-# If a name changes, somebody has written to memory that is not its own.
+# Other handles are made all the time, so that freed memory is reused.  Each handle has a name: if
+# the name changes, something wrote to memory that it does not own.
 PROGRAM = """
 import gc, sys, nbd
 
@@ -164,14 +164,14 @@ def test_its_finalizer_does_nothing_in_its_own_callback(
 
 
 def completed(h: nbd.NBD, act: Callable[..., int]) -> None:
-    """Read with a completion."""
+    """Read, with a completion."""
     cookie = h.aio_pread(bytearray(512), 0, act)
     while not h.aio_command_completed(cookie):
         h.poll(-1)
 
 
 def debugged(h: nbd.NBD, act: Callable[..., int]) -> None:
-    """Make a call that is debugged."""
+    """Make a call, with a debug callback."""
     h.set_debug_callback(act)
     h.set_debug(True)
     h.get_size()

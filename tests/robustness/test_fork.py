@@ -1,6 +1,6 @@
-"""A process that forks: what the child does with the handles it inherits does not touch the parent.
+"""A child process that uses inherited handles does not disturb its parent.
 
-The connection is that of both, and the child has none of the parent's other threads.
+Parent and child share the connection, and the child has none of the parent's other threads.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ assert all(buffer == b"x" * 4096 for buffer in buffers)
 h.shutdown()
 """
 
-# The server answers a read when it is told to go, through two named pipes: until then a thread of
-# the parent is inside the call.
+# The server answers a read when it is told to, through two named pipes; until then a thread of the
+# parent is inside the call.
 WAITING = """
 asked, go = arguments.pop(), arguments.pop()
 h = connected()
@@ -106,7 +106,7 @@ assert result == [bytes(4096)]
 
 @pytest.fixture
 def forks(figure: Figure) -> Forks:
-    """Run a program that forks, and must end with status 0 and write nothing."""
+    """Run a program that forks; it must exit with status 0 and print nothing."""
 
     def run(state: str, work: str, *arguments: str) -> None:
         program = PROGRAM.format(state=state, work=work)

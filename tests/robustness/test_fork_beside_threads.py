@@ -1,7 +1,7 @@
-"""A process that forks while another of its threads is inside a queue, a file or a copy.
+"""A process forks while another of its threads is inside a queue, a file or a copy.
 
-The child has no such thread, but the locks that it held.  What the child does, it never hangs, and
-the work of its parent is undisturbed.
+The child lacks that thread, but inherits the locks that the thread held. Whatever the child does,
+it never hangs, and the parent's work is not disturbed.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ WORK = {
     "closes everything": "thing.close(); handle.close()",
     "drops it": "global thing, handle; del thing, handle; gc.collect()",
 }
-#: These three do what the others do.
+#: These three are nearly the same as the others.
 SHORT = ("runs exit functions", "closes everything", "drops it")
 FORK = "fork()"
 PROCESS = """process = multiprocessing.get_context("fork").Process(target=work)
@@ -224,7 +224,7 @@ Run = Callable[..., None]
 
 @pytest.fixture
 def run(figure: Figure, tmp_path: Path) -> Run:
-    """Run a program that forks, which has to succeed and write nothing."""
+    """Run a program that forks; it must succeed and print nothing."""
 
     def run(state: str, end: str, work: str, uri: str, forks: str = FORK) -> None:
         program = PROGRAM.format(state=state, end=end, work=work, forks=forks, over="pass")
@@ -258,7 +258,7 @@ def test_a_process_of_multiprocessing_ends(nbdkit: StartServer, run: Run, state:
     run(*STATES[state], "pass", nbdkit("pattern", "1M", "--threads=4").uri, PROCESS)
 
 
-# The server does nothing meanwhile: so the thread is inside the wait in each fork.
+# The server is paused, so that the thread is inside the wait at each fork.
 HUNG = """
 server = int(sys.argv[2])
 {state}

@@ -1,4 +1,4 @@
-"""A callback that forks: whatever its child does, the parent's call goes on and has its data.
+"""A callback forks: whatever the child does, the parent's call continues and gets its data.
 
 The child is inside the parent's call, on the parent's connection.
 """

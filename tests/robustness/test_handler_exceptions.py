@@ -1,4 +1,4 @@
-"""What a signal handler raises comes out of the call as it is, wherever it is raised."""
+"""A call raises exactly the exception that a signal handler raised, wherever it did so."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def indirect(number: int, frame: Any) -> None:
 
 
 class Handler:
-    """Handlers that are no functions."""
+    """Handlers that are not functions."""
 
     def method(self, number: int, frame: Any) -> None:
         raise Stop
@@ -71,7 +71,7 @@ def raising() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_printed(unraisable: list[Any], capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-    """Assert that no exception was merely reported."""
+    """Assert that no exception was only printed."""
     yield
     assert unraisable == []
     assert "Stop" not in capfd.readouterr().err
@@ -79,13 +79,13 @@ def nothing_is_printed(unraisable: list[Any], capfd: pytest.CaptureFixture[str])
 
 @pytest.fixture(params=list(HANDLERS.values()), ids=list(HANDLERS))
 def handler(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Have one of the handlers called by a signal."""
+    """Install one of the handlers."""
     with handling(request.param, signal.SIGUSR1):
         yield request.param
 
 
 def interrupted(*_: Any) -> int:
-    """A callback that is interrupted."""
+    """Callback that a signal interrupts."""
     signal.raise_signal(signal.SIGUSR1)
     return 0
 
@@ -99,7 +99,7 @@ def test_in_a_callback_of_a_call_that_fails_by_it(disk: nbd.NBD) -> None:
 
 
 def drive(h: nbd.NBD) -> None:
-    """Let all commands end."""
+    """Run all commands to their end."""
     while h.aio_in_flight():
         h.poll(-1)
 
@@ -124,7 +124,7 @@ def test_in_a_callback_of_the_debug_log(disk: nbd.NBD) -> None:
 
 
 def waiting_calls(h: nbd.NBD) -> list[Callable[[], object]]:
-    """A list of functions: each line of the handle's debug log calls one of them."""
+    """Return a list of functions, of which each line of the handle's debug log calls one."""
     waiting: list[Callable[[], object]] = []
     h.set_debug_callback(lambda *message: waiting.pop()() if waiting else 0)
     h.set_debug(True)
@@ -149,7 +149,7 @@ def test_in_a_callback_that_a_dropped_handle_runs(nbdkit: StartServer) -> None:
         handles.clear()
         for _ in range(3):
             gc.collect()
-        nbd.NBD().get_handle_name()  # what a destructor cannot raise the next call does
+        nbd.NBD().get_handle_name()  # raises what a destructor could not
 
     handles = [nbd.connect(nbdkit("memory", "1M").uri)]
     waiting_calls(handles[0]).append(interrupted)
@@ -169,10 +169,10 @@ def test_what_a_callback_raises_itself_is_still_the_cause(disk: nbd.NBD) -> None
 
 
 class StopAt(Injector):
-    """Raises an Exception, not a KeyboardInterrupt."""
+    """An Injector that raises an Exception instead of a KeyboardInterrupt."""
 
     def step(self, frame: Any, event: str, argument: object) -> Any:
-        """Count a place, and raise if it is the one."""
+        """Count a place, and raise if it is the chosen one."""
         if event == EVENT:
             self.left -= 1
             if self.left == 0:
@@ -182,7 +182,7 @@ class StopAt(Injector):
 
 
 def at_every_place(function: Callable[[], object]) -> int:
-    """Call a function once for each place; what comes out is always the exception itself."""
+    """Call a function once for each place; it always raises the injected exception itself."""
     for place in itertools.count(1):
         injector = StopAt(place)
         error = injector.run(function)
@@ -194,7 +194,7 @@ def at_every_place(function: Callable[[], object]) -> int:
 
 
 def status(h: nbd.NBD, context: str, offset: int, entries: list[int], error: Any) -> None:
-    """Look at the arguments."""
+    """Read the arguments."""
     assert (context, offset, error.value) == (nbd.CONTEXT_BASE_ALLOCATION, 0, 0)
 
 
@@ -208,7 +208,7 @@ CALLS: dict[str, Callable[[nbd.NBD], object]] = {
 @pytest.mark.parametrize("name", CALLS)
 def test_at_every_bytecode(nbdkit: StartServer, figure: Figure, name: str) -> None:
     for _ in range(3):
-        gc.collect()  # what is raised in a finalizer is lost
+        gc.collect()  # an exception in a finalizer is lost
     with nbd.connect(nbdkit("memory", "1M").uri) as h:
         places = at_every_place(lambda: CALLS[name](h))
         assert registered() == 0

@@ -1,7 +1,7 @@
-"""What a signal handler raises, at any moment of a call of the layers, is what comes out of it.
+"""Files, queues, copies and extents raise exactly the exception that a signal handler raised.
 
-Never an error that the package has made of it; and the call can be made again.  Python loses what
-is raised in a finalizer: few moments of a call are in one.
+They never turn it into an error of their own, and the call can be repeated. Python loses an
+exception that is raised in a finalizer, where a call spends very little time.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Alarm:
 
 @contextmanager
 def alarms() -> Iterator[Alarm]:
-    """Have SIGALRM handled for a while."""
+    """Install an Alarm as the handler of SIGALRM."""
     alarm = Alarm()
     with handling(alarm):
         try:
@@ -86,9 +86,9 @@ def duration(call: Call) -> float:
 
 
 def storm(call: Call, rounds: int) -> tuple[int, int]:
-    """Make a call again and again; returns how often it was stopped, and how often that was lost.
+    """Make a call repeatedly; return how many times it was stopped, and how often that was lost.
 
-    Between two of them it is made without a signal, and has to succeed.
+    Between two of these calls it is made without a signal, and must succeed.
     """
     longest = 1.3 * duration(call)
     stopped = 0
@@ -106,21 +106,21 @@ def storm(call: Call, rounds: int) -> tuple[int, int]:
             signal.setitimer(signal.ITIMER_REAL, 0)
             try:
                 call()
-            except Stop:  # a destructor has met it, and the next call raises it
+            except Stop:  # raised in a destructor, and then by the next call
                 stopped += 1
                 call()
     return stopped, alarm.raised - stopped
 
 
 def check(call: Call, figure: Figure, rounds: int = ROUNDS) -> None:
-    """Stop a call at random moments: what is raised is lost in finalizers alone, and seldom."""
+    """Stop a call at random moments: exceptions are lost only in finalizers, and rarely."""
     lost_in: list[str] = []
     others: list[str] = []
 
     def hook(arguments: Any) -> None:
         if arguments.exc_type is Stop:
             lost_in.append(repr(arguments.object))
-        elif not isinstance(arguments.exc_value, ResourceWarning):  # of a file nobody has got
+        elif not isinstance(arguments.exc_value, ResourceWarning):  # of a file not returned
             others.append(f"{arguments.exc_value!r} in {arguments.object!r}")
 
     usual, sys.unraisablehook = sys.unraisablehook, hook
@@ -133,16 +133,16 @@ def check(call: Call, figure: Figure, rounds: int = ROUNDS) -> None:
     figure("exceptions of handlers that were lost", lost)
     assert stopped > rounds // 10
     assert others == []
-    if sys.implementation.name == "cpython":  # PyPy runs those of the standard library at any time
+    if sys.implementation.name == "cpython":  # PyPy runs finalizers at any time
         assert [one for one in lost_in if "__del__" not in one] == []
-    # PyPy's finalizers run late, and often inside of a call that makes the next objects.
+    # PyPy's finalizers run late, often inside a call that makes further objects.
     share = 20 if sys.implementation.name == "cpython" else 4
     assert lost <= len(lost_in) <= stopped // share + 1
 
 
 @pytest.fixture(autouse=True)
 def bounded(server: DiskServer) -> Iterator[None]:
-    """Let no call hang for ever."""
+    """Set a limit for calls that hang."""
     with Watchdog(120, server.close) as watchdog:
         yield
     assert not watchdog.late
@@ -246,11 +246,11 @@ def test_opening_and_closing(server: DiskServer, figure: Figure) -> None:
     assert registered() == 0
 
 
-# --- at each place, and not at random moments -------------------------------------------------
+# --- at each place instead of at random moments -----------------------------------------------
 
 
 def use_a_queue(uri: str, path: Path) -> None:
-    """Read over a queue."""
+    """Read through a queue."""
     with nbd.connect(uri) as h, nbd.queue.Queue(h) as queue:
         request = queue.read(nbd.Buffer(512), 0)
         while not request.is_done:
@@ -266,7 +266,7 @@ def use_a_file(uri: str, path: Path) -> None:
 
 
 def use_an_unbuffered_file(uri: str, path: Path) -> None:
-    """The same without a buffer."""
+    """Do the same without a buffer."""
     with nbd.open(uri, "r+b", buffering=0) as file:
         file.read(4)
         file.seek(0)
@@ -274,7 +274,7 @@ def use_an_unbuffered_file(uri: str, path: Path) -> None:
 
 
 def go_through_extents(uri: str, path: Path) -> None:
-    """Ask for all extents."""
+    """Iterate over all extents."""
     with nbd.connect(uri) as h:
         assert len(list(nbd.extents(h, end=MIB))) == 16
 
@@ -327,7 +327,7 @@ def test_an_exception_at_any_place_leaves_nothing(
             collect_garbage()
             assert others == []
             assert registered() == 0
-            server.close()  # and with it its ends of the connections
+            server.close()  # and with it the server's descriptors of the connections
             assert descriptors() <= before
         Path(server.socket).unlink()
         folder.rmdir()

@@ -1,4 +1,4 @@
-"""Signal handlers that run while a call waits: what they may do, and what comes out of the call."""
+"""Signal handlers that run while a call waits: what they may do, and what the call raises."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ import nbd
 
 @pytest.fixture
 def server(nbdkit: StartServer) -> Server:
-    """Return an nbdkit that needs some time for a read."""
+    """Return an nbdkit whose reads take some time."""
     return nbdkit("memory", "1M", "--filter=delay", "rdelay=200ms", "--threads=8")
 
 
 @pytest.fixture
 def slow(server: Server, h: nbd.NBD) -> nbd.NBD:
-    """Return a handle that is connected to it; its disk begins with bytes of 7."""
+    """Return a handle connected to it; its disk begins with bytes of 7."""
     h.connect_unix(server.socket)
     h.pwrite(bytes([7]) * BLOCK, 0)
     return h
 
 
 class Handler:
-    """A signal handler that does something, and says whether it was called."""
+    """A signal handler that acts, and records whether it was called."""
 
     def __init__(self, act: Callable[[], object]) -> None:
         self.act = act
@@ -50,7 +50,7 @@ class Handler:
 
 
 def raise_stop() -> None:
-    """Raise what a handler of a test raises."""
+    """Raise Stop."""
     raise Stop
 
 

@@ -1,8 +1,8 @@
-"""What the client does when the server breaks the protocol: nbd.Error or a value, and in time.
+"""A server that breaks the protocol gets nbd.Error or a value from the client, in time.
 
-Every case runs a script of hostile.py, whose watchdog bounds how long the client may wait. Where
-versions of libnbd differ on whether a reply is fatal, both an error and a sound value pass; what
-never passes is a crash, a hang, another exception, or bytes outside the caller's buffer.
+Each case runs a script of support/hostile.py, whose watchdog bounds how long the client may wait.
+Where versions of libnbd differ on whether a reply is fatal, both an error and a correct value pass.
+A crash, a hang, another exception, or a write outside the caller's buffer never passes.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ UNKNOWN_INFO = 999
 PATTERN = b"pattern." * (BLOCK // 8)
 NOT_UTF8 = b"caf\xe9 \xff\xfe"
 NOT_UTF8_STR = "caf\udce9 \udcff\udcfe"
-# Bytes, NUL included, that a server may put where the protocol wants a readable message.
+# Bytes, including NUL, that a server may send instead of a readable message.
 MESSAGES = {
     "no-message": b"",
     "not-utf8": NOT_UTF8,
@@ -81,13 +81,13 @@ Extents = list[tuple[str, int, Any, int]]
 
 @pytest.fixture(autouse=True)
 def misbehaviour(figure: Figure) -> Iterator[None]:
-    """Count the ways to misbehave."""
+    """Return how many ways to misbehave are tested."""
     yield
     figure("hostile servers: misbehaviours", 1)
 
 
 def sends(*parts: bytes) -> Script:
-    """Return a script that sends bytes and hangs up."""
+    """Return a script that sends bytes and disconnects."""
     return lambda wire: wire.send(*parts)
 
 
@@ -119,7 +119,7 @@ def on_go(kind: int, payload: bytes = b"", **lies: int) -> Script:
 
 
 def on_request(reply: Reply, **handshake: Any) -> Script:
-    """Return a script with a good handshake that replies to one request and stays connected."""
+    """Return a script that replies to one request after a handshake, and stays connected."""
 
     def script(wire: Wire) -> None:
         wire.negotiate(**handshake)
@@ -130,7 +130,7 @@ def on_request(reply: Reply, **handshake: Any) -> Script:
 
 
 def chunks(*sent: tuple[int, bytes]) -> Reply:
-    """Return a reply of these chunks, the last of which says that it is the last."""
+    """Return a reply of these chunks, the last of which has the DONE flag."""
 
     def reply(wire: Wire, request: Request) -> None:
         for number, (kind, payload) in enumerate(sent, 1):
@@ -140,7 +140,7 @@ def chunks(*sent: tuple[int, bytes]) -> Reply:
 
 
 def drop_by_drop(wire: Wire) -> None:
-    """Send a greeting one byte at a time and then no more."""
+    """Send a greeting one byte at a time, and then nothing."""
     for byte in NBDMAGIC + IHAVEOPT:
         wire.send(bytes([byte]))
 
@@ -151,13 +151,13 @@ def answers_another_option(wire: Wire) -> None:
 
 
 def acks_go_with_payload(wire: Wire) -> None:
-    """Grant the request to go, with bytes that an ACK cannot hold."""
+    """Grant the request to go, with a payload that an ACK must not have."""
     wire.answer(OPT_GO, REP_INFO, export_info())
     wire.answer(OPT_GO, REP_ACK, b"payload")
 
 
 def hangs_up_in_a_reply(wire: Wire) -> None:
-    """Announce more of an option reply than is sent."""
+    """Announce a longer option reply than is sent."""
     wire.greet()
     wire.wait_for(OPT_GO)
     wire.answer(OPT_GO, REP_INFO, b"\0", length=12)
@@ -193,12 +193,12 @@ BAD_HANDSHAKES: dict[str, Script] = {
 
 
 def connect(h: nbd.NBD, peer: Connection) -> None:
-    """Connect a handle to the script's socket, which it then owns."""
+    """Connect a handle to the script's socket, which the handle then owns."""
     h.connect_socket(peer.fileno())
 
 
 def refused(h: nbd.NBD, script: Script, bound: float = hostile.BOUND, silent: bool = False) -> str:
-    """Connect to a server that must be refused; return the error, which has to be of this call."""
+    """Connect to a server that must be refused; return the error, which must name this call."""
     with Connection(script, bound, silent) as peer:
         with pytest.raises(nbd.Error, match=r"^nbd_connect_socket: .") as caught:
             connect(h, peer)
@@ -212,7 +212,7 @@ def test_bad_handshake_is_an_error(h: nbd.NBD, script: Script) -> None:
 
 
 def endless_information(wire: Wire) -> None:
-    """Tell something of the export for ever."""
+    """Send information about the export for ever."""
     wire.greet()
     wire.wait_for(OPT_GO)
     while True:
@@ -233,7 +233,7 @@ def test_flood_of_unknown_information_is_skipped(h: nbd.NBD) -> None:
 
 
 def told(h: nbd.NBD, info: list[bytes]) -> nbd.NBD:
-    """Connect to a server that tells this of its export and hangs up."""
+    """Connect to a server that sends this information about its export and disconnects."""
     with Connection(lambda wire: wire.negotiate(info=info)) as peer:
         connect(h, peer)
     return h
@@ -319,7 +319,7 @@ def test_debug_messages_that_are_not_utf8_are_text(h: nbd.NBD) -> None:
 
 
 def lists(*entries: bytes, last: int = REP_ACK) -> Script:
-    """Return a script that answers a request for the list of exports."""
+    """Return a script that replies to a request for the list of exports."""
 
     def script(wire: Wire) -> None:
         wire.greet()
@@ -422,7 +422,7 @@ def without_payload(error: int) -> Reply:
 
 
 def hangs_up(reply: Reply) -> Reply:
-    """Return a reply after which the server hangs up."""
+    """Return a reply after which the server disconnects."""
 
     def last(wire: Wire, request: Request) -> None:
         reply(wire, request)
@@ -431,7 +431,7 @@ def hangs_up(reply: Reply) -> Reply:
     return last
 
 
-# What a server that agreed to no structured replies sends for a read of one block at 0.
+# Replies of a server without structured replies to a read of one block at 0.
 BAD_SIMPLE_REPLIES: dict[str, Reply] = {
     "wrong-magic": lambda wire, request: wire.send(b"\1\2\3\4", bytes(BLOCK)),
     "wrong-cookie": lambda wire, request: wire.simple(request.cookie + 1, 0, PATTERN),
@@ -449,7 +449,7 @@ BAD_SIMPLE_REPLIES: dict[str, Reply] = {
     "errno-largest": without_payload(U32_MAX),
 }
 
-# What a server that agreed to structured replies sends for the same.
+# Replies of a server with structured replies to the same read.
 BAD_CHUNKS: dict[str, Reply] = {
     "simple-reply": lambda wire, request: wire.simple(request.cookie, 0, PATTERN),
     "simple-error": lambda wire, request: wire.simple(request.cookie, 5),
@@ -502,7 +502,7 @@ BAD_CHUNKS: dict[str, Reply] = {
     },
 }
 
-# What a server that agreed to extended headers sends for the same.
+# Replies of a server with extended headers to the same read.
 BAD_EXTENDED_CHUNKS: dict[str, Reply] = {
     "simple-reply": lambda wire, request: wire.simple(request.cookie),
     "chunk-of-2**64": lambda wire, request: wire.chunk(request, CHUNK_OFFSET_DATA, length=U64_MAX),
@@ -517,7 +517,7 @@ def pread(h: nbd.NBD) -> None:
 
 
 def pread_structured(h: nbd.NBD) -> None:
-    """Read a block and look at every byte of every chunk."""
+    """Make a structured read, and read every byte of every chunk."""
 
     def chunk(view: Any, offset: int, status: int, error: Any) -> None:
         assert offset >= 0
@@ -527,10 +527,10 @@ def pread_structured(h: nbd.NBD) -> None:
 
 
 def aio_pread(h: nbd.NBD) -> None:
-    """Read a block into the middle of a buffer, and see its end told exactly once.
+    """Read a block into the middle of a buffer, and check that its end is reported exactly once.
 
-    The error that a completion gets is not looked at: for missing data libnbd gives 0 there, and
-    the truth to aio_command_completed only.
+    The error given to a completion is not checked: for missing data libnbd passes 0 there, and only
+    aio_command_completed reports the error.
     """
     buf = bytearray(b"\xa5" * (3 * BLOCK))
     errors: list[int] = []
@@ -548,7 +548,7 @@ READS = [pread, pread_structured, aio_pread]
 
 
 def fails(h: nbd.NBD, script: Script, command: Callable[[nbd.NBD], object]) -> None:
-    """Check that a command fails, and that its error is its own."""
+    """Check that a command fails with an error of its own."""
     with Connection(script) as peer:
         connect(h, peer)
         with pytest.raises(nbd.Error, match=r"^nbd_\w+: ."):
@@ -620,14 +620,14 @@ def test_second_reply_to_a_read_fails_the_next_command(h: nbd.NBD) -> None:
 
 
 def unsolicited_simple(wire: Wire) -> None:
-    """Reply to a request that never was."""
+    """Reply to a request that was never made."""
     wire.negotiate(structured=False)
     wire.simple(12345)
     wire.linger()
 
 
 def unsolicited_chunk(wire: Wire) -> None:
-    """Send a chunk for a request that never was."""
+    """Send a chunk for a request that was never made."""
     wire.negotiate()
     wire.chunk(Request(0, 0, 12345, 0, BLOCK), CHUNK_OFFSET_DATA, data(0, PATTERN))
     wire.linger()
@@ -645,7 +645,7 @@ def test_unsolicited_reply_fails_the_next_command(h: nbd.NBD, script: Script) ->
 
 
 def takes_data(reply: Reply) -> Reply:
-    """Return a reply that first takes the block to be written."""
+    """Return a reply that first receives the block to be written."""
 
     def script(wire: Wire, request: Request) -> None:
         wire.receive(request.count)
@@ -689,7 +689,7 @@ def test_data_behind_a_reply_to_flush_fails_the_next_command(h: nbd.NBD) -> None
 ALLOCATION = 1
 HALF = SIZE // 2
 
-# What a server sends for the status of half of its export.
+# Replies of a server to a request for the status of half of its export.
 ODD_EXTENTS: dict[str, Reply] = {
     "of-no-bytes": chunks((CHUNK_BLOCK_STATUS, extents(ALLOCATION, 0, 3))),
     "of-no-bytes-after-others": chunks((CHUNK_BLOCK_STATUS, extents(ALLOCATION, 512, 3, 0, 0))),
@@ -738,7 +738,7 @@ ODD_WIDE_EXTENTS: dict[str, Reply] = {
 
 
 def allocation(h: nbd.NBD, reply: Reply, method: str, **handshake: Any) -> Extents:
-    """Return what the extent callback got; that the command fails is allowed."""
+    """Return the arguments of the extent callback; the command may fail."""
     found: Extents = []
 
     def extent(context: str, offset: int, entries: Any, error: Any) -> None:
@@ -819,23 +819,23 @@ def agrees_then(*parts: bytes) -> Script:
 
 
 def strips_tls(wire: Wire) -> None:
-    """Refuse TLS as somebody between client and server would, and serve in the clear."""
+    """Refuse TLS, as an attacker between client and server would, and serve without it."""
     wire.negotiate()
     wire.linger()
 
 
 def refuses_tls(kind: int) -> Script:
-    """Return a script that refuses TLS with a message that is no text."""
+    """Return a script that refuses TLS with a message that is not text."""
     return on_option(OPT_STARTTLS, lambda wire: wire.answer(OPT_STARTTLS, kind, NOT_UTF8))
 
 
 def agrees_with_payload(wire: Wire) -> None:
-    """Agree to TLS with bytes that an ACK cannot hold."""
+    """Agree to TLS with a payload that an ACK must not have."""
     wire.answer(OPT_STARTTLS, REP_ACK, b"payload")
 
 
 def newstyle_without_options(wire: Wire) -> None:
-    """Offer the first newstyle, which has no option that could start TLS."""
+    """Offer the first version of newstyle, which cannot start TLS."""
     wire.greet(0)
     wire.linger()
 
@@ -880,7 +880,7 @@ def test_silence_in_the_tls_handshake_ends_with_its_connection(h: nbd.NBD) -> No
 
 
 def half_a_reply(wire: Wire, request: Request) -> None:
-    """Send half of what was read."""
+    """Send half of the requested data."""
     wire.chunk(request, CHUNK_OFFSET_DATA, data(0, PATTERN[:100]), length=8 + BLOCK)
 
 

@@ -1,4 +1,4 @@
-"""A huge or infinite timeout waits for ever, and what is no number of seconds is refused."""
+"""A huge or infinite timeout waits for ever, and a value that is no timeout is refused."""
 
 from __future__ import annotations
 

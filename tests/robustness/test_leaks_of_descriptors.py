@@ -1,7 +1,7 @@
-"""File descriptors: what is closed gives them back at once, and none left is an error that says so.
+"""close() closes file descriptors at once, and running out of them is an error that says so.
 
-Each program has a limit of its own for descriptors.  It collects no garbage: on PyPy a descriptor
-that only a collection closes is one that a loop runs out of.
+Each program has a low limit for descriptors. It collects no garbage: on PyPy, a descriptor that
+only a collection closes would make a loop run out of descriptors.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ NEEDING = [
 
 @pytest.fixture
 def run(nbdkit: StartServer, tmp_path: object) -> Callable[[str, str], None]:
-    """Run a program with one of the functions, which must succeed and write nothing."""
+    """Run a program with one of the functions; it must succeed and print nothing."""
     source, target = nbdkit("pattern", "1M"), nbdkit("memory", "1M")
 
     def run(program: str, once: str) -> None:

@@ -1,4 +1,4 @@
-"""Handles that are dropped: memory and descriptors do not run out, no other handle is closed."""
+"""Handles that are dropped leak neither memory nor descriptors, and close no other handle."""
 
 from __future__ import annotations
 

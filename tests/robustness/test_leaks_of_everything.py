@@ -1,4 +1,4 @@
-"""Of every kind of call, callback, error and life of a handle nothing is left, however often."""
+"""No kind of call, callback, error or handle leaks, however often it is repeated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support.forms import SOAK
 from support.programs import finds_support
 from support.servers import StartServer
 
-HANG = 1800 if SOAK else 120  # seconds until the loops of a group count as hung
+HANG = 1800 if SOAK else 120  # seconds until the loops of a group are considered to hang
 
 
 @pytest.mark.skipif(

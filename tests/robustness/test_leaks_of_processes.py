@@ -1,4 +1,4 @@
-"""The server that connect_command starts is waited for, however its handle ends: no zombies."""
+"""The server that connect_command starts becomes no zombie, however its handle ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support.programs import run_program
 
 ROUNDS = 50 if SOAK else 3
 
-# A process of its own, which has no other children: waitpid tells whether there is one left.
+# A process without other children, so that waitpid finds any child that is left.
 PROGRAM = """
 import gc, nbd, os, sys
 nbdkit = [sys.argv[1], "-s", "--exit-with-parent", "memory", "1M"]
@@ -68,7 +68,7 @@ ENDS = {
 
 
 def run(program: str, *arguments: str) -> tuple[int, str]:
-    """Run a program; return its status and output, not stderr: servers write there too."""
+    """Run a program; return its status and output, without stderr, to which servers write."""
     done = run_program(program, *arguments)
     return done.returncode, done.stdout
 
@@ -81,7 +81,7 @@ def test_nothing_is_left_to_wait_for(end: str, figure: Figure) -> None:
 
 
 def test_nothing_is_left_by_a_program_that_ends(tmp_path: Path) -> None:
-    # If nobody had waited for it, it would still run, or be a zombie, and have its number.
+    # Without a waitpid it would still run, or be a zombie, and keep its process ID.
     pid = tmp_path / "pid"
     program = """
 import nbd, sys

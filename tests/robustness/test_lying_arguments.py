@@ -1,4 +1,4 @@
-"""Numbers, strings and lists that lie: only what they are counts, and nobody else's memory does."""
+"""Subclasses of int, str, bytes and list that lie never expose foreign memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from test_exceptions_at_every_bytecode import BLOCK, COMMANDS, OLD, arguments, t
 
 import nbd
 
-# Each call is made with honest numbers and with lying ones of the same value, and must do the same.
+# Each call is made with honest and with lying numbers of the same value, with the same result.
 PROGRAM = """
 import sys, warnings
 import nbd
@@ -144,14 +144,14 @@ def test_a_number_that_lies_is_what_it_is(nbdkit: StartServer, kind: str) -> Non
 
 
 class Failing:
-    """A number that cannot be had, for a reason of its own."""
+    """A number whose conversion raises an exception of its own."""
 
     def __index__(self) -> int:
         raise RuntimeError("no number today")
 
 
 class Looking:
-    """A number that looks at a buffer when it is asked."""
+    """A number whose conversion reads a buffer."""
 
     def __init__(self, buffer: nbd.Buffer) -> None:
         self.buffer = buffer
@@ -210,13 +210,13 @@ def test_a_number_that_looks_at_the_buffer_sees_no_old_byte(
 
 
 class Name(str):
-    """A string that says that it is another."""
+    """A string that claims to be another string."""
 
     def __len__(self) -> int:
         return 1 << 40
 
     def encode(self, *arguments: Any, **options: Any) -> bytes:
-        """Give bytes with a NUL, which C must not see."""
+        """Return bytes with a NUL, which C must not see."""
         return b"a\0b"
 
     def __contains__(self, part: object) -> bool:
@@ -227,7 +227,7 @@ class Name(str):
 
 
 class Bytes(bytes):
-    """Bytes that say that they are more."""
+    """Bytes that claim to be longer."""
 
     def __len__(self) -> int:
         return 1 << 30
@@ -237,7 +237,7 @@ class Bytes(bytes):
 
 
 class Names(list):  # type: ignore[type-arg]
-    """A list that says that it is longer, and changes while it is read."""
+    """A list that claims to be longer, and changes while it is read."""
 
     def __len__(self) -> int:
         return 1 << 30
@@ -249,7 +249,7 @@ class Names(list):  # type: ignore[type-arg]
 
 
 class Array(bytearray):
-    """A bytearray that says that it is longer."""
+    """A bytearray that claims to be longer."""
 
     def __len__(self) -> int:
         return 1 << 30

@@ -1,4 +1,4 @@
-"""Handles, results and exceptions in the processes that multiprocessing starts, however it does."""
+"""Handles, results and exceptions in processes of multiprocessing, with each start method."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.servers import TIMEOUT, StartServer
 
-# A file, and not -c: a process that is not forked imports the program.
+# A file instead of -c, because a process that is not forked imports the program.
 HEAD = """
 import errno, multiprocessing, nbd, sys
 from concurrent.futures import ProcessPoolExecutor

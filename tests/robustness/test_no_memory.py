@@ -1,6 +1,6 @@
-"""No memory for a Python object: MemoryError, nothing on stderr, and the handle goes on.
+"""Without memory for a Python object, a call raises MemoryError, and the handle stays usable.
 
-The programs limit their address space, and ask for more than is left.
+The programs limit their address space, and request more than remains.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What the layers keep for a server that hangs is bounded, and huge numbers are numbers.
+"""A handle keeps a bounded number of abandoned commands for a server that hangs.
 
-README promises that a handle keeps at most 64 commands and 64 MiB of what nobody waits for.
+README promises at most 64 commands and 64 MiB.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def server(nbdkit: StartServer) -> Server:
 
 @pytest.fixture
 def freed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have AddressSanitizer, if the suite runs under it, keep no freed memory in programs."""
+    """Let AddressSanitizer, if the suite runs under it, release freed memory at once."""
     options = os.environ.get("ASAN_OPTIONS", "")
     monkeypatch.setenv("ASAN_OPTIONS", f"{options}:quarantine_size_mb=1")
 
@@ -135,7 +135,7 @@ def test_what_closed_queues_keep_is_bounded(server: Server, size: int) -> None:
     done = run_program(RESIDENT, server.uri, str(server.process.pid), str(size))
     server.resume()
     assert done.stderr == ""
-    assert int(done.stdout) < (MAX_BYTES >> 20) + 40  # and not 300 MiB, or 1 GiB
+    assert int(done.stdout) < (MAX_BYTES >> 20) + 40  # instead of 300 MiB, or 1 GiB
 
 
 CLOSED_FILES = """
@@ -167,4 +167,4 @@ print((resident() - before) >> 20)
 def test_a_closed_file_that_is_referred_to_keeps_no_memory(server: Server) -> None:
     done = run_program(CLOSED_FILES, server.uri)
     assert done.stderr == ""
-    assert int(done.stdout) < 40  # and not 8 MiB for each
+    assert int(done.stdout) < 40  # instead of 8 MiB for each

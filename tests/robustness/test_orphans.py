@@ -1,4 +1,4 @@
-"""Commands that were stopped: what they keep, how many there may be, and how they end."""
+"""Abandoned commands: what they keep, how many there may be, and how they end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def server(nbdkit: StartServer) -> Server:
 
 @pytest.fixture
 def disk(server: Server, h: nbd.NBD) -> nbd.NBD:
-    """Return a handle that is connected to it."""
+    """Return a handle connected to it."""
     h.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
     h.connect_unix(server.socket)
     return h
@@ -64,7 +64,7 @@ def test_a_late_answer_does_not_reach_a_view_without_an_owner(
 
 
 def test_a_late_write_does_not_read_a_view_without_an_owner(server: Server, disk: nbd.NBD) -> None:
-    size = 8 * MIB  # more than the socket takes
+    size = 8 * MIB  # more than the socket holds
     memory = ctypes.create_string_buffer(b"x" * size, size)
     view = unowned_view(memory)
     with paused(server):

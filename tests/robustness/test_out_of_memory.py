@@ -1,8 +1,8 @@
-"""Every allocation of the shim made to fail in turn: an exception says so, and nothing is lost.
+"""Each allocation of the shim fails in turn: an exception reports it, and nothing is lost.
 
-Run by itself, `python test_out_of_memory.py SCENARIO` is what the tests start under a malloc that
-can be told to fail (c/preload/fail_malloc.c).  It lets the first allocation of the scenario fail,
-then the second, ..., until the scenario passes untouched, and prints how many there are.
+The tests run this file as a program, `python test_out_of_memory.py SCENARIO`, with a malloc that
+fails on request (c/preload/fail_malloc.c). The program lets the first allocation of the scenario
+fail, then the second, and so on until the scenario succeeds, and prints the number of allocations.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SOURCE = TESTS / "c" / "preload" / "fail_malloc.c"
 
 
 class Scenario(NamedTuple):
-    """What runs out of memory: a handle, and a call on it."""
+    """A handle, and a call on it that runs out of memory."""
 
     make: Callable[[], nbd.NBD] | None
     run: Callable[[Any, bytearray], object]
@@ -52,12 +52,12 @@ def negotiating() -> nbd.NBD:
 
 
 def nothing(*_: object) -> int:
-    """Be a callback."""
+    """Callback that does nothing."""
     return 0
 
 
 def retire(*_: object) -> int:
-    """Be a completion callback."""
+    """Completion callback that retires its command."""
     return 1
 
 
@@ -138,13 +138,13 @@ SCENARIOS = {
 
 
 def shim() -> Path:
-    """Return the shared object that the shim is in."""
+    """Return the path of the shim's shared object."""
     (found,) = Path(nbd.__file__).parent.rglob("*.so")
     return found.resolve()
 
 
 def fail_each(scenario: Scenario) -> int:
-    """Let its allocations fail one after the other; return how many there are."""
+    """Let each allocation of a scenario fail in turn; return their number."""
     fail_malloc = ctypes.CDLL(None)
     assert fail_malloc.fail_malloc_of(os.fsencode(shim())) == 1
     failing = 0
@@ -170,7 +170,7 @@ def fail_each(scenario: Scenario) -> int:
 
 
 def check(raised: MemoryError | nbd.Error | None, is_untouched: bool) -> None:
-    """Tell whether the exception is the right one."""
+    """Return whether the exception is the right one."""
     if is_untouched:
         assert raised is None, repr(raised)
     elif isinstance(raised, nbd.Error):
@@ -180,7 +180,7 @@ def check(raised: MemoryError | nbd.Error | None, is_untouched: bool) -> None:
 
 
 def finish(h: nbd.NBD) -> None:
-    """Use the handle once more, unless the scenario has closed it, and close it."""
+    """Use the handle again, unless the scenario has closed it, and close it."""
     try:
         if h.aio_is_ready():
             drain(h)
@@ -193,7 +193,7 @@ def finish(h: nbd.NBD) -> None:
 
 @pytest.fixture(scope="session")
 def fail_malloc(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the library with the malloc that can be told to fail."""
+    """Return the library with a malloc that fails on request."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("there is no C compiler (Debian package: gcc)")

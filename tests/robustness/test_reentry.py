@@ -1,4 +1,4 @@
-"""Calls that a callback makes on its own handle: every one is refused, and never waits for ever."""
+"""Every call that a callback makes on its own handle is refused, and none waits for ever."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NEGOTIATING: dict[str, Callable[[nbd.NBD, Callback], object]] = {
 
 
 def outcome(h: nbd.NBD, name: str) -> object:
-    """Call a method; return the errno of its nbd.Error, and None if it returned."""
+    """Call a method; return the errno of its nbd.Error, or None if it returned."""
     try:
         call_with_anything(h, name)
     except nbd.Error as error:
@@ -59,7 +59,7 @@ def calls_from_inside(h: nbd.NBD, run: Callable[[nbd.NBD, Callback], object]) ->
 
 
 def check(found: dict[str, object], lock_free: frozenset[str] = frozenset()) -> None:
-    """Check that all were refused but those that take no lock."""
+    """Check that all calls were refused except those that take no lock."""
     assert list(found) == METHODS
     assert {name for name in found if found[name] != errno.EDEADLK} <= lock_free | NO_CALLS
 

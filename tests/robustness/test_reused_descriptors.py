@@ -1,6 +1,6 @@
-"""The descriptors of a handle: close() touches no other, and none stays open longer than it should.
+"""close() never closes a descriptor of others, and closes those of the handle in time.
 
-A number that libnbd has closed may be a stranger's a moment later.
+A number that libnbd has closed may belong to another file a moment later.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ Pair = tuple[socket.socket, socket.socket]
 
 
 def numbers() -> set[int]:
-    """Return the descriptors that are open."""
+    """Return the numbers of the open descriptors."""
     found = set()
     for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # the descriptor by which the folder was listed is closed by now
+        with suppress(OSError):  # the descriptor that listed the folder is closed by now
             os.fstat(int(name))
             found.add(int(name))
     return found
@@ -50,13 +50,13 @@ def connect(h: nbd.NBD, connection: Connection) -> set[int]:
 
 
 class Strangers:
-    """Pairs of connected sockets, opened until some numbers are among them."""
+    """Pairs of connected sockets, opened until they have the wanted numbers."""
 
     def __init__(self) -> None:
         self.pairs: list[Pair] = []
 
     def take(self, *wanted: int) -> None:
-        """Open pairs until each of these numbers is one of theirs."""
+        """Open pairs until they have all of these numbers."""
         missing = set(wanted)
         while missing:
             assert len(self.pairs) < 100, f"{missing} are not free"
@@ -75,7 +75,7 @@ class Strangers:
 
 @pytest.fixture
 def strangers() -> Iterator[Strangers]:
-    """Return the sockets of somebody else; they are closed afterwards."""
+    """Return sockets that do not belong to the handle; they are closed afterwards."""
     found = Strangers()
     yield found
     for pair in found.pairs:
@@ -84,7 +84,7 @@ def strangers() -> Iterator[Strangers]:
 
 
 def break_protocol(wire: Wire) -> None:
-    """Answer the first request with what is no reply, and stay connected."""
+    """Answer the first request with an invalid reply, and stay connected."""
     wire.negotiate()
     wire.request()
     wire.send(bytes(16))
@@ -92,19 +92,19 @@ def break_protocol(wire: Wire) -> None:
 
 
 def hang_up(wire: Wire) -> None:
-    """Hang up at the first request."""
+    """Disconnect at the first request."""
     wire.negotiate()
     wire.request()
 
 
 def serve_nothing(wire: Wire) -> None:
-    """Let a client connect, and answer nothing."""
+    """Accept a client, and answer nothing."""
     wire.negotiate()
     wire.linger()
 
 
 def fail_to_read(h: nbd.NBD) -> None:
-    """Read where the connection dies."""
+    """Read from a connection that dies."""
     with pytest.raises(nbd.Error):
         h.pread(512, 0)
 
@@ -123,7 +123,7 @@ def fail_to_read(h: nbd.NBD) -> None:
 def test_close_beside_a_call_whose_connection_ends_leaves_a_stranger_alone(
     h: nbd.NBD, strangers: Strangers, script: Script, use: Use
 ) -> None:
-    # libnbd calls debug callbacks when it has closed its socket and the call has not returned.
+    # libnbd calls debug callbacks after it closed its socket and before the call returns.
     taken, was_closed = threading.Event(), threading.Event()
 
     def debug(function: str, message: str) -> None:
@@ -199,7 +199,7 @@ def test_a_second_close_leaves_strangers_alone(h: nbd.NBD, strangers: Strangers)
 def test_close_wakes_a_call_whose_socket_was_not_the_first_that_was_tried(
     nbdkit: StartServer, h: nbd.NBD, tmp_path: Path
 ) -> None:
-    # If localhost has an IPv6 address, it is tried first; no server listens there.
+    # If localhost has an IPv6 address, that is tried first, where no server listens.
     plugin, asked, go = told_to_answer(tmp_path)
     server = nbdkit(*plugin, tcp=True)
     h.connect_tcp("localhost", str(server.port))
@@ -225,7 +225,7 @@ def test_close_wakes_a_call_whose_socket_was_not_the_first_that_was_tried(
 
 
 def until_the_end(script: Script, ended: threading.Event) -> Script:
-    """Return a script that does another, and tells of the end of the connection when it sees it."""
+    """Return a script that runs another one, and reports when the connection ends."""
 
     def whole(wire: Wire) -> None:
         with suppress(HungUp):
@@ -237,12 +237,12 @@ def until_the_end(script: Script, ended: threading.Event) -> Script:
 
 
 def negotiate_wrongly(wire: Wire) -> None:
-    """Begin a handshake with what is no greeting."""
+    """Begin a handshake with an invalid greeting."""
     wire.send(bytes(18))
 
 
 def misread(wire: Wire) -> None:
-    """Answer the first request with what is no reply."""
+    """Answer the first request with an invalid reply."""
     wire.negotiate()
     wire.request()
     wire.send(bytes(16))
@@ -350,12 +350,12 @@ def test_connections_that_are_dropped_leave_no_descriptor(nbdkit: StartServer) -
 
 
 def connect_nowhere(h: nbd.NBD) -> None:
-    """Connect to a socket that is not there."""
+    """Connect to a socket that does not exist."""
     h.connect_unix("/nonexistent/socket")
 
 
 def connect_to_nobody(h: nbd.NBD) -> None:
-    """Connect to a port at which nobody listens."""
+    """Connect to a port on which nothing listens."""
     h.connect_tcp("127.0.0.1", "1")
 
 
@@ -367,7 +367,7 @@ def connect_to_one_who_left(h: nbd.NBD) -> None:
 
 
 def connect_to_garbage(h: nbd.NBD) -> None:
-    """Connect to a server that sends what is no greeting."""
+    """Connect to a server that sends an invalid greeting."""
     ours, its = socket.socketpair()
     with its:
         its.sendall(bytes(64))
@@ -375,7 +375,7 @@ def connect_to_garbage(h: nbd.NBD) -> None:
 
 
 def connect_by_hand(h: nbd.NBD) -> None:
-    """The same with poll."""
+    """Do the same with poll."""
     ours, its = socket.socketpair()
     with its:
         its.sendall(bytes(64))
@@ -435,7 +435,7 @@ def by_uri(h: nbd.NBD, server: Server) -> None:
 
 
 def by_socket(h: nbd.NBD, server: Server) -> None:
-    """Give a socket away that is connected."""
+    """Pass a connected socket."""
     sock = socket.socket(socket.AF_UNIX)
     sock.connect(server.socket)
     h.connect_socket(sock.detach())

@@ -1,7 +1,7 @@
-"""nbd imported more than once in a process, as notebooks and test runners do when they reload code.
+"""nbd is imported again in a process, as notebooks and test runners do when they reload code.
 
 Each import works beside the others, and a command in flight ends with the callables it was given.
-The classes of two imports may differ, so nothing here asks whose nbd.Error was raised.
+The classes of two imports may differ, so no test checks which nbd.Error was raised.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def exercise(module, h):
 
 @pytest.fixture
 def runs(nbdkit: StartServer) -> Runs:
-    """Run a program with a server; it must end with status 0 and write nothing."""
+    """Run a program with a server; it must exit with status 0 and print nothing."""
     server = nbdkit("memory", "1M")
 
     def run(program: str, *arguments: str) -> None:
@@ -195,7 +195,7 @@ third.land()
 
 
 def test_what_libnbd_holds_for_the_first_import_is_kept(nbdkit: StartServer, runs: Runs) -> None:
-    # The server answers no read: it stays in flight until its handle is closed.
+    # The server answers no read, which stays in flight until its handle is closed.
     program = """
 class Completion:
     def __call__(self, error):

@@ -1,4 +1,4 @@
-"""A server that goes away: every command ends with an error, and nothing hangs or is left."""
+"""A server dies: every command ends with an error, nothing hangs and nothing leaks."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_completion_that_raises_at_the_death_is_reported(
     while h.aio_in_flight():
         try:
             poll(h)
-        except nbd.Error as error:  # poll may be the call that finds the server dead
+        except nbd.Error as error:  # poll may be the call that fails
             causes.append(error.__cause__)
     assert [one for one in [*causes, *unraisable] if one is not None] == [raised]
 

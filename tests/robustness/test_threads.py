@@ -1,4 +1,4 @@
-"""Threads: many on one handle, as many on as many, and a waiting call that holds up no other."""
+"""Threads: many on one handle, many handles, and a waiting call that delays no other call."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ import nbd
 
 THREADS = 16
 ROUNDS = 20
-SECONDS = 60  # that the threads go on in the long form
+SECONDS = 60  # for which the threads run in the long form
 CLOSES = 40 if SOAK else 5
 BLOCK = 4096
 
 
 @pytest.fixture
 def hurried() -> Iterator[None]:
-    """Let the interpreter change threads as often as it can."""
+    """Let the interpreter switch threads as often as possible."""
     usual = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -41,7 +41,7 @@ def hurried() -> Iterator[None]:
 
 
 def turns() -> Iterator[int]:
-    """Count turns: a few in the short form, and for a minute in the long one."""
+    """Count turns: a few in the short form, for a minute in the long form."""
     end = time.monotonic() + SECONDS
     turn = 0
     while time.monotonic() < end if SOAK else turn < ROUNDS:
@@ -50,7 +50,7 @@ def turns() -> Iterator[int]:
 
 
 def in_threads(work: Callable[[int], None]) -> None:
-    """Run work(0), work(1), ... at the same time, and raise what they raised."""
+    """Run work(0), work(1), ... in parallel, and raise what they raise."""
     raised: list[BaseException] = []
     start = threading.Barrier(THREADS)
 
@@ -72,7 +72,7 @@ def in_threads(work: Callable[[int], None]) -> None:
 
 
 def exercise(handle: nbd.NBD, number: int) -> int:
-    """Write, read and ask about a thread's own part of the disk, and return how often."""
+    """Write, read and query a thread's own part of the disk; return how often."""
     where = number * BLOCK
     done = 0
     for turn in turns():
@@ -176,7 +176,7 @@ def test_one_thread_issues_and_another_polls(disk: nbd.NBD) -> None:
 def test_a_waiting_call_holds_up_no_other_thread(
     nbdkit: StartServer, h: nbd.NBD, tmp_path: Path
 ) -> None:
-    # Two named pipes make the server answer the read only when this thread has gone on.
+    # Through two named pipes, this thread lets the server answer the read.
     plugin, asked, go = told_to_answer(tmp_path)
     h.connect_unix(nbdkit(*plugin).socket)
     result: list[bytes] = []
@@ -241,7 +241,7 @@ def test_threads_make_buffers_of_more_sizes_than_are_kept() -> None:
     in_threads(work)
 
 
-# What waits in a thread while another closes the handle.
+# Calls that wait in a thread while another thread closes the handle.
 WAITS: dict[str, Callable[[nbd.NBD], object]] = {
     "pread": lambda h: h.pread(512, 0),
     "pread_structured": lambda h: h.pread_structured(512, 0, lambda *chunk: 0),
@@ -310,7 +310,7 @@ def test_threads_leave_nothing(disk: nbd.NBD) -> None:
 def test_a_thread_that_looks_at_a_buffer_sees_no_old_byte_while_another_reads_into_it(
     disk: nbd.NBD, hurried: None
 ) -> None:
-    size, old = 1600, 0xA5  # no other test uses this size: the pool has blocks full of old bytes
+    size, old = 1600, 0xA5  # no other test uses this size, so the pool has blocks full of old bytes
     disk.pwrite(b"\1" * size, 0)
     with ThreadPoolExecutor(1) as other:
         for _ in range(20 * ROUNDS):

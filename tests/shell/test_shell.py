@@ -1,4 +1,4 @@
-"""nbdsh as scripts and test suites run it: a process with options, and what comes out of it."""
+"""nbdsh as scripts and test suites run it: its options, output and exit status."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NO_HANDLE = "error: -n option cannot be used with --base-allocation, --opt-mode 
 
 @pytest.fixture
 def nbdsh(tmp_path: Path) -> Run:
-    """Return a function that runs nbdsh in an empty folder and waits for its end."""
+    """Return a function that runs nbdsh in an empty folder and waits until it ends."""
 
     def run(
         *args: str,
@@ -61,18 +61,18 @@ def uri(nbdkit: StartServer) -> str:
 
 
 def printed(done: subprocess.CompletedProcess[str]) -> str:
-    """Return the standard output of a run that must have succeeded silently otherwise."""
+    """Return the standard output of a run, which must succeed and write nothing to stderr."""
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
 
 def failure(done: subprocess.CompletedProcess[str]) -> str:
-    """Return the standard error of a run that must have failed with 1 and printed nothing."""
+    """Return the standard error of a run, which must fail with status 1 and print nothing."""
     assert (done.returncode, done.stdout) == (1, "")
     return done.stderr
 
 
-# ---- how it is started, and what a command finds
+# ---- ways to start it, and the environment of a command
 
 
 @pytest.mark.parametrize("program", [SCRIPT, MODULE, IMPORTED], ids=["script", "-m", "import"])
@@ -411,7 +411,7 @@ def test_a_command_imports_nothing_that_only_a_session_needs(nbdsh: Run) -> None
     assert printed(nbdsh("-c", f"print(sorted({slow} & sys.modules.keys()))")) == "[]\n"
 
 
-# ---- a current folder with files that are called like modules
+# ---- a current folder with files named like modules
 
 
 ZERO = "ZeroDivisionError: division by zero"
@@ -469,7 +469,7 @@ def test_the_shell_as_a_module_imports_nothing_from_the_current_folder(
     nbdsh: Run, tmp_path: Path, options: list[str], stdin: str, status: int, last: str
 ) -> None:
     folder = shadows.make(tmp_path)
-    # python -m and `import nbd` have the folder on the path.  We cannot change that.
+    # With python -m and `import nbd` the folder is on the path, which we cannot change.
     before = "import runpy, sys, nbd; print(*{name.partition('.')[0] for name in sys.modules})"
     for name in printed(nbdsh(before, program=[sys.executable, "-c"])).split():
         (folder / f"{name}.py").unlink(missing_ok=True)
@@ -530,10 +530,10 @@ def test_a_module_that_is_nowhere_is_told_as_python_does(nbdsh: Run) -> None:
 
 
 def in_a_folder_that_was_removed(nbdsh: Run, gone: Path, program: list[str]) -> str:
-    """Run a command in a folder that is removed before; returns what it printed."""
+    """Run a command in a folder that has been removed; return its output."""
     in_it = ["sh", "-c", 'rmdir "$0" && exec "$@"', str(gone), *program]
     done = nbdsh("-c", "print(h.get_debug())", program=in_it, cwd=gone)
-    # Under sanitizers python is a shell script, and its start would be measured.
+    # Under the sanitizers python is a shell script, whose start would be measured.
     printed_besides = [s for s in done.stderr.splitlines() if not s.startswith("shell-init:")]
     assert (done.returncode, printed_besides) == (0, [])
     return done.stdout

@@ -1,4 +1,4 @@
-"""nbdsh on a terminal, as a person uses it: through a pseudo-terminal."""
+"""nbdsh on a terminal, as a person uses it, through a pseudo-terminal."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ pexpect = pytest.importorskip("pexpect", reason="pexpect drives the pseudo-termi
 SCRIPT = str(Path(sys.executable).with_name("nbdsh"))
 PROMPT = "nbd> "
 CONTROLS = re.compile(r"\r|\x1b(\[[0-9;?]*[A-Za-z]|[=>])")
-UP = "\x10"  # Ctrl-P: every line editor takes it for the arrow key
+UP = "\x10"  # Ctrl-P: every line editor treats it like the arrow key
 
 Open = Callable[..., "Session"]
 
 
 class Session:
-    """A running nbdsh, and the terminal's other side."""
+    """A running nbdsh, and the other side of its terminal."""
 
     def __init__(self, args: tuple[str, ...], environment: dict[str, str], cwd: Path) -> None:
         self.child = pexpect.spawn(
@@ -39,25 +39,25 @@ class Session:
             encoding="utf-8",
             timeout=30,
             dimensions=(50, 120),
-            # A test run in the background may have been told to ignore Ctrl-C.
+            # A test run in the background may ignore SIGINT, and children inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.child.delaybeforesend = None
 
     def prompt(self) -> str:
-        """Wait for the prompt and return what came before it, without terminal controls."""
+        """Wait for the prompt; return the output before it, without terminal controls."""
         self.child.expect_exact(PROMPT)
         return CONTROLS.sub("", self.child.before)
 
     def ask(self, line: str) -> str:
-        """Type a line, and return its echo and what it shows."""
+        """Type a line; return its echo and the output."""
         self.child.sendline(line)
         return self.prompt()
 
     def interrupt(self) -> str:
-        """Type Ctrl-C, wait for the prompt and return what came before it."""
-        # Again after a second: GNU readline sleeps through a signal that comes just before it
-        # waits for a key.
+        """Type Ctrl-C, wait for the prompt, and return the output before it."""
+        # Again after a second: GNU readline misses a signal that arrives just before it waits
+        # for a key.
         for _ in range(30):
             self.child.sendintr()
             if self.child.expect_exact([PROMPT, pexpect.TIMEOUT], timeout=1) == 0:
@@ -65,12 +65,12 @@ class Session:
         return str(self.child.before)
 
     def end(self) -> int | None:
-        """Wait until it has ended and return the exit status."""
+        """Wait until nbdsh has ended; return its exit status."""
         self.child.expect(pexpect.EOF)
         return self.child.wait()  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """End it if it runs."""
+        """End nbdsh if it is running."""
         if self.child.isalive():
             self.child.kill(signal.SIGKILL)
             self.child.wait()
@@ -89,7 +89,7 @@ def require_terminals() -> None:
 
 @pytest.fixture
 def session(tmp_path: Path) -> Iterator[Open]:
-    """Return a function that starts nbdsh with a home of its own, by default without colour."""
+    """Return a function that starts nbdsh with its own home, by default without colour."""
     require_terminals()
     sessions: list[Session] = []
 
@@ -195,7 +195,7 @@ def test_control_c_drops_the_line_and_returns_to_the_prompt(session: Open) -> No
 def test_control_c_stops_what_runs_and_returns_to_the_prompt(session: Open) -> None:
     shell = session()
     shell.prompt()
-    # A loop, not a sleep: that would miss a signal that comes just before it.
+    # A loop, not a sleep, which would miss a signal that arrives just before it.
     shell.child.sendline("print('run' + 'ning'); exec('while True: pass')")
     shell.child.expect_exact("running")
     assert "KeyboardInterrupt" in shell.interrupt()
@@ -415,7 +415,7 @@ def test_a_folder_as_the_history_is_no_error(session: Open, tmp_path: Path) -> N
     assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o755
 
 
-# ---- a current folder with files that are called like modules
+# ---- a current folder with files named like modules
 
 
 def test_a_session_imports_nothing_from_the_current_folder(session: Open, tmp_path: Path) -> None:
