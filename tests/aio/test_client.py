@@ -340,7 +340,7 @@ def test_a_range_past_the_end_fails(server: Server, call: Any, expected: str) ->
     assert error.errno == expected
 
 
-def test_an_error_of_the_server_is_raised_and_the_client_goes_on(nbdkit: StartServer) -> None:
+def test_an_error_of_the_server_is_raised_and_the_client_stays_usable(nbdkit: StartServer) -> None:
     server = nbdkit("--filter=error", "memory", "1M", "error-pwrite=EIO", "error-pwrite-rate=1")
 
     async def main() -> None:
@@ -414,7 +414,7 @@ def test_a_second_close_does_nothing(server: Server) -> None:
     run(main())
 
 
-def test_a_close_ends_what_waits(server: Server) -> None:
+def test_a_close_ends_waiting_calls(server: Server) -> None:
     async def main() -> list[Any]:
         async with nbd.aio.connect(server.uri, depth=2) as disk:
             with paused(server):
@@ -429,7 +429,7 @@ def test_a_close_ends_what_waits(server: Server) -> None:
     assert [type(one) for one in ended] == [nbd.ClosedHandle] * 6
 
 
-def test_a_close_ends_who_has_just_got_a_place(server: Server) -> None:
+def test_a_close_ends_a_call_that_was_just_admitted(server: Server) -> None:
     async def main() -> list[Any]:
         async with nbd.aio.connect(server.uri, depth=1) as disk:
             tasks = [asyncio.ensure_future(outcome(disk.pread(512, 0))) for _ in range(3)]
@@ -486,7 +486,7 @@ def test_a_call_is_late_after_the_timeout(server: Server) -> None:
     run(main())
 
 
-def test_who_waits_in_line_is_late_too(server: Server) -> None:
+def test_a_task_that_waits_in_the_queue_times_out_too(server: Server) -> None:
     async def main() -> None:
         async with nbd.aio.connect(server.uri, timeout=0.5, depth=1) as disk:
             with paused(server):

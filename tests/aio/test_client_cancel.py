@@ -51,7 +51,9 @@ CALLS: dict[str, Callable[[Client], Any]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_cancelled_call_ends_at_once_and_the_client_goes_on(server: Server, name: str) -> None:
+def test_a_cancelled_call_ends_at_once_and_the_client_stays_usable(
+    server: Server, name: str
+) -> None:
     async def main() -> bytearray:
         async with nbd.aio.connect(server.uri) as disk:
             with paused(server):
@@ -97,7 +99,7 @@ def test_a_cancelled_read_keeps_its_place_until_the_answer(server: Server) -> No
     assert run(main()) == bytes(512)
 
 
-def test_who_is_cancelled_in_line_does_not_hold_up_the_next(server: Server) -> None:
+def test_a_task_that_is_cancelled_in_the_queue_does_not_delay_the_next(server: Server) -> None:
     async def main() -> bytearray:
         async with nbd.aio.connect(server.uri, depth=1) as disk:
             with paused(server):
@@ -110,7 +112,7 @@ def test_who_is_cancelled_in_line_does_not_hold_up_the_next(server: Server) -> N
     assert run(main()) == bytes(512)
 
 
-def test_who_is_cancelled_as_his_turn_comes_passes_it_on(server: Server) -> None:
+def test_a_task_that_is_cancelled_when_admitted_passes_its_turn_on(server: Server) -> None:
     async def main() -> Any:
         async with nbd.aio.connect(server.uri, depth=1) as disk:
             tasks = [asyncio.create_task(disk.pread(512, 0)) for _ in range(30)]
@@ -135,7 +137,7 @@ def test_the_rest_of_a_large_request_is_not_sent(server: Server) -> None:
     assert run(main()) <= 2 * 256 * KIB
 
 
-def test_a_late_extent_is_not_told(server: Server) -> None:
+def test_a_late_extent_is_not_reported(server: Server) -> None:
     told: list[Any] = []
 
     def note(*_: object) -> None:

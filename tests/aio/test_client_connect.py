@@ -72,7 +72,7 @@ def test_the_next_address_of_a_name_is_tried(nbdkit: StartServer) -> None:
     assert looked_up(f"nbd://localhost:{port}")[0] == MIB
 
 
-def test_a_name_that_nobody_knows_is_an_error() -> None:
+def test_an_unknown_name_is_an_error() -> None:
     error, asked = looked_up("nbd://nobody.invalid/")
     assert isinstance(error, nbd.Error)
     assert "nobody.invalid" in str(error)
@@ -220,7 +220,7 @@ def test_a_server_that_hangs_up_is_an_error(tmp_sock: str) -> None:
     assert isinstance(error, nbd.Error)
 
 
-def test_what_prepare_raises_comes_out(nbdkit: StartServer) -> None:
+def test_an_exception_of_prepare_is_raised(nbdkit: StartServer) -> None:
     def prepare(h: nbd.NBD) -> None:
         raise LookupError
 
@@ -251,7 +251,7 @@ def test_a_port_that_refuses_is_an_error() -> None:
     assert error.errno == "ECONNREFUSED"
 
 
-def test_a_host_that_is_no_name_is_an_error() -> None:
+def test_an_invalid_host_name_is_an_error() -> None:
     for host in ("a..b", "x" * 70, "-", "\udcff"):
         error = run(outcome(nbd.aio.connect(f"nbd://{host}", timeout=20).__aenter__()))
         assert isinstance(error, nbd.Error), (host, error)

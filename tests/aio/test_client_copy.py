@@ -116,7 +116,7 @@ def test_to_and_from_a_stream(nbdkit: StartServer, image: Path, tmp_path: Path) 
         assert file.read() == image.read_bytes()
 
 
-def test_progress_is_told_in_the_loop(image: Path, tmp_path: Path) -> None:
+def test_progress_is_called_in_the_loop(image: Path, tmp_path: Path) -> None:
     told: list[Any] = []
 
     def progress(done: int, total: int | None) -> None:
@@ -127,7 +127,7 @@ def test_progress_is_told_in_the_loop(image: Path, tmp_path: Path) -> None:
     assert {one[0] for one in told} == {threading.main_thread()}
 
 
-def test_what_progress_raises_comes_out(image: Path, tmp_path: Path) -> None:
+def test_an_exception_of_progress_is_raised(image: Path, tmp_path: Path) -> None:
     def progress(done: int, total: int | None) -> None:
         raise LookupError
 

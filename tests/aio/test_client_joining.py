@@ -192,7 +192,7 @@ def refuse(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("others", [other_size, read_only, refuse])
-def test_one_that_cannot_be_used_is_left_out(others: Callable[[Wire], None]) -> None:
+def test_a_connection_that_cannot_be_used_does_not_join(others: Callable[[Wire], None]) -> None:
     async def main(server: OneAtATime) -> None:
         async with nbd.aio.connect(server.uri, connections=3) as disk:
             await until(lambda: server.clients == 3 and not disk._joining)
@@ -224,7 +224,7 @@ def test_a_client_that_is_dropped_ends_what_would_join() -> None:
         run(main(server))
 
 
-def test_what_prepare_raises_for_another_connection_is_told(nbdkit: StartServer) -> None:
+def test_an_exception_of_prepare_for_another_connection_is_reported(nbdkit: StartServer) -> None:
     told: list[dict[str, Any]] = []
     calls: list[nbd.NBD] = []
 

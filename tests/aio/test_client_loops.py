@@ -104,7 +104,7 @@ def test_one_of_two_connections_may_be_lost(nbdkit: StartServer) -> None:
     run(main())
 
 
-def test_a_server_that_was_stopped_goes_on(server: Server) -> None:
+def test_a_server_that_was_stopped_continues(server: Server) -> None:
     async def main() -> list[bytearray]:
         async with nbd.aio.connect(server.uri) as disk:
             with paused(server):

@@ -94,7 +94,7 @@ def test_a_completion_gets_the_error_of_the_server(failing: nbd.NBD, name: str) 
 
 
 @pytest.mark.parametrize("name", ["aio_pread", "aio_pwrite", "aio_zero", "aio_trim"])
-def test_the_failure_of_a_command_is_told_with_its_cookie(failing: nbd.NBD, name: str) -> None:
+def test_the_failure_of_a_command_is_reported_with_its_cookie(failing: nbd.NBD, name: str) -> None:
     cookie = COMMANDS[name](failing)
     with pytest.raises(nbd.Error) as caught:
         finish(failing, cookie)
@@ -235,7 +235,7 @@ def test_many_commands_in_flight(nbdkit: StartServer, h: nbd.NBD) -> None:
     assert b"".join(buf.to_bytearray() for buf in buffers.values()) == h.pread(MIB, 0)
 
 
-def test_many_buffers_that_nobody_keeps(disk: nbd.NBD) -> None:
+def test_many_buffers_that_are_dropped(disk: nbd.NBD) -> None:
     for offset in range(0, MIB, 4096):
         disk.aio_pwrite(bytearray(b"z" * 4096), offset, lambda error: 1)
         disk.aio_pread(nbd.Buffer(4096), offset, lambda error: 1)
@@ -243,7 +243,7 @@ def test_many_buffers_that_nobody_keeps(disk: nbd.NBD) -> None:
     assert disk.pread(MIB, 0) == b"z" * MIB
 
 
-def test_aio_block_status_tells_the_extents(disk: nbd.NBD) -> None:
+def test_aio_block_status_reports_the_extents(disk: nbd.NBD) -> None:
     found: list[Any] = []
     finish(
         disk,
@@ -254,7 +254,7 @@ def test_aio_block_status_tells_the_extents(disk: nbd.NBD) -> None:
     assert found == [(BASE, [MIB, nbd.STATE_HOLE | nbd.STATE_ZERO])]
 
 
-def test_aio_pread_structured_tells_the_chunks(disk: nbd.NBD) -> None:
+def test_aio_pread_structured_reports_the_chunks(disk: nbd.NBD) -> None:
     found: list[Any] = []
     buf = nbd.Buffer(512)
     finish(

@@ -54,13 +54,13 @@ def registry() -> Any:
 
 
 @pytest.mark.parametrize("value", [True, 1, -1, "no", [0], 0.1, object()])
-def test_bool_takes_what_is_true(h: nbd.NBD, value: Any) -> None:
+def test_bool_takes_any_true_object(h: nbd.NBD, value: Any) -> None:
     h.set_full_info(value)
     assert h.get_full_info() is True
 
 
 @pytest.mark.parametrize("value", [False, 0, None, "", [], 0.0])
-def test_bool_takes_what_is_false(h: nbd.NBD, value: Any) -> None:
+def test_bool_takes_any_false_object(h: nbd.NBD, value: Any) -> None:
     h.set_full_info(True)
     h.set_full_info(value)
     assert h.get_full_info() is False
@@ -77,7 +77,7 @@ def test_bool_lets_the_exception_of_dunder_bool_out(h: nbd.NBD) -> None:
 @pytest.mark.parametrize(
     "text", ["", "ascii", "größe", "日本", "\U0001f41a", "a\nb", "\udcff\udc80"]
 )
-def test_str_arrives_and_comes_back(h: nbd.NBD, text: str) -> None:
+def test_str_arrives_and_is_returned(h: nbd.NBD, text: str) -> None:
     h.set_export_name(text)
     assert h.get_export_name() == text
 
@@ -203,7 +203,7 @@ def test_argv_may_hold_text_that_is_not_utf_8(h: nbd.NBD, tmp_path: Path) -> Non
         pytest.param(["nbdkit", None], id="list with None"),
     ],
 )
-def test_argv_refuses_what_is_no_list_of_str(h: nbd.NBD, argv: Any) -> None:
+def test_argv_refuses_other_objects_than_lists_of_str(h: nbd.NBD, argv: Any) -> None:
     with pytest.raises(TypeError):
         h.connect_command(argv)
     assert h.aio_is_created()

@@ -42,7 +42,7 @@ def test_an_impossible_size_is_refused(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", ["1", 1.0, None, b"x"])
-def test_a_size_that_is_no_int_is_type_error(size: Any) -> None:
+def test_a_size_that_is_not_an_int_is_a_type_error(size: Any) -> None:
     with pytest.raises(TypeError):
         nbd.Buffer(size)
 
@@ -163,7 +163,7 @@ def test_from_buffer_of_part_of_a_memoryview() -> None:
 
 
 @pytest.mark.parametrize("data", ["abc", None, 3, [1, 2]])
-def test_from_buffer_refuses_what_is_no_buffer(data: Any) -> None:
+def test_from_buffer_refuses_objects_without_the_buffer_protocol(data: Any) -> None:
     with pytest.raises(TypeError):
         nbd.Buffer.from_buffer(data)
 
@@ -494,7 +494,7 @@ class Uninitialised(nbd.Buffer):
     ids=["len", "bytes", "list", "copy", "pickle", "index", "slice", *METHODS],
 )
 @pytest.mark.parametrize("make", [Uninitialised, lambda: nbd.Buffer.__new__(nbd.Buffer)])
-def test_a_buffer_whose_init_was_not_called_says_so(
+def test_a_buffer_whose_init_was_not_called_raises_an_error_that_says_so(
     make: Callable[[], nbd.Buffer], use: Callable[[nbd.Buffer], object]
 ) -> None:
     with pytest.raises(AttributeError, match="__init__"):

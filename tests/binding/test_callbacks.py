@@ -286,7 +286,7 @@ def test_a_completion_does_not_retire_with_anything_else(disk: nbd.NBD, result: 
 
 
 @pytest.mark.parametrize("result", [1 << 31, 1 << 64, -(1 << 40)])
-def test_a_result_that_is_no_c_int_is_no_success(
+def test_a_result_that_does_not_fit_a_c_int_is_a_failure(
     disk: nbd.NBD, unraisable: list[Any], result: int
 ) -> None:
     with pytest.raises(nbd.Error):
@@ -327,7 +327,7 @@ def test_what_a_destructor_reports_meanwhile_is_still_the_cause(
 
 
 @pytest.mark.parametrize("value", ["text", None, 1 << 40])
-def test_an_error_value_that_is_no_c_int_is_no_success(
+def test_an_error_value_that_does_not_fit_a_c_int_is_a_failure(
     disk: nbd.NBD, unraisable: list[Any], value: Any
 ) -> None:
     def chunk(view: memoryview, offset: int, status: int, error: Any) -> int:
@@ -489,7 +489,7 @@ def test_the_default_hook_prints_an_unraisable_exception(
 
 @every_stop
 @every_failing
-def test_a_stop_comes_out_of_a_call_that_waits(
+def test_a_call_that_waits_raises_a_stop(
     disk: nbd.NBD,
     run: Callable[[nbd.NBD, Callback], object],
     stop: type[BaseException],
@@ -502,7 +502,7 @@ def test_a_stop_comes_out_of_a_call_that_waits(
 
 @every_stop
 @every_ignored
-def test_a_stop_comes_out_of_a_call_that_would_have_succeeded(
+def test_a_call_that_would_have_succeeded_raises_a_stop(
     opt: nbd.NBD,
     unraisable: list[Any],
     run: Callable[[nbd.NBD, Callback], object],
@@ -516,7 +516,7 @@ def test_a_stop_comes_out_of_a_call_that_would_have_succeeded(
 
 @every_stop
 @every_in_flight
-def test_a_stop_comes_out_of_poll(
+def test_poll_raises_a_stop(
     disk: nbd.NBD, run: Callable[[nbd.NBD, Callback], int], stop: type[BaseException]
 ) -> None:
     raised = stop("mine")
@@ -528,7 +528,7 @@ def test_a_stop_comes_out_of_poll(
 
 
 @every_stop
-def test_a_stop_comes_out_of_aio_notify_read(disk: nbd.NBD, stop: type[BaseException]) -> None:
+def test_aio_notify_read_raises_a_stop(disk: nbd.NBD, stop: type[BaseException]) -> None:
     disk.aio_flush(raiser(stop()))
     with pytest.raises(stop):  # noqa: PT012
         while True:

@@ -149,18 +149,18 @@ def test_what_one_handle_writes_another_reads(nbdkit: StartServer, h: nbd.NBD) -
         assert other.pread(6, 0) == b"shared"
 
 
-def test_block_status_tells_data_from_holes(disk: nbd.NBD) -> None:
+def test_block_status_distinguishes_data_from_holes(disk: nbd.NBD) -> None:
     disk.pwrite(b"x" * 32768, 65536)
     assert extents(disk, MIB) == [
         (BASE, 0, [65536, HOLE, 32768, 0, MIB - 98304, HOLE], 0),
     ]
 
 
-def test_block_status_tells_where_it_begins(disk: nbd.NBD) -> None:
+def test_block_status_reports_where_it_begins(disk: nbd.NBD) -> None:
     assert extents(disk, 4096, 8192)[0][:2] == (BASE, 8192)
 
 
-def test_block_status_with_req_one_tells_one_extent(disk: nbd.NBD) -> None:
+def test_block_status_with_req_one_reports_one_extent(disk: nbd.NBD) -> None:
     disk.pwrite(b"x" * 32768, 65536)
     assert extents(disk, 98304, 0, nbd.CMD_FLAG_REQ_ONE)[0][2] == [65536, HOLE]
 

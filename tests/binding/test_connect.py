@@ -120,12 +120,12 @@ def test_connect_socket_to_nbd_server(nbd_server: Callable[..., NbdServer], h: n
         h.close()
 
 
-def test_connect_vsock_says_that_nobody_listens(h: nbd.NBD) -> None:
+def test_connect_vsock_reports_a_missing_server(h: nbd.NBD) -> None:
     with pytest.raises(nbd.Error):
         h.connect_vsock(NOBODY, 0xFFFFFFF0)
 
 
-def test_aio_connect_vsock_says_that_nobody_listens(h: nbd.NBD) -> None:
+def test_aio_connect_vsock_reports_a_missing_server(h: nbd.NBD) -> None:
     with pytest.raises(nbd.Error):  # noqa: PT012 - the call or a later step may be what fails
         h.aio_connect_vsock(NOBODY, 0xFFFFFFF0)
         run_until(h, h.aio_is_ready)
@@ -221,7 +221,7 @@ def test_connect_to_a_path_too_long_for_a_socket_fails(h: nbd.NBD) -> None:
         h.connect_unix("/" + 200 * "x")
 
 
-def test_connect_to_a_port_where_nobody_listens_is_econnrefused(h: nbd.NBD) -> None:
+def test_connect_to_a_port_without_a_server_is_econnrefused(h: nbd.NBD) -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         with pytest.raises(nbd.Error) as caught:
@@ -377,7 +377,7 @@ def test_there_is_no_server_to_kill_without_connect_command(disk: nbd.NBD) -> No
         pytest.param((2130706433, 10809), id="host as number"),
     ],
 )
-def test_aio_connect_refuses_what_is_no_address(h: nbd.NBD, addr: Any) -> None:
+def test_aio_connect_refuses_an_invalid_address(h: nbd.NBD, addr: Any) -> None:
     with pytest.raises(TypeError):
         h.aio_connect(addr)
     assert h.aio_is_created()

@@ -133,7 +133,7 @@ def test_closed_handle_is_a_value_error_of_module_nbd() -> None:
     assert nbd.ClosedHandle.__module__ == "nbd"
 
 
-def test_a_call_in_the_wrong_state_tells_function_and_errno(h: nbd.NBD) -> None:
+def test_a_call_in_the_wrong_state_reports_function_and_errno(h: nbd.NBD) -> None:
     with pytest.raises(nbd.Error) as caught:
         h.pread(512, 0)
     assert caught.value.string.startswith("nbd_pread: ")

@@ -45,7 +45,7 @@ def test_a_subclass_works(nbdkit: StartServer) -> None:
         assert disk.get_size() == 1 << 20
 
 
-def test_a_subclass_that_makes_no_handle_has_none() -> None:
+def test_a_subclass_that_does_not_call_init_has_no_handle() -> None:
     class Disk(nbd.NBD):
         def __init__(self) -> None:
             pass
@@ -227,11 +227,11 @@ def test_a_subclass_whose_init_raises_last_leaves_no_trace(unraisable: list[Any]
     assert unraisable == []
 
 
-def test_the_module_tells_the_version_of_libnbd(h: nbd.NBD) -> None:
+def test_the_module_has_the_version_of_libnbd(h: nbd.NBD) -> None:
     assert nbd.__version__ == h.get_version()
 
 
-def test_the_module_tells_the_name_of_the_package(h: nbd.NBD) -> None:
+def test_the_module_has_the_name_of_the_package(h: nbd.NBD) -> None:
     assert nbd.package_name == h.get_package_name() == "libnbd"
 
 

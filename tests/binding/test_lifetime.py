@@ -80,7 +80,7 @@ def test_a_callable_lives_while_its_command_is_in_flight(stuck: nbd.NBD) -> None
     assert registered() > 0
 
 
-def test_a_callable_is_let_go_when_its_command_is_retired(disk: nbd.NBD) -> None:
+def test_a_callable_is_released_when_its_command_is_retired(disk: nbd.NBD) -> None:
     completion = Completion()
     reference = weakref.ref(completion)
     disk.aio_pread(nbd.Buffer(512), 0, completion)
@@ -90,7 +90,7 @@ def test_a_callable_is_let_go_when_its_command_is_retired(disk: nbd.NBD) -> None
     assert registered() == 0
 
 
-def test_a_callable_that_did_not_retire_its_command_is_let_go_with_it(disk: nbd.NBD) -> None:
+def test_a_callable_that_did_not_retire_its_command_is_released_with_it(disk: nbd.NBD) -> None:
     completion = Completion(result=0)
     reference = weakref.ref(completion)
     cookie = disk.aio_pread(nbd.Buffer(512), 0, completion)
@@ -114,7 +114,7 @@ def test_a_callable_that_did_not_retire_its_command_is_let_go_with_it(disk: nbd.
         ),
     ],
 )
-def test_a_callable_is_let_go_after_its_call(
+def test_a_callable_is_released_after_its_call(
     disk: nbd.NBD, call: Callable[[nbd.NBD, Any], object]
 ) -> None:
     callback = Completion()
@@ -137,7 +137,7 @@ def test_a_callable_is_let_go_after_its_call(
         pytest.param(lambda h, call: h.aio_opt_info(call), id="aio_opt_info"),
     ],
 )
-def test_a_callable_is_let_go_if_the_call_is_refused(
+def test_a_callable_is_released_if_the_call_is_refused(
     disk: nbd.NBD, call: Callable[[nbd.NBD, Any], object]
 ) -> None:
     callback = Completion()
@@ -149,7 +149,7 @@ def test_a_callable_is_let_go_if_the_call_is_refused(
     assert registered() == 0
 
 
-def test_a_callable_is_let_go_if_a_later_argument_is_wrong(disk: nbd.NBD) -> None:
+def test_a_callable_is_released_if_a_later_argument_is_wrong(disk: nbd.NBD) -> None:
     callback = Completion()
     reference = weakref.ref(callback)
     wrong: Any = "no flags"
@@ -164,7 +164,7 @@ def test_a_callable_is_let_go_if_a_later_argument_is_wrong(disk: nbd.NBD) -> Non
     assert registered() == 0
 
 
-def test_callables_are_let_go_when_the_handle_is_closed(stuck: nbd.NBD) -> None:
+def test_callables_are_released_when_the_handle_is_closed(stuck: nbd.NBD) -> None:
     completion = Completion()
     reference = weakref.ref(completion)
     for _ in range(8):
@@ -175,7 +175,7 @@ def test_callables_are_let_go_when_the_handle_is_closed(stuck: nbd.NBD) -> None:
     assert registered() == 0
 
 
-def test_callables_are_let_go_when_the_handle_is_dropped(nbdkit: StartServer) -> None:
+def test_callables_are_released_when_the_handle_is_dropped(nbdkit: StartServer) -> None:
     handle = nbd.NBD()
     handle.connect_unix(nbdkit("memory", "1M", "--filter=delay", "rdelay=600").socket)
     completion = Completion()
@@ -186,7 +186,7 @@ def test_callables_are_let_go_when_the_handle_is_dropped(nbdkit: StartServer) ->
     assert registered() == 0
 
 
-def test_callables_are_let_go_when_the_server_died(nbdkit: StartServer, h: nbd.NBD) -> None:
+def test_callables_are_released_when_the_server_died(nbdkit: StartServer, h: nbd.NBD) -> None:
     server = nbdkit("memory", "1M", "--filter=delay", "rdelay=600")
     h.connect_unix(server.socket)
     completion = Completion()
@@ -213,7 +213,7 @@ def test_a_debug_callback_lives_until_it_is_replaced(h: nbd.NBD) -> None:
     assert gone(references[1])
 
 
-def test_a_debug_callback_is_let_go_when_the_handle_is_closed(h: nbd.NBD) -> None:
+def test_a_debug_callback_is_released_when_the_handle_is_closed(h: nbd.NBD) -> None:
     callback = Completion()
     reference = weakref.ref(callback)
     h.set_debug_callback(callback)
@@ -222,7 +222,7 @@ def test_a_debug_callback_is_let_go_when_the_handle_is_closed(h: nbd.NBD) -> Non
     assert gone(reference)
 
 
-def test_an_exception_of_a_callback_is_let_go_with_the_error(disk: nbd.NBD) -> None:
+def test_an_exception_of_a_callback_is_released_with_the_error(disk: nbd.NBD) -> None:
     class Mine(Exception):
         pass
 
@@ -247,7 +247,7 @@ def test_a_buffer_lives_while_its_command_is_in_flight(stuck: nbd.NBD) -> None:
     assert alive(reference)
 
 
-def test_a_buffer_is_let_go_when_its_command_is_retired(disk: nbd.NBD) -> None:
+def test_a_buffer_is_released_when_its_command_is_retired(disk: nbd.NBD) -> None:
     room = Room(512)
     reference = weakref.ref(room)
     finish(disk, disk.aio_pread(room, 0))
@@ -255,7 +255,7 @@ def test_a_buffer_is_let_go_when_its_command_is_retired(disk: nbd.NBD) -> None:
     assert gone(reference)
 
 
-def test_a_buffer_is_let_go_when_a_completion_retired_its_command(disk: nbd.NBD) -> None:
+def test_a_buffer_is_released_when_a_completion_retired_its_command(disk: nbd.NBD) -> None:
     room = Room(512)
     reference = weakref.ref(room)
     disk.aio_pread(room, 0, lambda error: 1)

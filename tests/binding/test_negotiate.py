@@ -168,7 +168,7 @@ def test_a_read_only_server_says_so(nbdkit: StartServer, h: nbd.NBD) -> None:
     assert h.is_read_only()
 
 
-def test_a_disk_can_what_nbdkit_memory_can(disk: nbd.NBD) -> None:
+def test_a_disk_has_the_features_of_nbdkit_memory(disk: nbd.NBD) -> None:
     can = {
         name: getattr(disk, name)()
         for name in dir(disk)
@@ -206,7 +206,7 @@ def test_block_sizes_are_those_of_the_server(nbdkit: StartServer, h: nbd.NBD) ->
     assert [h.get_block_size(size) for size in sizes] == [512, 4096, 65536]
 
 
-def test_block_sizes_are_zero_if_the_server_tells_none(nbdkit: StartServer, h: nbd.NBD) -> None:
+def test_block_sizes_are_zero_if_the_server_sends_none(nbdkit: StartServer, h: nbd.NBD) -> None:
     h.set_request_block_size(False)
     policy = ["blocksize-minimum=512", "blocksize-preferred=4096", "blocksize-maximum=65536"]
     h.connect_unix(nbdkit("--filter=blocksize-policy", "memory", "1M", *policy).socket)
@@ -267,7 +267,7 @@ def test_opt_abort_closes_the_connection(opt: nbd.NBD) -> None:
     assert opt.aio_is_closed()
 
 
-def test_opt_info_tells_the_size_before_opt_go(opt: nbd.NBD) -> None:
+def test_opt_info_reports_the_size_before_opt_go(opt: nbd.NBD) -> None:
     opt.opt_info()
     assert opt.get_size() == MIB
     assert opt.aio_is_negotiating()

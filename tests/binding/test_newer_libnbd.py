@@ -94,7 +94,7 @@ def test_error_value_of_an_extent64_callback_is_the_errno(disk: Handle) -> None:
 
 
 @pytest.mark.needs("block_status_64")
-def test_a_stop_comes_out_of_block_status_64(disk: Handle) -> None:
+def test_block_status_64_raises_a_stop(disk: Handle) -> None:
     def extent64(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
@@ -155,7 +155,9 @@ def test_block_status_filter_refuses_an_unknown_context(extended: Handle) -> Non
 
 @pytest.mark.needs("block_status_filter")
 @pytest.mark.parametrize("contexts", ["base:allocation", [1], None])
-def test_block_status_filter_refuses_what_is_no_list_of_str(disk: Handle, contexts: Any) -> None:
+def test_block_status_filter_refuses_other_objects_than_lists_of_str(
+    disk: Handle, contexts: Any
+) -> None:
     with pytest.raises(TypeError):
         disk.block_status_filter(MIB, 0, contexts, print)
 
@@ -242,7 +244,7 @@ def test_aio_opt_list_meta_context_queries(opt: Handle) -> None:
 
 @pytest.mark.needs("opt_list_meta_context_queries")
 @pytest.mark.parametrize("queries", ["base:allocation", [b"x"], None])
-def test_queries_refuse_what_is_no_list_of_str(opt: Handle, queries: Any) -> None:
+def test_queries_refuse_other_objects_than_lists_of_str(opt: Handle, queries: Any) -> None:
     with pytest.raises(TypeError):
         opt.opt_list_meta_context_queries(queries, print)
 

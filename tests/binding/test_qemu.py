@@ -35,7 +35,7 @@ def test_the_dirty_bitmap_is_offered(bitmap: nbd.NBD) -> None:
     assert bitmap.can_meta_context(BITMAP)
 
 
-def test_the_dirty_bitmap_tells_what_was_written(bitmap: nbd.NBD) -> None:
+def test_the_dirty_bitmap_reports_what_was_written(bitmap: nbd.NBD) -> None:
     assert by_context(extents(bitmap, MIB))[BITMAP] == [
         128 * KIB, 0, 64 * KIB, DIRTY, 832 * KIB, 0,
     ]  # fmt: skip
@@ -73,7 +73,7 @@ def test_the_dirty_bitmap_is_listed_while_negotiating(
     assert BITMAP in names
 
 
-def test_allocation_depth_tells_the_layer(
+def test_allocation_depth_reports_the_layer(
     qemu_nbd: StartServer, dirty_qcow2: Path, tmp_path: Path, h: nbd.NBD
 ) -> None:
     overlay = tmp_path / "overlay.qcow2"
@@ -87,7 +87,7 @@ def test_allocation_depth_tells_the_layer(
     ]  # fmt: skip
 
 
-def test_a_structured_read_tells_holes(bitmap: nbd.NBD) -> None:
+def test_a_structured_read_reports_holes(bitmap: nbd.NBD) -> None:
     chunks: list[tuple[int, int, int]] = []
 
     def chunk(view: memoryview, offset: int, status: int, error: Any) -> int:
@@ -143,7 +143,7 @@ def test_what_is_written_is_in_the_image(
     run("qemu-io", "-f", "qcow2", "-r", "-c", "read -P 0x77 512k 4k", str(dirty_qcow2))
 
 
-def test_a_missing_export_is_told_while_negotiating(
+def test_a_missing_export_is_reported_while_negotiating(
     qemu_nbd: StartServer, dirty_qcow2: Path, h: nbd.NBD
 ) -> None:
     h.set_opt_mode(True)

@@ -139,7 +139,7 @@ def test_every_constant_has_the_same_value(reference: dict[str, Any]) -> None:
     assert differences(reference["constants"], ours()["constants"]) == {}
 
 
-def test_there_is_no_other_constant(reference: dict[str, Any]) -> None:
+def test_no_other_constant_is_defined(reference: dict[str, Any]) -> None:
     assert differences(ours()["constants"], reference["constants"]) == {}
 
 

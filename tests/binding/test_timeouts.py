@@ -16,7 +16,7 @@ from support.waits import BLOCK, paused
 import nbd
 
 
-def test_there_is_no_timeout_at_first(h: nbd.NBD) -> None:
+def test_a_new_handle_has_no_timeout(h: nbd.NBD) -> None:
     assert h.gettimeout() is None
 
 
@@ -44,7 +44,7 @@ def test_a_number_that_is_not_more_than_0_is_a_value_error(h: nbd.NBD, seconds: 
 
 
 @pytest.mark.parametrize("seconds", ["1", b"1", [1], object()])
-def test_what_is_no_number_is_a_type_error(h: nbd.NBD, seconds: Any) -> None:
+def test_a_timeout_that_is_not_a_number_is_a_type_error(h: nbd.NBD, seconds: Any) -> None:
     with pytest.raises(TypeError, match=r"^seconds: "):
         h.settimeout(seconds)
 
@@ -61,7 +61,7 @@ def test_each_handle_has_its_own(h: nbd.NBD) -> None:
 
 
 @pytest.mark.parametrize("call", [lambda h: h.settimeout(1), lambda h: h.gettimeout()])
-def test_a_closed_handle_has_none(h: nbd.NBD, call: Callable[[nbd.NBD], object]) -> None:
+def test_a_closed_handle_has_no_timeout(h: nbd.NBD, call: Callable[[nbd.NBD], object]) -> None:
     h.close()
     with pytest.raises(nbd.ClosedHandle):
         call(h)
@@ -84,7 +84,7 @@ def test_the_time_of_poll_may_be_over_first(disk: nbd.NBD) -> None:
     assert disk.poll(0) == 0
 
 
-def test_a_look_at_the_connection_is_no_wait(disk: nbd.NBD) -> None:
+def test_a_look_at_the_connection_does_not_wait(disk: nbd.NBD) -> None:
     disk.settimeout(1e-9)
     assert disk.poll(0) == 0
 
@@ -115,7 +115,7 @@ def test_it_is_an_error_of_both_kinds(timeout: nbd.Timeout) -> None:
     assert type(timeout).__module__ == "nbd"
 
 
-def test_it_has_what_an_error_has(timeout: nbd.Timeout) -> None:
+def test_it_has_the_attributes_of_an_error(timeout: nbd.Timeout) -> None:
     assert (timeout.errnum, timeout.errno) == (errno.ETIMEDOUT, "ETIMEDOUT")
     assert timeout.args == (timeout.string, errno.ETIMEDOUT)
     assert str(timeout) == f"{timeout.string} (ETIMEDOUT)"

@@ -140,7 +140,7 @@ def test_right_certificates_connect(
     check_data(h)
 
 
-def test_client_needs_no_certificate_where_the_server_asks_for_none(
+def test_client_needs_no_certificate_if_the_server_does_not_ask(
     h: nbd.NBD, x509_server: StartServer, certificates: Path, tmp_path: Path
 ) -> None:
     connect_x509(h, x509_server(certificates), tls.some_of(certificates, tmp_path / "client"))
@@ -260,7 +260,7 @@ def test_user_whom_the_server_does_not_know_is_refused(
     keeps_secret([tls.key_of(key)], caught.value, h)
 
 
-def test_user_who_has_no_key_is_an_error_that_names_him(
+def test_a_user_without_a_key_is_an_error_that_names_the_user(
     h: nbd.NBD, psk_server: servers.Server, psk: Path
 ) -> None:
     with pytest.raises(nbd.Error, match="mallory") as caught:
@@ -304,7 +304,9 @@ def test_server_in_the_clear_is_refused_where_tls_is_required(
     assert caught.value.errno == "ENOTSUP"
 
 
-def test_server_in_the_clear_is_told_where_tls_is_allowed(h: nbd.NBD, nbdkit: StartServer) -> None:
+def test_a_server_without_tls_is_reported_where_tls_is_allowed(
+    h: nbd.NBD, nbdkit: StartServer
+) -> None:
     h.set_tls(nbd.TLS_ALLOW)
     h.connect_unix(nbdkit(*DISK).socket)
     assert h.get_tls_negotiated() is False

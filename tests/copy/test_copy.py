@@ -288,7 +288,7 @@ def test_a_file_is_not_copied_to_itself(image: Path) -> None:
     assert image.read_bytes() == before
 
 
-def test_a_missing_file_is_said(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         nbd.copy(tmp_path / "missing", tmp_path / "target")
     assert not (tmp_path / "target").exists()
@@ -305,7 +305,7 @@ def test_a_missing_file_is_said(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_wrong_argument_is_said(
+def test_a_wrong_argument_is_reported(
     image: Path, tmp_path: Path, arguments: dict[str, Any], expected: type[Exception]
 ) -> None:
     name = next(iter(arguments))
@@ -326,7 +326,7 @@ def test_large_numbers_are_taken(
     assert nbd.copy(uri, target, sparse=False, **arguments) == (24 * MIB, 0)
 
 
-def test_what_cannot_be_copied_is_said(image: Path) -> None:
+def test_an_impossible_copy_is_reported(image: Path) -> None:
     with pytest.raises(TypeError, match="target: a URI"):
         nbd.copy(image, 5)
     with pytest.raises(TypeError, match="source: a text file"):
@@ -347,7 +347,7 @@ def test_an_error_names_the_side_and_the_offset(
     assert re.search(rf"\([0-9]+ bytes of {re.escape(bad)}\)", failed.value.string)
 
 
-def test_an_error_of_zeroing_says_so(nbdkit: StartServer, image: Path) -> None:
+def test_an_error_of_zeroing_is_reported_as_one(nbdkit: StartServer, image: Path) -> None:
     bad = nbdkit("--filter=error", "memory", "6M", "error=EPERM", "error-zero-rate=100%").uri
     text = "zeroing the target failed at offset [0-9]+: Operation not permitted"
     with pytest.raises(nbd.Error, match=text) as failed:
@@ -382,7 +382,7 @@ def test_a_source_with_blocks_is_copied_to_a_part_of_a_file(
     assert target.read_bytes() == source.read_bytes() + b"\xff" * (70_000 - 4095)
 
 
-def test_a_server_that_cannot_tell_of_holes_is_read(nbdkit: StartServer, tmp_path: Path) -> None:
+def test_a_server_that_does_not_report_holes_is_read(nbdkit: StartServer, tmp_path: Path) -> None:
     uri = nbdkit("--filter=error", "pattern", "1M", "error=EIO", "error-extents-rate=100%").uri
     assert nbd.copy(uri, tmp_path / "target") == (MIB, 0)
 
@@ -472,7 +472,9 @@ def test_progress_counts_up_to_the_size(nbdkit: StartServer, image: Path, empty:
     assert {total for _, total in calls} == {size}
 
 
-def test_what_progress_raises_ends_the_copy(nbdkit: StartServer, image: Path, empty: Path) -> None:
+def test_an_exception_of_progress_ends_the_copy(
+    nbdkit: StartServer, image: Path, empty: Path
+) -> None:
     def refuse(done: int, total: int | None) -> None:
         raise Stop
 

@@ -367,7 +367,7 @@ def test_a_closed_file_is_refused(image: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("uri", ["NBD+foo:bar", "nbd+foo://bar", "Nbd://", "nbds:"])
-def test_what_begins_as_a_uri_is_none_of_a_file(
+def test_a_string_that_begins_like_a_uri_makes_no_file(
     image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -438,7 +438,7 @@ def small_file_system(path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(path)], check=True)
 
 
-def test_a_full_file_system_is_said(nbdkit: StartServer, tmp_path: Path) -> None:
+def test_a_full_file_system_is_reported(nbdkit: StartServer, tmp_path: Path) -> None:
     with small_file_system(tmp_path / "small") as small:
         for source in (nbdkit("pattern", "8M").uri, io.BytesIO(b"x" * 8 * MIB)):
             with pytest.raises(nbd.Error, match=r"target.*: No space left") as full:

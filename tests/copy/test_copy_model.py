@@ -602,7 +602,7 @@ def replay(seed: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("group", range(GROUPS))
-def test_a_copy_does_what_bytes_do(tmp_path: Path, group: int) -> None:
+def test_a_copy_has_the_result_of_the_same_operation_on_bytes(tmp_path: Path, group: int) -> None:
     base = int.from_bytes(os.urandom(4), "big") if SOAK else 1000 * group
     for seed in range(base, base + ROUNDS):
         replay(seed, tmp_path / "round")

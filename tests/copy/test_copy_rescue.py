@@ -143,7 +143,7 @@ class Refused(Exception):
     """The exception that a test's on_error raises."""
 
 
-def test_what_on_error_raises_ends_the_copy(
+def test_an_exception_of_on_error_ends_the_copy(
     nbdkit: StartServer, image: Path, tmp_path: Path
 ) -> None:
     def refuse(offset: int, length: int, error: nbd.Error) -> bool:
@@ -245,7 +245,7 @@ def test_several_connections_save_the_same(
     assert progress[-1] == 8 * MIB
 
 
-def test_a_lost_connection_is_no_bad_place(nbdkit: StartServer, tmp_path: Path) -> None:
+def test_a_lost_connection_is_not_a_bad_sector(nbdkit: StartServer, tmp_path: Path) -> None:
     source = nbdkit("--filter=delay", "memory", "64M", "rdelay=5ms")
     noted = Noted()
 
@@ -257,7 +257,7 @@ def test_a_lost_connection_is_no_bad_place(nbdkit: StartServer, tmp_path: Path) 
     assert noted.calls == []
 
 
-def test_what_cannot_be_written_is_no_bad_place(nbdkit: StartServer, image: Path) -> None:
+def test_a_failed_write_is_not_a_bad_sector(nbdkit: StartServer, image: Path) -> None:
     noted = Noted()
     bad = nbdkit("--filter=error", "memory", "6M", "error=EIO", "error-pwrite-rate=100%").uri
     with pytest.raises(nbd.Error, match="writing to the target failed at offset"):

@@ -198,7 +198,7 @@ def test_a_read_that_makes_no_sense_is_an_error(
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, LookupError, OSError])
-def test_what_the_source_raises_comes_out_and_nothing_is_flushed(
+def test_an_exception_of_the_source_is_raised_and_nothing_is_flushed(
     nbdkit: StartServer, tmp_path: Path, kind: type[BaseException]
 ) -> None:
     error = kind("mine")
@@ -267,7 +267,7 @@ def test_a_timeout_ends_the_copy_of_a_stream_and_a_server_that_hangs(
         nbd.copy(source, target, sparse=False, progress=pause, timeout=0.3)
 
 
-def test_what_the_source_raises_comes_out_while_the_server_hangs(nbdkit: StartServer) -> None:
+def test_an_exception_of_the_source_is_raised_while_the_server_hangs(nbdkit: StartServer) -> None:
     server = nbdkit("memory", "8M")
 
     class Pausing(Source):
@@ -284,7 +284,7 @@ def test_what_the_source_raises_comes_out_while_the_server_hangs(nbdkit: StartSe
     server.resume()
 
 
-def test_a_slow_stream_is_no_timeout_of_the_server(nbdkit: StartServer) -> None:
+def test_a_slow_stream_does_not_make_the_server_time_out(nbdkit: StartServer) -> None:
     class Slow(Source):
         def read(self, size: int) -> Any:
             time.sleep(0.3)
@@ -295,7 +295,7 @@ def test_a_slow_stream_is_no_timeout_of_the_server(nbdkit: StartServer) -> None:
     assert nbd.copy(Slow(data, data, data), uri, timeout=0.2).copied == 3 * len(data)
 
 
-def test_a_slow_server_is_no_timeout_while_it_answers(nbdkit: StartServer) -> None:
+def test_a_slow_server_does_not_time_out_while_it_answers(nbdkit: StartServer) -> None:
     uri = nbdkit("--filter=delay", "memory", "8M", "wdelay=100ms").uri
     assert nbd.copy(io.BytesIO(DATA), uri, timeout=0.5).copied == len(DATA)
 
@@ -505,7 +505,7 @@ def test_what_a_channel_sends_is_copied(nbdkit: StartServer, kind: Kind) -> None
         assert disk.pread(len(DATA), 0) == DATA
 
 
-def test_what_is_typed_is_copied_until_its_end(nbdkit: StartServer) -> None:
+def test_typed_input_is_copied_up_to_its_end(nbdkit: StartServer) -> None:
     uri = nbdkit("memory", "1M").uri
     other, ours = pty.openpty()
     with open(other, "wb", 0) as keyboard, open(ours, "rb", 0) as terminal:
@@ -577,7 +577,9 @@ def test_what_the_buffer_of_a_source_has_comes_first(nbdkit: StartServer, kind: 
 
 
 @pytest.mark.parametrize("kind", [a_pipe, a_socket])
-def test_the_rest_of_a_buffer_is_all_there_is(nbdkit: StartServer, kind: Kind) -> None:
+def test_the_rest_of_a_buffer_is_copied_when_the_descriptor_has_ended(
+    nbdkit: StartServer, kind: Kind
+) -> None:
     uri = nbdkit("memory", "1M").uri
     other, file = kind(True)
     with file:
@@ -616,7 +618,7 @@ def test_a_full_pipe_takes_no_more_of_a_buffer_until_the_timeout(nbdkit: StartSe
         assert other.read(100) == b"before"
 
 
-def test_a_broken_pipe_is_said(nbdkit: StartServer) -> None:
+def test_a_broken_pipe_is_reported(nbdkit: StartServer) -> None:
     read, write = os.pipe()
     os.close(read)
     with open(write, "wb", 0) as file, pytest.raises(BrokenPipeError, match="the target failed"):

@@ -45,7 +45,7 @@ def test_one_that_was_cancelled_does_nothing_and_stays_cancelled() -> None:
     assert works == []
 
 
-def test_what_it_raises_does_not_keep_others_from_going_on() -> None:
+def test_a_helper_whose_work_raises_can_be_joined() -> None:
     def fail() -> None:
         raise ValueError
 

@@ -316,7 +316,7 @@ def trickling(wire: Wire, request: Request) -> None:
     wire.send(b"\1" * (request.count % 12))
 
 
-def test_a_slow_line_that_never_pauses_is_no_timeout(tmp_path: Path) -> None:
+def test_a_slow_line_that_never_pauses_does_not_time_out(tmp_path: Path) -> None:
     def script(wire: Wire) -> None:
         wire.negotiate(info=[hostile.export_info(64 * KIB)])
         while True:
@@ -328,7 +328,7 @@ def test_a_slow_line_that_never_pauses_is_no_timeout(tmp_path: Path) -> None:
     assert target.read_bytes() == b"\1" * 64 * KIB
 
 
-def test_a_slow_progress_is_no_timeout(nbdkit: StartServer, tmp_path: Path) -> None:
+def test_a_slow_progress_does_not_time_out(nbdkit: StartServer, tmp_path: Path) -> None:
     calls = 0
 
     def rest(done: int, total: int | None) -> None:

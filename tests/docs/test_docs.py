@@ -259,7 +259,7 @@ def test_entries_for_a_newer_libnbd_say_enough_too() -> None:
     assert [name for name, text in found.items() if len(text) < LEAST] == []
 
 
-def test_help_of_the_module_starts_with_what_it_is() -> None:
+def test_help_of_the_module_starts_with_a_summary() -> None:
     lines = rendered(nbd)
     assert lines[2] == "NAME"
     assert lines[3].startswith("    nbd - libnbd for Python: ")

@@ -150,7 +150,7 @@ def test_map_of_a_server(run: Run, nbdkit: Serve) -> None:
     ]
 
 
-def test_map_says_what_is_wrong_in_one_line(run: Run, nbdkit: Serve) -> None:
+def test_map_reports_an_error_in_one_line(run: Run, nbdkit: Serve) -> None:
     failed = run("map.py", nbdkit("memory", "1M", "--no-sr").uri, status=1)
     assert "Traceback" not in failed.stderr
     assert "map.py: nbd.extents: base:allocation was not negotiated" in complaint(failed)

@@ -111,14 +111,14 @@ def test_several_contexts_are_cut_where_one_of_them_changes(
     assert sum(one.length for one in both if one.flags[1]) == 64 * KIB
 
 
-def test_a_context_that_was_not_negotiated_is_said(h: nbd.NBD, nbdkit: StartServer) -> None:
+def test_a_context_that_was_not_negotiated_is_reported(h: nbd.NBD, nbdkit: StartServer) -> None:
     h.connect_uri(nbdkit("memory", "1M").uri)
     with pytest.raises(nbd.Error, match=r"call h\.add_meta_context") as refused:
         nbd.extents(h)
     assert refused.value.errno == "ENOTSUP"
 
 
-def test_a_handle_that_is_not_connected_is_said(h: nbd.NBD) -> None:
+def test_a_handle_that_is_not_connected_is_reported(h: nbd.NBD) -> None:
     with pytest.raises(nbd.Error):
         nbd.extents(h)
 

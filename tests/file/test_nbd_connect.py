@@ -112,7 +112,7 @@ def test_another_error_is_not_tried_again(pauses: list[float]) -> None:
     assert pauses == []
 
 
-def test_what_fails_leaves_no_handle_open(tmp_sock: str) -> None:
+def test_a_failure_leaves_no_handle_open(tmp_sock: str) -> None:
     before = len(handle._open)
     with pytest.raises(nbd.Error):
         nbd.connect(f"nbd+unix:///?socket={tmp_sock}")

@@ -122,7 +122,7 @@ def test_letters_of_a_mode_come_in_any_order(server: Server, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["r", "w", "rt", "", "+"])
-def test_a_mode_for_text_is_refused_with_what_to_do(mode: str) -> None:
+def test_a_text_mode_is_refused_with_advice(mode: str) -> None:
     with pytest.raises(ValueError, match="add b, as in 'rb'"):
         nbd.open("nbd://nowhere.invalid", mode)
 
@@ -273,7 +273,7 @@ def test_a_closed_file_says_so(server: Server) -> None:
             call()
 
 
-def test_name_and_repr_tell_what_was_opened(server: Server) -> None:
+def test_name_and_repr_show_what_was_opened(server: Server) -> None:
     with nbd.open(server.uri, buffering=0) as disk:
         assert disk.name == server.uri
         assert repr(disk) == f"<nbd.DiskFile of {server.uri!r}, mode 'rb', at 0>"

@@ -113,7 +113,7 @@ def test_other_reads_stop_where_the_bad_sector_begins(
 
 
 @pytest.mark.parametrize("size", [1, 512, 700, 5000, 3 << 20])
-def test_a_read_without_a_buffer_returns_what_is_good_before_a_bad_place(
+def test_a_read_without_a_buffer_returns_the_bytes_before_a_bad_sector(
     nbdkit: StartServer, tmp_path: Path, size: int
 ) -> None:
     bad = 50 * SECTOR + 1024

@@ -36,7 +36,7 @@ def disk(nbdkit: StartServer, data: bytes) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("method", ["readinto", "readinto1"])
-def test_a_read_into_memory_goes_on_behind_what_the_buffer_had(
+def test_a_read_into_memory_continues_after_the_buffered_bytes(
     disk: Any, data: bytes, method: str
 ) -> None:
     found, memory = b"", bytearray(150)

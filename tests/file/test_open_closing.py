@@ -90,7 +90,7 @@ def test_other_ways_to_close_keep_the_first_exception(
 
 
 @pytest.mark.parametrize("buffering", BUFFERINGS)
-def test_a_timeout_in_a_with_block_is_what_comes_out(nbdkit: StartServer, buffering: int) -> None:
+def test_a_with_block_raises_the_timeout_inside_it(nbdkit: StartServer, buffering: int) -> None:
     server = nbdkit("memory", "16M")
     disk: Any = nbd.open(server.uri, "r+b", buffering=buffering, timeout=0.3)
     with paused(server), pytest.raises(nbd.Timeout, match="try again") as caught, disk:

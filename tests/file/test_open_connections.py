@@ -135,7 +135,7 @@ def test_one_long_read_lets_the_others_join(nbdkit: StartServer) -> None:
         assert in_use(disk) == 4
 
 
-def test_a_refused_connection_is_left_out(tmp_sock: str) -> None:
+def test_a_refused_connection_is_not_used(tmp_sock: str) -> None:
     with greeting(tmp_sock, 1) as uri, nbd.open(uri, buffering=0, connections=3) as disk:
         raw: Any = disk
         waiting = list(raw._connections._joining)
@@ -192,7 +192,7 @@ def test_an_export_that_is_too_large_is_refused_as_get_size_does(tmp_sock: str, 
     assert second.value.args == first.value.args
 
 
-def test_a_line_that_is_slow_but_never_pauses_is_no_timeout(tmp_sock: str) -> None:
+def test_a_line_that_is_slow_but_never_pauses_causes_no_timeout(tmp_sock: str) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(tmp_sock)
         listener.listen()

@@ -118,7 +118,7 @@ def test_what_arrived_before_an_error_is_read_first(nbdkit: StartServer) -> None
 
 
 @pytest.mark.parametrize("way", ["write", "flush", "close"])
-def test_the_error_of_a_write_comes_out_once(nbdkit: StartServer, tmp_path: Path, way: str) -> None:
+def test_the_error_of_a_write_is_raised_once(nbdkit: StartServer, tmp_path: Path, way: str) -> None:
     server = Failing(nbdkit, tmp_path, "pwrite")
     disk = nbd.open(server.uri, "r+b", buffering=0)
     assert disk.write(b"a" * 512) == 512
@@ -178,7 +178,7 @@ def test_a_server_that_dies_is_an_error_and_the_file_can_be_closed(
         assert caught.value.errno != 0
 
 
-def test_a_server_that_dies_with_writes_in_flight_is_told_by_flush(nbdkit: StartServer) -> None:
+def test_flush_reports_a_server_that_dies_with_writes_in_flight(nbdkit: StartServer) -> None:
     server = nbdkit("memory", "4M")
     disk = nbd.open(server.uri, "wb", buffering=0)
     server.pause()
@@ -218,7 +218,7 @@ def test_a_read_that_was_stopped_can_be_made_again(
 
 
 @pytest.mark.parametrize("way", ["timeout", "signal"])
-def test_reading_ahead_goes_on_after_it_was_stopped(
+def test_reading_ahead_continues_after_it_was_stopped(
     nbdkit: StartServer, image: Path, way: str
 ) -> None:
     server = nbdkit("--threads=8", "file", str(image))

@@ -258,7 +258,7 @@ class Round:
 
 
 @pytest.mark.parametrize("first", range(0, ROUNDS, SHARE))
-def test_a_file_is_what_a_bytearray_is(nbdkit: StartServer, first: int) -> None:
+def test_a_file_behaves_like_a_bytearray(nbdkit: StartServer, first: int) -> None:
     for seed in range(first, first + SHARE):
         turn = Round(random.Random(seed), nbdkit)
         try:

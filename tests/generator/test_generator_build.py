@@ -326,20 +326,22 @@ def does(made_up: tuple[Path, str]) -> Callable[[str], dict[str, Any]]:
 Does = Callable[[str], "dict[str, Any]"]
 
 
-def test_an_unknown_libnbd_is_what_is_loaded(does: Does) -> None:
+def test_the_unknown_libnbd_is_the_one_that_is_loaded(does: Does) -> None:
     assert does("out.update(name=nbd.package_name, version=nbd.__version__)") == {
         "name": "made-up",
         "version": "1.99.1",
     }
 
 
-def test_what_the_header_lacks_is_absent(does: Does) -> None:
+def test_names_that_the_header_lacks_are_absent(does: Does) -> None:
     names = ("pread", "connect_uri", "aio_block_status", "odd", "TLS_REQUIRE", "ODD")
     lines = f"out.update((n, hasattr(nbd.NBD, n) or hasattr(nbd, n)) for n in {names})"
     assert does(lines) == dict.fromkeys(names, False)
 
 
-def test_what_no_rule_covers_is_told_and_left_out(made_up: tuple[Path, str]) -> None:
+def test_a_function_that_no_rule_covers_is_reported_and_not_bound(
+    made_up: tuple[Path, str],
+) -> None:
     assert "warning: nbd_odd is not bound: no rule for the parameter double degrees" in made_up[1]
     assert "warning: LIBNBD_ODD is not bound: no rule for the value sizeof(int)" in made_up[1]
 

@@ -101,7 +101,7 @@ def test_a_getter_whose_setter_takes_a_bool_is_a_question() -> None:
         ),
     ],
 )
-def test_what_a_caller_may_leave_out(declaration: str, expected: list[str]) -> None:
+def test_optional_parameters_have_defaults(declaration: str, expected: list[str]) -> None:
     assert defaults(declaration) == expected
 
 

@@ -151,7 +151,7 @@ def test_a_function_that_no_rule_covers_is_named_with_the_reason(
     assert [f.name for f in header.functions] == ["g"]
 
 
-def test_a_header_that_is_no_c_is_one_clear_message() -> None:
+def test_a_header_that_is_not_c_gives_one_clear_message() -> None:
     with pytest.raises(BuildError, match=r"libnbd\.h is not C that pycparser understands: "):
         parse("extern int nbd_f (struct", "")
 
@@ -161,7 +161,7 @@ def test_functions_of_others_are_left_alone() -> None:
     assert header == Header((), (), ())
 
 
-def test_what_makes_and_ends_handles_is_bound_by_hand() -> None:
+def test_functions_that_make_and_close_handles_are_bound_by_hand() -> None:
     assert {"create", "close", "get_error", "get_errno"} == BY_HAND
     header = parse("extern void nbd_close (struct nbd_handle *h);", "")
     assert header == Header((), (), ())

@@ -129,7 +129,7 @@ def test_a_flat_function_takes_integers_and_pointers(declaration: str, expected:
         ("const char *", "NULL"),
     ],
 )
-def test_a_refusal_is_told_from_a_result(returns: str, refused: str) -> None:
+def test_a_refusal_is_distinguished_from_a_result(returns: str, refused: str) -> None:
     source = glue_source(header(f"{returns}nbd_f (H)"))
     assert f"if (refused)\n        return {refused};" in source
 
@@ -226,7 +226,7 @@ def test_a_call_without_entry_names_its_manual_page() -> None:
     assert text.endswith("C: nbd_rain.")
 
 
-def test_constants_are_what_they_are_in_c() -> None:
+def test_constants_have_their_values_in_c() -> None:
     namespace: dict[str, object] = {}
     exec(constants_module(parse("", '#define LIBNBD_A 0x1fU\n#define LIBNBD_B "b:"')), namespace)
     assert namespace["__all__"] == ["A", "B"]

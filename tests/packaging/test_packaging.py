@@ -36,7 +36,7 @@ MADE_IN_PLACE = re.compile(
 Pip = Callable[..., str]
 
 
-def test_the_metadata_says_what_the_package_is() -> None:
+def test_the_metadata_describes_the_package() -> None:
     metadata = distribution("libnbd-cffi").metadata
     assert metadata["License-Expression"] == "LGPL-2.0-or-later"
     assert metadata["Requires-Python"] == ">=3.9"

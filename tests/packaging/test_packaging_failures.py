@@ -185,7 +185,7 @@ def test_a_libnbd_of_the_package_that_is_missing_is_named(failing: Failing, site
 
 
 @pytest.mark.skipif(platform.python_implementation() == "PyPy", reason="PyPy contains cffi")
-def test_a_python_without_cffi_is_told_so(failing: Failing) -> None:
+def test_a_missing_cffi_is_reported(failing: Failing) -> None:
     code = "import sys; sys.modules['_cffi_backend'] = None; import nbd"
     last = failing("-c", code).splitlines()[-1]
     assert last.startswith("ImportError: nbd needs cffi: ")

@@ -117,7 +117,7 @@ def test_ssl_cert_file_has_precedence_over_the_systems_authorities(
     assert (done.stdout.strip(), done.returncode) == (EIGHT, 0), done.stderr
 
 
-def test_an_empty_ssl_cert_file_is_as_good_as_none(system: System) -> None:
+def test_an_empty_ssl_cert_file_is_ignored(system: System) -> None:
     system.keep_authorities(system.authority, FEDORA)
     assert system.read(SSL_CERT_FILE="").stdout.strip() == EIGHT
 

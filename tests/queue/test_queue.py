@@ -85,7 +85,7 @@ def test_a_thousand_requests_end_once(queue: Queue) -> None:
     assert sorted(map(id, finished(queue, 16))) == sorted(map(id, requests))
 
 
-def test_nothing_is_left_to_wait_for(queue: Queue) -> None:
+def test_a_wait_without_requests_returns_an_empty_list(queue: Queue) -> None:
     assert queue.wait() == []
     assert queue.wait(5, timeout=0) == []
 
@@ -277,7 +277,7 @@ def test_a_handle_may_be_closed_first(nbdkit: StartServer) -> None:
     queue.close()
 
 
-def test_calls_that_wait_go_on_beside_a_queue(queue: Queue, disk: nbd.NBD) -> None:
+def test_calls_that_wait_continue_beside_a_queue(queue: Queue, disk: nbd.NBD) -> None:
     reads: list[int] = []
 
     def read() -> None:
@@ -345,7 +345,7 @@ def test_a_closed_queue_says_so(queue: Queue) -> None:
         (lambda h: Queue(nbd.NBD()), nbd.Error, "nbd_"),
     ],
 )
-def test_what_makes_no_queue_is_said(
+def test_invalid_options_of_a_queue_are_reported(
     disk: nbd.NBD, make: Callable[[Any], Queue], expected: type[Exception], says: str
 ) -> None:
     before = len(registry)

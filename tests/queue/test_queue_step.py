@@ -78,7 +78,7 @@ def test_a_step_does_not_wait_for_a_server_that_is_stopped(nbdkit: StartServer, 
         assert stepped_alone(queue, request) is None
 
 
-def test_an_error_is_told(queue: Queue) -> None:
+def test_an_error_is_reported(queue: Queue) -> None:
     error = stepped_alone(queue, queue.read(bytearray(4096), 2 * MIB))
     assert error is not None
     assert error.errnum == errno.EINVAL

@@ -54,7 +54,7 @@ def raise_stop() -> None:
     raise Stop
 
 
-def test_a_handler_that_does_not_raise_lets_the_wait_go_on(slow: nbd.NBD) -> None:
+def test_a_wait_continues_after_a_handler_that_does_not_raise(slow: nbd.NBD) -> None:
     handler = Handler(lambda: None)
     with alarm(handler):
         assert slow.pread(BLOCK, 0) == bytes([7]) * BLOCK
@@ -125,7 +125,7 @@ def test_a_child_that_a_handler_forked_does_not_take_the_reply(slow: nbd.NBD) ->
     assert os.waitstatus_to_exitcode(os.waitpid(handler.result, 0)[1]) == 7
 
 
-def test_what_a_handler_raises_comes_out_as_it_is(server: Server, slow: nbd.NBD) -> None:
+def test_the_exception_of_a_handler_is_raised_unchanged(server: Server, slow: nbd.NBD) -> None:
     with paused(server), alarm(Handler(raise_stop)), pytest.raises(Stop) as caught:
         slow.pread(BLOCK, 0)
     assert caught.value.__cause__ is None
@@ -134,7 +134,7 @@ def test_what_a_handler_raises_comes_out_as_it_is(server: Server, slow: nbd.NBD)
     assert names[-1] == "raise_stop"
 
 
-def test_it_comes_out_while_a_callback_has_raised_too(
+def test_it_is_raised_although_a_callback_has_raised_too(
     server: Server, slow: nbd.NBD, unraisable: list[Any]
 ) -> None:
     def chunk(*arguments: object) -> None:
@@ -150,7 +150,7 @@ def test_it_comes_out_while_a_callback_has_raised_too(
     assert unraisable == []
 
 
-def test_who_waits_for_another_thread_to_end_its_call_is_stopped_too(
+def test_a_thread_that_waits_for_another_threads_call_is_stopped_too(
     server: Server, slow: nbd.NBD
 ) -> None:
     with paused(server):

@@ -263,7 +263,7 @@ def test_size_of_an_oldstyle_server_that_no_int64_holds_is_an_error(h: nbd.NBD) 
 
 
 @pytest.mark.parametrize("sizes", [(0, 0, 0), (3, 5, 7), (1 << 31, 1, 1), (512, 512, 1)])
-def test_block_sizes_that_make_no_sense_are_as_if_not_told(
+def test_block_sizes_that_make_no_sense_are_ignored(
     h: nbd.NBD, sizes: tuple[int, int, int]
 ) -> None:
     told(h, [export_info(), struct.pack(">HIII", INFO_BLOCK_SIZE, *sizes)])
@@ -271,11 +271,11 @@ def test_block_sizes_that_make_no_sense_are_as_if_not_told(
     assert [h.get_block_size(kind) for kind in kinds] == [0, 0, 0]
 
 
-def test_export_told_twice_has_the_last_size(h: nbd.NBD) -> None:
+def test_an_export_sent_twice_has_the_last_size(h: nbd.NBD) -> None:
     assert told(h, [export_info(1000), export_info(2000)]).get_size() == 2000
 
 
-def test_export_never_told_has_a_size_or_is_an_error(h: nbd.NBD) -> None:
+def test_an_export_without_information_has_a_size_or_is_an_error(h: nbd.NBD) -> None:
     with Connection(lambda wire: wire.negotiate(info=[])) as peer, suppress(nbd.Error):
         connect(h, peer)
         assert h.get_size() >= 0
@@ -795,7 +795,7 @@ def test_context_selected_twice_is_one_context(h: nbd.NBD) -> None:
     assert h.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
 
 
-def test_contexts_with_one_number_are_told_apart_from_others(h: nbd.NBD) -> None:
+def test_contexts_with_one_number_are_distinguished_from_others(h: nbd.NBD) -> None:
     reply = chunks((CHUNK_BLOCK_STATUS, extents(1, 512, 3)))
     same = [(1, b"base:allocation"), (1, b"x:other")]
     found = allocation(h, reply, "block_status", contexts=same)
@@ -864,7 +864,7 @@ def test_garbage_for_tls_is_refused_where_tls_is_allowed(h: nbd.NBD) -> None:
     assert "TLS" in refused(h, agrees_then(b"garbage" * 100))
 
 
-def test_stripped_tls_is_told_where_tls_is_allowed(h: nbd.NBD) -> None:
+def test_stripped_tls_is_reported_where_tls_is_allowed(h: nbd.NBD) -> None:
     h.set_tls(nbd.TLS_ALLOW)
     with Connection(strips_tls) as peer:
         connect(h, peer)

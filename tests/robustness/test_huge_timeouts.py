@@ -97,7 +97,7 @@ def test_a_huge_timeout_of_a_client(server: Server, tmp_path: Path, seconds: flo
 
 
 @pytest.mark.parametrize("seconds", BAD)
-def test_what_is_no_time_to_wait_is_a_value_error(
+def test_a_timeout_that_is_not_positive_is_a_value_error(
     server: Server, tmp_path: Path, seconds: float
 ) -> None:
     calls: list[Callable[[], Any]] = [
@@ -112,7 +112,7 @@ def test_what_is_no_time_to_wait_is_a_value_error(
             call()
 
 
-def test_a_queue_refuses_what_is_not_a_number_of_seconds(server: Server, h: nbd.NBD) -> None:
+def test_a_queue_refuses_a_timeout_that_is_not_a_number(server: Server, h: nbd.NBD) -> None:
     h.connect_unix(server.socket)
     with Queue(h) as queue:
         with pytest.raises(ValueError, match="timeout: "):

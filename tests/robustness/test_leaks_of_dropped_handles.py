@@ -74,7 +74,7 @@ def test_servers_of_handles_that_are_dropped_do_not_use_up_the_descriptors() -> 
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_handle_that_somebody_has_stays_open() -> None:
+def test_a_handle_that_is_referenced_stays_open() -> None:
     kept = [nbd.NBD() for _ in range(10)]
     for _ in range(1000):
         nbd.NBD()

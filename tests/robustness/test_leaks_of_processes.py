@@ -74,7 +74,7 @@ def run(program: str, *arguments: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
-def test_nothing_is_left_to_wait_for(end: str, figure: Figure) -> None:
+def test_a_wait_without_requests_returns_an_empty_list(end: str, figure: Figure) -> None:
     program = PROGRAM.format(end=end, rounds=ROUNDS)
     assert run(program, servers.program("nbdkit")) == (0, "")
     figure("sub-processes: handles after which none was left", ROUNDS)

@@ -135,7 +135,7 @@ print(len(CALLS), len(nbd._binding.callbacks.registry))
     "kind",
     ["Honest", "Low", "High", "Equal", "Converted", "Added", "Raising", "Wrapped", "Changing"],
 )
-def test_a_number_that_lies_is_what_it_is(nbdkit: StartServer, kind: str) -> None:
+def test_a_number_that_lies_has_its_true_value(nbdkit: StartServer, kind: str) -> None:
     done = run_program(PROGRAM, kind, nbdkit("memory", "1M").socket)
     assert (done.returncode, done.stderr) == (0, "")
     calls, left = done.stdout.split()
@@ -255,7 +255,7 @@ class Array(bytearray):
         return 1 << 30
 
 
-def test_a_string_that_lies_is_what_it_is(h: nbd.NBD) -> None:
+def test_a_string_that_lies_has_its_true_value(h: nbd.NBD) -> None:
     h.set_handle_name(Name("real"))
     assert h.get_handle_name() == "real"
     h.set_export_name(Name("x"))

@@ -230,7 +230,7 @@ def test_a_buffer_that_does_not_fit_is_a_memory_error(size: int) -> None:
 @pytest.mark.skipif(
     hasattr(ctypes.CDLL(None), "__asan_init"), reason="AddressSanitizer warns of it too"
 )
-def test_a_buffer_that_does_not_fit_is_told_by_the_exception_alone() -> None:
+def test_a_buffer_that_does_not_fit_raises_an_exception_and_prints_nothing() -> None:
     program = """
 import nbd
 for _ in range(1000):

@@ -120,7 +120,7 @@ def fail_to_read(h: nbd.NBD) -> None:
         pytest.param(serve_nothing, lambda h: h.shutdown(), id="shut down"),
     ],
 )
-def test_close_beside_a_call_whose_connection_ends_leaves_a_stranger_alone(
+def test_close_beside_a_call_whose_connection_ends_closes_no_other_descriptor(
     h: nbd.NBD, strangers: Strangers, script: Script, use: Use
 ) -> None:
     # libnbd calls debug callbacks after it closed its socket and before the call returns.
@@ -152,7 +152,7 @@ def test_close_beside_a_call_whose_connection_ends_leaves_a_stranger_alone(
         strangers.check()
 
 
-def test_closing_a_handle_whose_connection_died_leaves_a_stranger_alone(
+def test_closing_a_handle_whose_connection_died_closes_no_other_descriptor(
     h: nbd.NBD, strangers: Strangers
 ) -> None:
     with Connection(break_protocol) as connection:
@@ -172,7 +172,7 @@ def test_closing_a_handle_whose_connection_died_leaves_a_stranger_alone(
         pytest.param(serve_nothing, nbd.NBD.shutdown, id="shut down"),
     ],
 )
-def test_dropping_a_handle_whose_connection_has_ended_leaves_strangers_alone(
+def test_dropping_a_handle_whose_connection_has_ended_closes_no_other_descriptor(
     strangers: Strangers, script: Script, end: Use
 ) -> None:
     with Connection(script) as connection:
@@ -186,7 +186,7 @@ def test_dropping_a_handle_whose_connection_has_ended_leaves_strangers_alone(
         strangers.check()
 
 
-def test_a_second_close_leaves_strangers_alone(h: nbd.NBD, strangers: Strangers) -> None:
+def test_a_second_close_closes_no_other_descriptor(h: nbd.NBD, strangers: Strangers) -> None:
     with Connection(serve_nothing) as connection:
         its = connect(h, connection)
         h.close()
@@ -490,7 +490,7 @@ assert set(os.listdir("/proc/self/fd")) == before
 @pytest.mark.parametrize(
     "work", ["h.close()", "del h; gc.collect(); gc.collect(); gc.collect()"], ids=["close", "drop"]
 )
-def test_a_child_gives_back_its_copies_and_the_parent_goes_on(
+def test_a_child_gives_back_its_copies_and_the_parent_continues(
     nbdkit: StartServer, work: str
 ) -> None:
     done = run_program(FORK.format(work=work), nbdkit("memory", "1M").socket)

@@ -382,7 +382,7 @@ exercise(first, connected(first))
 """)
 
 
-def test_an_import_that_nobody_refers_to_any_more_is_let_go(runs: Runs) -> None:
+def test_an_import_that_is_no_longer_referenced_is_released(runs: Runs) -> None:
     runs("""
 h = connected(first)
 flight = Flight(first, h, 1)

@@ -40,7 +40,7 @@ def test_every_completion_gets_an_error(server: Server, h: nbd.NBD) -> None:
     assert 0 not in errors
 
 
-def test_every_cookie_tells_the_failure(server: Server, h: nbd.NBD) -> None:
+def test_every_cookie_reports_the_failure(server: Server, h: nbd.NBD) -> None:
     cookies = [h.aio_pread(bytearray(512), 0) for _ in range(8)]
     server.kill()
     drain_dying(h)

@@ -213,7 +213,7 @@ print(f"stack that is full: calls that failed: {failures}")
 
 
 @pytest.mark.parametrize("signal", ["SIGALRM", "SIGINT"])
-def test_every_signal_of_a_storm_comes_out_of_a_call(
+def test_every_signal_of_a_storm_is_raised_by_a_call(
     nbdkit: StartServer, figure: Figure, signal: str
 ) -> None:
     seconds = "10" if SOAK else "1"

@@ -82,7 +82,7 @@ def test_every_call_that_waits_is_in_a_table() -> None:
 
 @stops
 @pytest.mark.parametrize(("name", "call"), those_of_this_libnbd(COMMANDS))
-def test_a_command_is_stopped_and_the_handle_goes_on(
+def test_a_command_is_stopped_and_the_handle_stays_usable(
     nbdkit: StartServer,
     qemu_nbd: StartServer,
     tmp_path: Path,

@@ -88,7 +88,7 @@ def test_an_answer_that_came_while_the_program_was_suspended_is_taken(read: str)
     assert child.returncode == 0
 
 
-def test_a_program_that_was_suspended_is_no_timeout(nbdkit: StartServer, tmp_path: Path) -> None:
+def test_a_copy_that_was_suspended_does_not_time_out(nbdkit: StartServer, tmp_path: Path) -> None:
     program = f"""
 import os, signal
 import nbd
@@ -112,7 +112,7 @@ print(nbd.copy({nbdkit("--filter=delay", "memory", "2M", "rdelay=100ms").uri!r},
     assert last == "Copied(copied=2097152, zeroed=0)\n"
 
 
-def test_a_suspended_program_is_not_late(nbdkit: StartServer) -> None:
+def test_a_copy_of_a_pipe_that_was_suspended_does_not_time_out(nbdkit: StartServer) -> None:
     """Data that arrived while the process was stopped is there when it continues."""
     read, write = os.pipe()
     program = """
@@ -169,14 +169,14 @@ asyncio.run(main(sys.argv[1]))
 
 
 @pytest.mark.parametrize("call", ["connect", "pread", "line", "block_status"])
-def test_a_process_that_was_suspended_is_not_late(nbdkit: StartServer, call: str) -> None:
+def test_a_client_that_was_suspended_does_not_time_out(nbdkit: StartServer, call: str) -> None:
     delay = {"connect": "delay-open=300ms", "block_status": "delay-extents=300ms"}
     options = delay.get(call, "rdelay=5ms" if call == "line" else "rdelay=300ms")
     done = run_program(CLIENT, nbdkit("--filter=delay", "memory", "1M", options).uri, call)
     assert (done.stdout, done.stderr) == ("in time\n", "")
 
 
-def test_a_loop_that_stood_still_for_longer_than_the_timeout_is_not_late(
+def test_a_loop_that_was_blocked_for_longer_than_the_timeout_does_not_time_out(
     nbdkit: StartServer,
 ) -> None:
     async def main() -> None:

@@ -206,7 +206,7 @@ def test_exceptions_of_callbacks_stay_in_their_threads(disk: nbd.NBD) -> None:
 
 
 @pytest.mark.usefixtures("hurried")
-def test_each_call_reports_what_its_callbacks_raised_whatever_others_do(
+def test_each_call_raises_the_exceptions_of_its_own_callbacks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     raised, reported = Counter[int](), Counter[int]()

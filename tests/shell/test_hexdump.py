@@ -24,7 +24,7 @@ def test_a_row_has_its_offset_two_groups_of_hex_and_the_text() -> None:
     assert dump(ROW)[0] == line
 
 
-def test_what_cannot_be_printed_is_a_dot() -> None:
+def test_an_unprintable_byte_is_shown_as_a_dot() -> None:
     assert dump(b"\x00\x1f ~\x7f\x80\xff.")[0].endswith("|.. ~....|")
 
 

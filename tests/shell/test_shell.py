@@ -210,7 +210,7 @@ def test_n_makes_no_handle(nbdsh: Run) -> None:
 
 
 @pytest.mark.parametrize("options", [["-u", "nbd://x"], ["--opt-mode"], ["--base-allocation"]])
-def test_n_excludes_what_needs_the_handle(nbdsh: Run, options: list[str]) -> None:
+def test_n_excludes_options_that_need_the_handle(nbdsh: Run, options: list[str]) -> None:
     assert failure(nbdsh("-n", "-c", "print(1)", *options)) == NO_HANDLE
 
 
@@ -275,7 +275,7 @@ def test_an_error_of_libnbd_is_one_line(nbdsh: Run) -> None:
     assert failure(nbdsh("-c", "raise nbd.Error('it broke', 5)")) == f"{FAILED}it broke\n"
 
 
-def test_a_uri_that_nobody_serves_is_one_line(nbdsh: Run, tmp_path: Path) -> None:
+def test_a_uri_without_a_server_gives_one_line(nbdsh: Run, tmp_path: Path) -> None:
     message = failure(nbdsh("-u", f"nbd+unix:///?socket={tmp_path}/none", "-c", "print(1)"))
     assert message == f"{FAILED}nbd_connect_uri: connect: No such file or directory\n"
 
@@ -513,7 +513,7 @@ def test_a_thread_of_a_command_imports_from_the_current_folder_first(
 
 
 @pytest.mark.parametrize("option", ["-P", "-I"])
-def test_no_command_imports_from_the_current_folder_if_python_is_told_so(
+def test_no_command_imports_from_the_current_folder_if_python_has_the_option(
     nbdsh: Run, tmp_path: Path, option: str
 ) -> None:
     if option == "-P" and sys.version_info < (3, 11):
@@ -523,7 +523,7 @@ def test_no_command_imports_from_the_current_folder_if_python_is_told_so(
     assert failure(done).endswith("\nModuleNotFoundError: No module named 'beside'\n")
 
 
-def test_a_module_that_is_nowhere_is_told_as_python_does(nbdsh: Run) -> None:
+def test_a_missing_module_is_reported_as_python_does(nbdsh: Run) -> None:
     message = failure(nbdsh("-c", "import nowhere_at_all"))
     assert message.endswith("\nModuleNotFoundError: No module named 'nowhere_at_all'\n")
     assert message.count("File ") == 1

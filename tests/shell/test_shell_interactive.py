@@ -130,7 +130,7 @@ def test_the_banner_names_the_library_and_says_how_to_connect(session: Open) -> 
         (["--opt-mode", "--uri", "URI"], "a handle, negotiating options"),
     ],
 )
-def test_the_banner_tells_the_state_of_the_handle(
+def test_the_banner_shows_the_state_of_the_handle(
     session: Open, uri: str, options: list[str], state: str
 ) -> None:
     words = [uri if word == "URI" else word for word in options]
@@ -144,7 +144,7 @@ def test_results_are_shown_and_the_last_one_is_kept(session: Open, uri: str) -> 
     assert "524288" in shell.ask("_ // 2")
 
 
-def test_an_error_shows_its_traceback_and_the_session_goes_on(session: Open) -> None:
+def test_an_error_shows_its_traceback_and_the_session_continues(session: Open) -> None:
     shell = session()
     shell.prompt()
     shown = shell.ask("h.get_size()")
@@ -192,7 +192,7 @@ def test_control_c_drops_the_line_and_returns_to_the_prompt(session: Open) -> No
     assert "NameError" not in shell.ask("6 * 7")
 
 
-def test_control_c_stops_what_runs_and_returns_to_the_prompt(session: Open) -> None:
+def test_control_c_stops_the_running_statement_and_returns_to_the_prompt(session: Open) -> None:
     shell = session()
     shell.prompt()
     # A loop, not a sleep, which would miss a signal that arrives just before it.
@@ -300,7 +300,7 @@ def test_tab_completes_a_constant(session: Open) -> None:
     assert "'base:allocation'" in shell.ask("nbd.CONTEXT_B\t")
 
 
-def test_tab_twice_lists_what_fits(session: Open) -> None:
+def test_tab_twice_lists_the_completions(session: Open) -> None:
     shell = session()
     shell.prompt()
     shell.child.send("nbd.CMD_FLAG_\t\t")
