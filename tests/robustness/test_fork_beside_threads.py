@@ -37,8 +37,8 @@ def work():
 def fork():
     child = os.fork()
     if not child:
-        signal.alarm(8)  # a child that hangs is killed
-        faulthandler.dump_traceback_later(6)
+        signal.alarm(40)  # a child that hangs is killed
+        faulthandler.dump_traceback_later(30)
         work()
         sys.exit()
     status = os.waitpid(child, 0)[1]
