@@ -117,7 +117,9 @@ def test_an_extent_callback_is_called_as_it_is_annotated(disk: nbd.NBD, seen: Se
     assert seen.types == [str, int, list, int, int, int]
 
 
-@pytest.mark.skipif(not hasattr(nbd.NBD, "block_status_64"), reason="a later libnbd has it")
+@pytest.mark.skipif(
+    not hasattr(nbd.NBD, "block_status_64"), reason="a later version of libnbd has it"
+)
 def test_an_extent64_callback_is_called_as_it_is_annotated(disk: nbd.NBD, seen: Seen) -> None:
     callback: Extent64Callback = seen.extent64
     cast(BlockStatus64, cast(Any, disk).block_status_64)(MIB, 0, callback)

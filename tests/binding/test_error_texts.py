@@ -116,7 +116,7 @@ note("after opt_abort: opt_go", lambda: h.opt_go())
 
 def children():
     for process in filter(str.isdigit, os.listdir("/proc")):
-        # Of all processes of the machine, some end meanwhile.
+        # Some of the machine's processes end meanwhile.
         with contextlib.suppress(OSError), open(f"/proc/{process}/stat") as stat:
             if stat.read().rpartition(")")[2].split()[1] == str(os.getpid()):
                 yield int(process)

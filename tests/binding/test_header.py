@@ -63,7 +63,7 @@ def has_header() -> None:
     if not header():
         pytest.skip("there is no libnbd.h (Debian package: libnbd-dev)")
     if BUNDLED:
-        pytest.skip("libnbd came with the package; this libnbd.h need not be that of it")
+        pytest.skip("libnbd came with the package, and libnbd.h may belong to another one")
 
 
 def ignore(*arguments: Any) -> int:

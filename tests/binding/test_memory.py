@@ -77,7 +77,7 @@ import resource
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 
-def fill(size):  # a function: PyPy's compiled loops keep the variables of a module alive
+def fill(size):  # in a function, because PyPy's compiled loops keep a module's variables alive
     buffer = nbd.Buffer(size)
     for page in range(0, size, 4096):
         buffer[page] = 1
@@ -104,13 +104,13 @@ print(peak() - before)
 """
 
 frees = pytest.mark.skipif(
-    hasattr(ctypes.CDLL(None), "__asan_init"), reason="AddressSanitizer keeps what is freed"
+    hasattr(ctypes.CDLL(None), "__asan_init"), reason="AddressSanitizer keeps freed memory"
 )
 recycles = pytest.mark.skipif(
-    sys.implementation.name == "pypy", reason="PyPy frees memory in collections; there is no pool"
+    sys.implementation.name == "pypy", reason="PyPy frees memory in collections, and has no pool"
 )
 drops_late = pytest.mark.skipif(
-    sys.implementation.name != "pypy", reason="CPython frees at once what is dropped"
+    sys.implementation.name != "pypy", reason="CPython frees dropped objects at once"
 )
 
 

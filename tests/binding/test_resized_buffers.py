@@ -32,9 +32,9 @@ def resize():
                     shared.extend(bytes(size - len(shared)))
             except BufferError:  # in use
                 pass
-        time.sleep(0)  # lets other threads run; PyPy would do that only after many bytecodes
+        time.sleep(0)  # lets other threads run, which PyPy would do only after many bytecodes
 
-def notice(unraisable):  # on PyPy: the bytearray was resized, and what a command read is lost
+def notice(unraisable):  # on PyPy: the bytearray was resized, and the data of the command is lost
     if not isinstance(unraisable.exc_value, BufferError):
         sys.__unraisablehook__(unraisable)
 

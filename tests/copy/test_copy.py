@@ -127,7 +127,7 @@ def test_a_copy_does_not_fill_the_cache_of_the_system(tmp_path: Path) -> None:
     if cached(target) == 128 * MIB:
         kind = subprocess.run(["stat", "-f", "-c", "%T", target], capture_output=True, text=True)
         if kind.stdout.strip() in ("tmpfs", "ramfs"):
-            pytest.skip(f"{tmp_path} is in memory: nothing can leave the cache")
+            pytest.skip(f"{tmp_path} is in memory: its files cannot leave the cache")
     assert cached(target) <= 64 * MIB
 
 
@@ -515,7 +515,7 @@ print((peak() - before) // 1024)
 
 
 @pytest.mark.skipif(
-    sys.implementation.name == "pypy", reason="PyPy lets go of things at its next collection"
+    sys.implementation.name == "pypy", reason="PyPy frees objects at its next collection"
 )
 def test_a_copy_that_has_failed_leaves_no_queue_to_the_garbage_collector(
     nbdkit: StartServer, image: Path, tmp_path: Path

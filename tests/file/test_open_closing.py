@@ -123,7 +123,7 @@ def test_a_handler_of_an_older_exception_is_told_that_data_may_be_lost(
         try:
             raise LookupError("which has nothing to do with the disk")
         except LookupError:
-            with alarm(stop), pytest.raises(Stop):
+            with alarm(), pytest.raises(Stop):
                 CALLS["read"](disk)
             with pytest.raises(nbd.Timeout, match="may be lost"):
                 disk.close()

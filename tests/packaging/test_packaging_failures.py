@@ -130,7 +130,7 @@ def test_what_pip_shows_of_a_failed_build_has_the_reason(failing: Failing, tmp_p
 def old_libnbd(tmp_path: Path) -> Callable[[str], str]:
     """Return a function that makes a folder with a nearly empty libnbd.so.0."""
     if BUNDLED:
-        pytest.skip("libnbd came with the package, which looks for no other")
+        pytest.skip("libnbd came with the package, which uses no other")
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("cc is not installed (Debian package: gcc)")

@@ -100,7 +100,7 @@ except KeyboardInterrupt:
 ASYNCIO_RUN = """
     import asyncio, signal, sys, nbd
 
-    # What has started the tests may ignore it, and Python leaves that as it is.
+    # If the parent ignores SIGINT, so does Python.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def say(what):

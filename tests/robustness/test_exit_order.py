@@ -81,7 +81,7 @@ PROGRAMS = {
         "h = connected(); weakref.finalize(thing, lambda: use())",
         READ,
     ),
-    "thread that goes on after the main one": (
+    "thread that outlives the main one": (
         "",
         "h = connected()\n"
         "def work():\n"

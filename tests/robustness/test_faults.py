@@ -367,7 +367,7 @@ def test_killed_server_fails_a_synchronous_command(nbdkit: StartServer, h: nbd.N
 
 
 @pytest.mark.skipif(
-    sys.implementation.name == "pypy", reason="PyPy lets go of things at its next collection"
+    sys.implementation.name == "pypy", reason="PyPy frees objects at its next collection"
 )
 @pytest.mark.parametrize("method", ["pwrite", "aio_pwrite", "aio_pread"])
 def test_failed_call_lets_go_of_its_buffer_at_once(h: nbd.NBD, method: str) -> None:

@@ -286,7 +286,7 @@ HANGS = {
     ),
 }
 SLEEPING = """import time
-        time.sleep(0.002)  # now and then the thread is not yet inside: no harm
+        time.sleep(0.002)  # sometimes the thread is not inside yet, which does no harm
         fork()"""
 
 

@@ -228,7 +228,7 @@ def handler(number, frame):
     global made, armed
     if not armed:
         return
-    while frame is not None:  # cffi drops what its `onerror` raises, and so does a destructor
+    while frame is not None:  # cffi drops an exception in its `onerror`, and so does a destructor
         if frame.f_code.co_name.startswith(("_keep", "__del__", "_gone")):
             return
         frame = frame.f_back
@@ -244,7 +244,7 @@ signal.signal(signal.SIGALRM, handler)
 h = nbd.connect(sys.argv[1])
 for at in range(0, 1 << 20, 1 << 16):
     h.pwrite(b"data", at)
-list(nbd.extents(h))  # loads what is needed
+list(nbd.extents(h))  # loads the modules
 end = time.monotonic() + float(sys.argv[2])
 chance = random.Random(1)
 while time.monotonic() < end:
@@ -268,9 +268,9 @@ while True:
     except Stop:
         came += 1
 lost = made - came
-# PyPy calls finalizers, and callbacks of weak references, at any time, and loses what they raise.
+# PyPy calls finalizers and callbacks of weak references at any time, and loses their exceptions.
 assert 0 <= lost <= (made // 100 + 1 if sys.implementation.name == "pypy" else 0), (made, came)
-while nbd._binding.shim.lib.nbdshim_orphans(h._h):  # what was stopped is kept until the answer
+while nbd._binding.shim.lib.nbdshim_orphans(h._h):  # an abandoned command is kept until its reply
     h.poll(-1)
 assert not nbd._binding.callbacks.registry, nbd._binding.callbacks.registry
 print(f"storm of Exceptions, calls: {calls}")

@@ -180,7 +180,7 @@ STORM = """
 import ctypes, gc, os, resource, signal, sys, threading, time, nbd
 
 PACKAGE = os.path.dirname(nbd.__file__) + os.sep
-KEEPS_FREED = hasattr(ctypes.CDLL(None), "__asan_init")  # AddressSanitizer: up to 256 MiB
+KEEPS_FREED = hasattr(ctypes.CDLL(None), "__asan_init")  # AddressSanitizer keeps up to 256 MiB
 orphans = nbd._binding.shim.lib.nbdshim_orphans
 SIZES = [512, 4096, 65536, 300_000]
 SECONDS = float(sys.argv[2])
@@ -197,7 +197,7 @@ def handler(number, frame):
             return  # its weak references have callbacks, which cannot raise
         if frame.f_code.co_filename.startswith(PACKAGE):
             if frame.f_code.co_name.startswith("_keep"):
-                return  # two signals within microseconds: cffi drops what its `onerror` raises
+                return  # two signals within microseconds: cffi drops an exception in its `onerror`
             raise Interrupt
         frame = frame.f_back
 

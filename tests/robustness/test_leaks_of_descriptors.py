@@ -121,7 +121,7 @@ handle = nbd.connect(target)
 once = globals()[sys.argv[5]]
 once()
 gc.collect()
-nbd.NBD().close()  # the shim's memory that was collected is freed when the next handle is made
+nbd.NBD().close()  # the shim's memory of collected handles is freed when the next one is made
 before = descriptors()
 """
 

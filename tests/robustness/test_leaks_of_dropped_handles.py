@@ -52,7 +52,7 @@ assert kept.aio_is_created()
 
 
 @pytest.mark.skipif(
-    hasattr(ctypes.CDLL(None), "__asan_init"), reason="AddressSanitizer keeps what is freed"
+    hasattr(ctypes.CDLL(None), "__asan_init"), reason="AddressSanitizer keeps freed memory"
 )
 def test_handles_without_end_need_no_more_memory_than_some() -> None:
     environ = {**os.environ, "PYPY_GC_NURSERY": str(64 * MIB)}

@@ -17,7 +17,7 @@ HANG = 1800 if SOAK else 120  # seconds until the loops of a group are considere
 
 
 @pytest.mark.skipif(
-    hasattr(ctypes.CDLL(None), "__asan_init"), reason="AddressSanitizer keeps what is freed"
+    hasattr(ctypes.CDLL(None), "__asan_init"), reason="AddressSanitizer keeps freed memory"
 )
 @pytest.mark.parametrize("group", leak_loops.GROUPS)
 def test_loops_leave_nothing(group: str, nbdkit: StartServer, figure: Figure) -> None:

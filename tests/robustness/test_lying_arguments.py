@@ -53,13 +53,13 @@ class Raising(int):
     __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = __hash__ = fail
     __add__ = __radd__ = __sub__ = __rsub__ = __index__ = __int__ = __bool__ = fail
 
-class Wrapped:  # no int, but its __index__ gives one that lies
+class Wrapped:  # not an int, but its __index__ returns one that lies
     def __init__(self, value):
         self.value = Low(value)
     def __index__(self):
         return self.value
 
-class Changing:  # another number each time that it is asked
+class Changing:  # a different number each time
     def __init__(self, value):
         self.values = [value]
     def __index__(self):

@@ -88,12 +88,12 @@ PROGRAMS = {
         buf = pool.apply(make_buffer)
     assert (type(buf), bytes(buf)) == (nbd.Buffer, b"from there")
 """,
-    "an Error of a subclass arrives with what it has": """
+    "an Error of a subclass arrives with its attributes": """
     error = raised(refuse)
     assert (type(error), error.args) == (Refused, ("refused", errno.EACCES))
     assert (error.errno, error.place) == ("EACCES", "door")
 """,
-    "an Error with a cause arrives, and tells of it": """
+    "an Error with a cause arrives with its cause": """
     error = raised(fail_for_a_reason)
     assert (type(error), error.args) == (nbd.Error, ("no size", 0))
     assert "nbd_get_size: " in str(error.__cause__)

@@ -38,7 +38,7 @@ h = nbd.NBD()
 h.add_meta_context("base:allocation")
 h.connect_unix(sys.argv[1])
 h.pwrite(b"x" * 4096, 0)
-assert len(h.pread(1 << 20, 0)) == 1 << 20  # so that late imports happen now
+assert len(h.pread(1 << 20, 0)) == 1 << 20  # make late imports happen now
 nbd.Buffer(1 << 20)
 pickle.dumps(nbd.Buffer(1))
 given = bytearray(LARGE)
@@ -88,7 +88,7 @@ FAILS = {
 SUCCEEDS = {
     "pwrite": "h.pwrite(given, 4096)",
     "aio_pwrite": "h.aio_pwrite(given, 4096, retire); drain()",
-    "aio_pread into what is there": "h.aio_pread(given, 0, retire); drain()",
+    "aio_pread into an existing buffer": "h.aio_pread(given, 0, retire); drain()",
     "aio_pread_structured": (
         "h.aio_pread_structured(given, 0, lambda *chunk: None, retire); drain()"
     ),

@@ -83,7 +83,7 @@ def test_a_queue_does_not_read_into_a_view_without_an_owner(disk: nbd.NBD) -> No
         assert len(queue) == 0
 
 
-@pytest.mark.skipif(sys.implementation.name == "pypy", reason="PyPy copies what is written")
+@pytest.mark.skipif(sys.implementation.name == "pypy", reason="PyPy copies the data of a write")
 def test_a_write_that_was_stopped_pins_the_buffer_until_the_answer(
     server: Server, disk: nbd.NBD
 ) -> None:

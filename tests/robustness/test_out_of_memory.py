@@ -228,7 +228,7 @@ def test_a_buffer_that_does_not_fit_is_a_memory_error(size: int) -> None:
 
 
 @pytest.mark.skipif(
-    hasattr(ctypes.CDLL(None), "__asan_init"), reason="AddressSanitizer warns of it too"
+    hasattr(ctypes.CDLL(None), "__asan_init"), reason="AddressSanitizer prints a warning as well"
 )
 def test_a_buffer_that_does_not_fit_raises_an_exception_and_prints_nothing() -> None:
     program = """

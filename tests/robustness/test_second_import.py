@@ -57,7 +57,7 @@ def failure(call, *arguments):
     raise AssertionError("the call did not fail")
 
 class Flight:
-    # Commands in flight on a handle, and what their callbacks were called with.
+    # Commands in flight on a handle, and the arguments of their callbacks.
 
     def __init__(self, module, h, mark):
         self.h, self.called = h, []

@@ -117,11 +117,11 @@ class Interrupt(KeyboardInterrupt):
 
 def handler(number, frame):
     if sys.implementation.name == "pypy" and lost():
-        return  # PyPy loses an exception that `finally` raises again, if another is raised there
+        return  # PyPy loses an exception that `finally` re-raises, if another is raised there
     while frame is not None:
         if frame.f_code.co_filename.startswith(PACKAGE):
             if frame.f_code.co_name.startswith("_keep"):
-                return  # two signals within microseconds: cffi drops what its `onerror` raises
+                return  # two signals within microseconds: cffi drops an exception in its `onerror`
             made.append(Interrupt())
             raise made[-1]
         frame = frame.f_back
@@ -138,7 +138,7 @@ def note(error):
         if one is not None and id(one) not in seen:
             seen.add(id(one))
             is_ours |= isinstance(one, Interrupt)
-            if one in made:  # else it was seen before, as the context of another
+            if one in made:  # otherwise it was seen before, as the context of another
                 came_out += 1
                 made.remove(one)
             waiting += [one.__cause__, one.__context__]
@@ -161,7 +161,7 @@ def end_all():
 
 calls = rounds = came_out = 0
 signal.signal(getattr(signal, sys.argv[2]), handler)
-if sys.argv[2] == "SIGINT":  # setitimer sends SIGALRM; that is passed on
+if sys.argv[2] == "SIGINT":  # setitimer sends SIGALRM, which is passed on as SIGINT
     signal.signal(signal.SIGALRM, lambda *ignored: os.kill(os.getpid(), signal.SIGINT))
 end = time.monotonic() + float(sys.argv[3])
 signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
@@ -196,7 +196,7 @@ def down():
         down()
     except RecursionError:
         pass
-    if tries < 400:  # each time there is room for one frame more
+    if tries < 400:  # each time with space for one more frame
         tries += 1
         try:
             operation()

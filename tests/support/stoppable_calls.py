@@ -674,8 +674,8 @@ BLOCKING_SOURCES = {
 }
 BLOCKING_TARGETS = {
     "a FIFO without other side": Cell.fifo,
-    "a pipe that nobody reads": full,
-    "a FIFO that nobody reads": silent_fifo,
+    "a pipe that is not read": full,
+    "a FIFO that is not read": silent_fifo,
 }
 
 for other, make in BLOCKING_SOURCES.items():
