@@ -5,13 +5,12 @@ Each imports from nbd._binding, and here only from those above it:
 
     queue         the shim's queue, and nbd.queue.Queue
     connect       nbd.connect
+    background    threads, and further connections that are made while the first one works
     extents       nbd.extents
     connections   the connections of a file, and the waits on them
     buffering     read-ahead and write-behind of a file
     rawfile       a disk as an unbuffered file
     file          nbd.open: io's buffers over it, and closing at exit
-    threads       threads that can be begun and awaited wherever a signal handler raises
-    joining       further connections, made while the first one works
     disks         the disks that a copy reads from and writes to
     channels      pipes, sockets and terminals, of which a copy waits in poll
     files         the files and streams of a copy

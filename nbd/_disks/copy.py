@@ -23,6 +23,7 @@ from time import monotonic
 from nbd._binding.convert import as_seconds
 from nbd._binding.errors import Error, Timeout
 from nbd._binding.shim import ffi, lib
+from nbd._disks.background import BackgroundThread
 from nbd._disks.connect import CLOSE_TIMEOUT
 from nbd._disks.copystream import copy_stream
 from nbd._disks.disks import QUIET, TICK, Disk, late
@@ -41,7 +42,6 @@ from nbd._disks.queue import (
     as_count,
 )
 from nbd._disks.rescue import await_some, failure, rescued, short_queue
-from nbd._disks.threads import Helper
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -338,7 +338,7 @@ class _Copy:
         self._lock = allocate_lock()  # protects the ranges, and the start of workers
         self._engines: list[ShimQueue] = []
         self._asked: list[dict[int, Asked]] = []  # what each is doing, by token
-        self._threads: list[Helper] = []
+        self._threads: list[BackgroundThread] = []
         self._failures: list[BaseException] = []
         # A copy that has failed waits until then for replies, or until nothing moves for so long.
         self._leave_at = 0.0
@@ -413,7 +413,7 @@ class _Copy:
         ready = min(len(e.handles) if isinstance(e, Disk) else self._most for e in sides)
         while len(self._engines) < min(ready, self._most):
             worker = self._start_worker()
-            thread = Helper(partial(self._work_beside, worker), self._stop_at_exit)
+            thread = BackgroundThread(partial(self._work_beside, worker), self._stop_at_exit)
             self._threads.append(thread)
             try:
                 thread.start()

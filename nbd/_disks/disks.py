@@ -19,6 +19,7 @@ from nbd._binding.constants import (
 )
 from nbd._binding.errors import Error, Timeout
 from nbd._binding.shim import ffi, lib
+from nbd._disks.background import BackgroundThread, Joining
 from nbd._disks.connect import (
     CLOSE_TIMEOUT,
     begin_shutdown,
@@ -27,9 +28,7 @@ from nbd._disks.connect import (
     finish_shutdown,
 )
 from nbd._disks.extents import Survey
-from nbd._disks.joining import Joining
 from nbd._disks.queue import FLUSH, TARGET, IdleTimer, ShimQueue, timeout_error
-from nbd._disks.threads import Helper
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -218,7 +217,7 @@ class Disk:
         Only a thread can do that: nothing interrupts waitpid.
         """
         close = partial(self.handles[0].__exit__, None, None, None)
-        thread = Helper(close, close)
+        thread = BackgroundThread(close, close)
         try:
             thread.start()
         except RuntimeError:  # the system has no thread left

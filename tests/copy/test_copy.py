@@ -27,8 +27,8 @@ from support.sizes import KIB, MIB
 from support.waits import paused
 
 import nbd
-import nbd._disks.engine
-from nbd._disks.threads import running
+import nbd._disks.queue
+from nbd._disks.background import running
 
 
 @pytest.fixture

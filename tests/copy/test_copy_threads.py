@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 
-from nbd._disks.threads import Helper, running
+from nbd._disks.background import BackgroundThread, running
 
 BOUND = 10  # seconds until a test fails because an event does not happen
 
@@ -21,7 +21,7 @@ def test_one_that_works_cannot_be_cancelled() -> None:
         begun.set()
         may_end.wait(BOUND)
 
-    helper = Helper(work, may_end.set)
+    helper = BackgroundThread(work, may_end.set)
     helper.start()
     assert begun.wait(BOUND)
     assert not helper.cancel()
@@ -35,11 +35,11 @@ def test_one_that_works_cannot_be_cancelled() -> None:
 
 def test_one_that_was_cancelled_does_nothing_and_stays_cancelled() -> None:
     works: list[int] = []
-    helper = Helper(lambda: works.append(1), nothing)
+    helper = BackgroundThread(lambda: works.append(1), nothing)
     assert helper.cancel()
     helper.start()
     assert helper.cancel()
-    other = Helper(nothing, nothing)
+    other = BackgroundThread(nothing, nothing)
     other.start()
     assert other.join(BOUND)
     assert works == []
@@ -49,7 +49,7 @@ def test_a_helper_whose_work_raises_can_be_joined() -> None:
     def fail() -> None:
         raise ValueError
 
-    helper = Helper(fail, nothing)
+    helper = BackgroundThread(fail, nothing)
     helper.start()
     assert helper.join(BOUND)
 
@@ -57,7 +57,7 @@ def test_a_helper_whose_work_raises_can_be_joined() -> None:
 def test_starting_and_cancelling_at_once_is_one_or_the_other() -> None:
     for _ in range(200):
         works: list[int] = []
-        helper = Helper(lambda works=works: works.append(1), nothing)  # type: ignore[misc]
+        helper = BackgroundThread(lambda works=works: works.append(1), nothing)  # type: ignore[misc]
         helper.start()
         if helper.cancel():
             assert helper.cancel()

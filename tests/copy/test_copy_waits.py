@@ -22,7 +22,7 @@ from support.signals import Stop, alarm
 from support.sizes import KIB, MIB
 
 import nbd
-from nbd._disks.threads import running
+from nbd._disks.background import running
 
 #: Called before a server answers a request; it returns whether it has answered.
 Before = Callable[[Wire, Request], Union[bool, None]]

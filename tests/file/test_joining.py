@@ -14,7 +14,7 @@ from support.programs import run_program
 from support.servers import StartServer
 
 import nbd
-from nbd._disks.joining import Joining
+from nbd._disks.background import Joining
 
 BOUND = 10  # seconds until a test fails because an event does not happen
 
@@ -104,7 +104,7 @@ def test_a_handle_that_cannot_be_used_is_closed_and_no_other_is_made(nbdkit: Sta
 def test_a_program_ends_while_a_connection_is_made() -> None:
     program = """
 import sys
-from nbd._disks.joining import Joining
+from nbd._disks.background import Joining
 joining = Joining(sys.argv[1], 3, None, print)
 joining.start()
 while joining._connecting is None:
