@@ -11,9 +11,9 @@ Each imports from nbd._binding, and here only from those above it:
     buffering     read-ahead and write-behind of a file
     rawfile       a disk as an unbuffered file
     file          nbd.open: io's buffers over it, and closing at exit
-    disks         the disks that a copy reads from and writes to
-    channels      pipes, sockets and terminals, of which a copy waits in poll
-    files         the files and streams of a copy
+    diskendpoint  the disks that a copy reads from and writes to
+    streamendpoint  the streams of a copy, which are read or written in order
+    fileendpoint  the files of a copy
     endpoints     what a copy reads from and writes to
     rescue        reading around what cannot be read
     copystream    copies from and to streams

@@ -26,7 +26,7 @@ from nbd._binding.shim import ffi, lib
 from nbd._disks.background import BackgroundThread
 from nbd._disks.connect import CLOSE_TIMEOUT
 from nbd._disks.copystream import copy_stream
-from nbd._disks.disks import QUIET, TICK, Disk, late
+from nbd._disks.diskendpoint import QUIET, TICK, Disk, late
 from nbd._disks.endpoints import File, Stream, is_same, open_end, processors
 from nbd._disks.queue import (
     COPY,

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from nbd._disks.copy import Settings
     from nbd._disks.endpoints import End
-    from nbd._disks.files import Data
     from nbd._disks.queue import Request
+    from nbd._disks.streamendpoint import Data
 
     Reader = Union["_DiskReader", "_FileReader", "_StreamReader"]
     Writer = Union["_DiskWriter", "_FileWriter", "_StreamWriter"]

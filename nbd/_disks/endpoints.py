@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
 """What nbd.copy reads from and writes to: disks, files, and streams.
 
-A disk is one NBD export, over one handle or several.  The other two are in files.py.
+A disk is one NBD export, over one handle or several.  The other two are in fileendpoint.py and
+streamendpoint.py.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import io
 import os
 
 from nbd._binding.methods import NBD
-from nbd._disks.disks import Disk as Disk
-from nbd._disks.disks import connected
-from nbd._disks.files import File as File
-from nbd._disks.files import Stream as Stream
-from nbd._disks.files import identity, of_object, opened, side_name
+from nbd._disks.diskendpoint import Disk as Disk
+from nbd._disks.diskendpoint import connected
+from nbd._disks.fileendpoint import File as File
+from nbd._disks.fileendpoint import identity, of_object, opened
 from nbd._disks.queue import SOURCE
+from nbd._disks.streamendpoint import Stream as Stream
+from nbd._disks.streamendpoint import side_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from mmap import mmap
 from time import monotonic
 
 from nbd._binding.errors import DiskError, Error
-from nbd._disks.disks import QUIET, TICK, Disk, late
+from nbd._disks.diskendpoint import QUIET, TICK, Disk, late
 from nbd._disks.queue import READ, ZERO, IdleTimer, Queue
 
 TYPE_CHECKING = False

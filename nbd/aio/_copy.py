@@ -12,7 +12,7 @@ from threading import Thread
 
 from nbd._binding.constants import CONTEXT_BASE_ALLOCATION
 from nbd._disks.copy import Ends, Job, Settings
-from nbd._disks.disks import TICK, Disk
+from nbd._disks.diskendpoint import TICK, Disk
 from nbd._disks.endpoints import is_server, most_connections
 from nbd._disks.queue import SOURCE, TARGET
 from nbd.aio._client import Client

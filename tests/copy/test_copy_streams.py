@@ -29,7 +29,7 @@ from support.signals import AGAIN, SHORT, Stop, alarm
 from support.sizes import KIB, MIB
 
 import nbd
-import nbd._disks.files
+import nbd._disks.fileendpoint
 
 SOON = 20.0  # seconds within which a wait must end that would otherwise last for ever
 DATA = random.Random(1).randbytes(3 * MIB + 77)
@@ -377,8 +377,8 @@ def test_a_stream_gets_zeroes_for_what_a_file_cannot_read(
         view[: len(data)] = data
         return len(data)
 
-    monkeypatch.setattr(nbd._disks.files, "_read_at", read_at)
-    monkeypatch.setattr(nbd._disks.files, "_is_of_system", lambda reason: True)
+    monkeypatch.setattr(nbd._disks.fileendpoint, "_read_at", read_at)
+    monkeypatch.setattr(nbd._disks.fileendpoint, "is_of_system", lambda reason: True)
     target, calls = io.BytesIO(), list[tuple[int, int]]()
     assert nbd.copy(path, target, on_error=ask(calls, True)).bad == tuple(BAD)
     assert (target.getvalue(), calls) == (with_holes(DATA), BAD)

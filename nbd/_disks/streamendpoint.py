@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Pipes, sockets and terminals, of which a copy waits only in poll.
+"""Streams: what nbd.copy reads or writes from the beginning to the end, in order.
+
+That is a pipe, a file that is appended to, an io.BytesIO, a gzip.GzipFile.
+Pipes, sockets and terminals, of which a copy waits only in poll.
 
 A thread that is inside read() or write() on a pipe knows no timeout, and nothing but a signal gets
 it out.  So every wait is a poll, in slices after each of which the copy may be stopped, and the
@@ -16,15 +19,18 @@ import stat
 import sys
 from time import monotonic, sleep
 
+from nbd._binding.convert import as_number
 from nbd._binding.errors import Timeout
+from nbd._disks.queue import SOURCE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any, TypeVar
+    from collections.abc import Callable, Iterator
+    from typing import Any, TypeVar, Union
 
     from nbd._disks.copy import Settings
 
+    Data = Union[bytes, memoryview]
     Result = TypeVar("Result")
 
 #: Seconds after which each wait looks whether the copy has to end.
@@ -35,6 +41,11 @@ _RETRY_INTERVAL = 0.02
 _TERMINAL_WRITE = 256
 
 BUFFERED = (io.BufferedReader, io.BufferedWriter, io.BufferedRandom)
+_CHUNK = 1024 * 1024
+#: Objects of these types use what they are given only while `write` runs.
+_BORROWERS = (io.FileIO, io.BytesIO, *BUFFERED)
+# Where system calls are made.
+_MODULES = (__name__, "nbd._disks.fileendpoint")
 
 
 class Wait:
@@ -252,3 +263,202 @@ def _socket_of(file: Any) -> Any:
 def _dont_wait() -> int:
     module: Any = sys.modules["socket"]
     return int(module.MSG_DONTWAIT)
+
+
+class Stream:
+    """A binary file object that is read or written in order.
+
+    Attributes:
+        file: The object.
+        size: In bytes; None if that is not known.
+        name: Its path, or what else the caller knows it by.
+    """
+
+    is_read_only = False
+
+    def __init__(
+        self, file: Any, end: int, settings: Settings, is_ours: bool = False, owner: Any = None
+    ) -> None:
+        """Take an object.
+
+        Args:
+            file: The object.
+            end: SOURCE or TARGET.
+            settings: Those of the copy.
+            is_ours: Whether to close it.
+            owner: The caller's object, if that is another one.
+        """
+        self.file = file
+        self.name = name_of(file if owner is None else owner)
+        self._is_ours = is_ours
+        self._settings = settings
+        self._side = side_name(end)
+        self._is_file = type(raw_of(file)) is io.FileIO
+        is_source = end == SOURCE
+        self._channel = Channel(file, settings, is_source) if is_channel(file) else None
+        self.size = _rest_of(file) if is_source and self._channel is None else None
+
+    def chunks(self) -> Iterator[Data]:
+        """The rest of the object.  A memoryview has its bytes only until the next one is asked for.
+
+        Raises:
+            nbd.Timeout: A pipe, socket or terminal has sent nothing for too long.
+            BlockingIOError, TypeError: The object's `read` does not return bytes.
+        """
+        if self._channel is not None:
+            buffer = memoryview(bytearray(_CHUNK))
+            while True:
+                try:
+                    count = self._channel.read_into(buffer)
+                except OSError as reason:
+                    self._explain("reading", reason)
+                    raise
+                if not count:
+                    return
+                yield buffer[:count]
+        while True:
+            data = self._read()
+            if not data:
+                return
+            yield data
+
+    def _read(self) -> Data:
+        """The next bytes of an object."""
+        try:
+            data = self.file.read(_CHUNK)
+        except OSError as reason:
+            self._explain("reading", reason)
+            raise
+        if data is None:
+            raise BlockingIOError(
+                errno.EAGAIN,
+                f"nbd.copy: read() of the {self._side} has no data and does not wait for some; "
+                "make it blocking",
+            )
+        if type(data) is bytes:
+            return data
+        try:
+            return memoryview(data).cast("B")
+        except TypeError:
+            kind = type(data).__name__
+            raise TypeError(
+                f"{self._side}: its read() has returned {kind}, not bytes; open it in binary mode"
+            ) from None
+
+    def write(self, data: Data) -> None:
+        """Write everything.
+
+        Raises:
+            nbd.Timeout: A pipe, socket or terminal has taken nothing for too long.
+            OSError: The object has not taken all of it.
+        """
+        if self._channel is None and type(self.file) not in _BORROWERS:
+            data = bytes(data)  # the object may keep what it is given
+        view = memoryview(data)
+        try:
+            if self._channel is not None:
+                self._channel.write(view)
+                return
+            while view:
+                whole = len(view) == len(data)
+                count = self.file.write(data if whole else type(data)(view))
+                view = view[self._taken(count, len(view)) :]
+                self._settings.check()
+        except OSError as reason:
+            self._explain("writing", reason)
+            raise
+
+    def _taken(self, count: object, length: int) -> int:
+        """How much `write` has taken, by what it has returned."""
+        if count is None and not isinstance(self.file, io.RawIOBase):
+            return length  # as many objects say that they have taken all
+        number = 0 if count is None else as_number("target: what its write() has returned", count)
+        if 0 < number <= length:
+            return number
+        if count is None:
+            raise BlockingIOError(
+                errno.EAGAIN,
+                "nbd.copy: write() of the target takes no more data and does not wait; "
+                "make it blocking",
+            )
+        raise OSError(errno.EIO, f"nbd.copy: write() of the target took {number} of {length} bytes")
+
+    def flush(self) -> None:
+        """Write what the object has buffered; have a file that is appended to on its disk."""
+        try:
+            if self._channel is None and hasattr(self.file, "flush"):
+                self.file.flush()
+            if self._is_file and self._settings.flush and stat.S_ISREG(self._mode()):
+                os.fdatasync(self.file.fileno())
+        except OSError as reason:
+            self._explain("flushing", reason)
+            raise
+
+    def _mode(self) -> int:
+        return os.fstat(self.file.fileno()).st_mode
+
+    def close(self) -> None:
+        """Close the object, if it is ours."""
+        if self._channel is not None:
+            self._channel.close()
+        if self._is_ours:
+            self.file.close()
+
+    def say_goodbye(self, count: int) -> None:
+        """Do nothing: the object is behind the copied bytes."""
+
+    def _explain(self, what: str, reason: OSError) -> None:
+        """Raise an exception of the same type with the name, if the system has refused something.
+
+        Not for other objects than io's: those have said it in their own way.
+        """
+        if (self._is_file or self._channel is not None) and is_of_system(reason):
+            text = f"nbd.copy: {what} the {self._side} failed: {os.strerror(reason.errno or 0)}"
+            raise OSError(reason.errno, text, self.name) from reason
+
+
+def side_name(end: int) -> str:
+    """What a message calls one of the two sides."""
+    return "source" if end == SOURCE else "target"
+
+
+def is_of_system(reason: BaseException) -> bool:
+    """Whether a system call has failed, and not the handler of a signal that came during it."""
+    last = reason.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    is_here = last is not None and last.tb_frame.f_globals.get("__name__") in _MODULES
+    is_numbered = isinstance(reason, OverflowError) or isinstance(
+        getattr(reason, "errno", None), int
+    )
+    return is_here and is_numbered
+
+
+def raw_of(file: Any) -> Any:
+    """What has the descriptor of a file object.
+
+    Only of io's own types: a subclass may have methods of its own, which count.
+    """
+    return file.raw if type(file) in BUFFERED else file
+
+
+def name_of(file: Any) -> str:
+    name = getattr(file, "name", None)
+    if isinstance(name, (str, bytes)):
+        return os.fsdecode(name)
+    return f"descriptor {name}" if isinstance(name, int) else type(file).__name__
+
+
+def _rest_of(file: Any) -> int | None:
+    """How many bytes follow the position of a file object; None if that is not known.
+
+    Only for io's own types: to find the end of another one may take as long as to read it.
+    """
+    if type(file) not in (io.BytesIO, *BUFFERED) or type(raw_of(file)) is io.FileIO:
+        return None  # a file of io's that gets here has content that its size does not tell
+    if not file.seekable():
+        return None
+    at = int(file.tell())
+    size = int(file.seek(0, os.SEEK_END))
+    file.seek(at)
+    return max(0, size - at)
