@@ -11,11 +11,11 @@ Each imports from nbd._binding, and here only from those above it:
     buffering     read-ahead and write-behind of a file
     rawfile       a disk as an unbuffered file
     file          nbd.open: io's buffers over it, and closing at exit
-    diskendpoint  the disks that a copy reads from and writes to
-    streamendpoint  the streams of a copy, which are read or written in order
-    fileendpoint  the files of a copy
-    endpoints     what a copy reads from and writes to
-    rescue        reading around what cannot be read
-    copystream    copies from and to streams
+    endpoints     the two sides of a copy: the interface of their endpoints
+    rescue        reading around what a source cannot read
+    copystream    copies in order: those from or to a stream
+    diskendpoint  the endpoint that is a disk
+    streamendpoint  the endpoint that is a stream
+    fileendpoint  the endpoint that is a file
     copy          nbd.copy
 """

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""nbd.copy: disks and files copied with many commands in flight.
+"""nbd.copy: copies disks, files and streams, with many commands in flight.
 
-Between disks and files the shim's queue does the work: each command that was read is written by C.
-The calling thread begins on the first connection.  Further connections are made beside it; with
-those that come, other threads join, each with a queue of its own.  They take ranges of the disk,
-one after the other, until none is left.
+If both sides have offsets, the shim's queue does the work: C writes each piece that was read,
+without Python.  The calling thread is the first worker and begins on the first connection.  Further
+connections are made in the background, and with them further workers start, each in a thread of its
+own, with a queue of its own.  The workers take one range of the disk after the other.  A range that
+cannot be read is left to the calling thread, which reads around it (rescue).
 
-What cannot be read is left to the calling thread, which reads around it (rescue.py).
-
-A stream is copied by one thread, in order (streaming.py).
+If one side is a stream, the calling thread copies in order (copystream).
 """
 
 from __future__ import annotations
@@ -20,14 +19,22 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from time import monotonic
 
-from nbd._binding.convert import as_seconds
-from nbd._binding.errors import Error, Timeout
+from nbd._binding.errors import Error
 from nbd._binding.shim import ffi, lib
 from nbd._disks.background import BackgroundThread
 from nbd._disks.connect import CLOSE_TIMEOUT
 from nbd._disks.copystream import copy_stream
-from nbd._disks.diskendpoint import QUIET, TICK, Disk, late
-from nbd._disks.endpoints import File, Stream, is_same, open_end, processors
+from nbd._disks.diskendpoint import open_disk
+from nbd._disks.endpoints import (
+    DRAIN_TIMEOUT,
+    TICK,
+    Settings,
+    drain_idle,
+    is_same,
+    late,
+    processors,
+)
+from nbd._disks.fileendpoint import open_file
 from nbd._disks.queue import (
     COPY,
     MAX_DEPTH,
@@ -39,34 +46,25 @@ from nbd._disks.queue import (
     ZERO,
     IdleTimer,
     ShimQueue,
-    as_count,
 )
-from nbd._disks.rescue import await_some, failure, rescued, short_queue
+from nbd._disks.rescue import merged, rescued
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from typing import Any, Union
+    from collections.abc import Iterator
+    from typing import Any
 
     from nbd._binding.methods import NBD
-    from nbd._disks.endpoints import Anything, End
+    from nbd._disks.endpoints import Anything, Endpoint, OnError, Progress
 
-    Progress = Callable[[int, Union[int, None]], object]
-    OnError = Callable[[int, int, Error], object]
-    # What an engine was asked for: an operation, start and stop.
-    Asked = tuple[int, int, int]
+    # What a queue is asked for: an operation, start and stop.
+    Task = tuple[int, int, int]
 
-_DEPTH = 16
-#: The largest request to copy, which is reported to Python as one.
+#: The size of the largest request to copy; the queue cuts it into pieces, and reports it as one.
 _REQUEST = 8 * 1024 * 1024
+#: The size of the ranges that a worker takes.
 _MIN_RANGE = 8 * 1024 * 1024
 _MAX_RANGE = 128 * 1024 * 1024
-#: How many seconds a copy that has failed waits for replies: nbdkit 1.32 can abort, for all of its
-#: clients, if it cannot send them.
-_GRACE = 1.0
-#: How long nothing may move meanwhile if nbd.Timeout is what has failed.
-_SHORT_QUIET = 0.1
-
 
 _Copied = namedtuple("_Copied", ("copied", "zeroed"))
 
@@ -79,7 +77,7 @@ class Copied(_Copied):
         zeroed: How many became zeroes without being read: the source has a hole there, or cannot
             read them.
         bad: The ranges that the source cannot read, as a tuple of (offset, length) in order; it is
-            empty unless on_error has continued.
+            empty unless on_error has let the copy continue.
     """
 
     __module__ = "nbd"
@@ -160,198 +158,108 @@ def copy(
     C: nbd_aio_pread, nbd_aio_pwrite, nbd_aio_zero, nbd_block_status.
     """
     settings = Settings(connections, depth, sparse, progress, timeout, flush, on_error)
-    with Ends() as ends:
-        source_end = ends.open(source, SOURCE, settings)
-        target_end = ends.open(target, TARGET, settings)
-        return Job(source_end, target_end, settings).run()
+    with ExitStack() as opened:  # it closes both, whatever one of them raises
+        source_endpoint = open_endpoint(source, SOURCE, settings)
+        opened.callback(source_endpoint.close)
+        target_endpoint = open_endpoint(target, TARGET, settings)
+        opened.callback(target_endpoint.close)
+        return Copy(source_endpoint, target_endpoint, settings).run()
 
 
-class Settings:
-    """What the caller of a copy has asked for.
+def open_endpoint(what: Anything, side: int, settings: Settings) -> Endpoint:
+    """Open a side of a copy as its caller has named it.
 
-    Attributes:
-        is_stopped: The copy has to end, because a part of it has failed, or the caller wants it.
-        bad: The ranges that could not be read, in any order: (offset, length) of each.
+    Raises:
+        nbd.Error, OSError: It cannot be connected or opened.
+        nbd.Timeout: A server does not answer, or nobody has opened the other side of a FIFO.
+        TypeError: It is nothing that can be copied.
     """
-
-    def __init__(
-        self,
-        connections: int | None,
-        depth: int | None,
-        sparse: bool,
-        progress: Progress | None,
-        timeout: float | None,
-        flush: bool,
-        on_error: OnError | None = None,
-    ) -> None:
-        if on_error is not None and not callable(on_error):
-            kind = type(on_error).__name__
-            raise TypeError(f"on_error: a callable or None is needed, not {kind}")
-        self.connections = _at_least_one("connections", connections)
-        self.depth = _at_least_one("depth", depth) or _DEPTH
-        self.sparse = bool(sparse)
-        self.progress = progress
-        self.timeout = None if timeout is None else as_seconds("timeout", timeout)
-        self.flush = bool(flush)
-        self.on_error = on_error
-        self.is_stopped = False
-        self.bad: list[tuple[int, int]] = []
-
-    def check(self) -> None:
-        """Raise if the copy has to end."""
-        if self.is_stopped:
-            raise Error("nbd.copy: it was stopped before its end", errno.ECANCELED)
+    return open_disk(what, settings) or open_file(what, side, settings)
 
 
-def _at_least_one(name: str, value: object) -> int | None:
-    return None if value is None else as_count(name, value)
+class Copy:
+    """One copy between two open endpoints, which another thread may stop."""
 
-
-class Ends:
-    """The source and target of one copy, closed when it ends, whatever happens."""
-
-    def __init__(self) -> None:
-        self._opened: list[End] = []
-
-    def open(self, what: Anything, end: int, settings: Settings) -> End:
-        """Open one of them."""
-        return self.own(open_end(what, end, settings))
-
-    def own(self, opened: End) -> End:
-        """Take over one that is open."""
-        self._opened.append(opened)
-        return opened
-
-    def close(self) -> None:
-        """Close them at once."""
-        with ExitStack() as stack:  # it closes all of them, whatever one raises
-            for one in self._opened:
-                stack.callback(one.close)
-
-    def __enter__(self) -> Ends:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self.close()
-
-
-def _check(source: End, target: End) -> None:
-    """Refuse what cannot be, before anything is written."""
-    if is_same(source, target):
-        raise ValueError(
-            "source and target are the same file: the copy would read what it has written; "
-            "copy to another one"
-        )
-    if target.is_read_only:
-        raise Error("nbd.copy: the target is read-only; copy to another export", errno.EROFS)
-    is_fixed = isinstance(target, Disk) or (isinstance(target, File) and not target.is_regular)
-    if is_fixed and (target.size or 0) < (source.size or 0):
-        raise Error(
-            f"nbd.copy: the target has {target.size} bytes and the source {source.size}; "
-            "copy to a larger one",
-            errno.ENOSPC,
-        )
-
-
-class Job:
-    """A copy between two open ends, which another thread may stop."""
-
-    def __init__(self, source: End, target: End, settings: Settings) -> None:
+    def __init__(self, source: Endpoint, target: Endpoint, settings: Settings) -> None:
         self._source = source
         self._target = target
         self._settings = settings
-        self._copy: _Copy | None = None
-        self._disks = [end for end in (source, target) if isinstance(end, Disk)]
         if settings.timeout is None:
-            own = [d.handles[0].gettimeout() for d in self._disks if not d.is_ours]
-            settings.timeout = min((seconds for seconds in own if seconds), default=None)
-        for disk in self._disks:
-            disk.settings = settings
+            timeouts = (source.timeout, target.timeout)
+            settings.timeout = min((seconds for seconds in timeouts if seconds), default=None)
+        self._size = source.size or 0
+        ranges = -(-self._size // _MIN_RANGE)  # more workers would have nothing to do
+        limits = processors(), source.max_workers, target.max_workers, ranges
+        self._max_workers = max(1, min(limits))
+        self._lock = allocate_lock()  # protects the next range, and the start of workers
+        self._has_workers = False
+        self._workers: list[_Worker] = []
+        self._failures: list[BaseException] = []
+        # When a copy that has failed stops waiting for replies, and for how many seconds nothing
+        # may move meanwhile.
+        self._drain_deadline = 0.0
+        self._drain_idle = DRAIN_TIMEOUT
+        # What could not be read, and what has to be copied again because of that.
+        self._unread: deque[_Unread] = deque()
+        self._again: deque[Task] = deque()
+        self._adjustment = 0  # what the queues' count of copied bytes has to be corrected by
+        self._reported = 0
+        self._reported_at = 0.0
 
     def run(self) -> Copied:
         """Copy everything."""
         source, target, settings = self._source, self._target, self._settings
-        _check(source, target)
-        if isinstance(source, Stream) or isinstance(target, Stream):
-            copied, zeroed = copy_stream(source, target, settings)
-        else:
-            if isinstance(target, File):
-                target.grow(source.size)
-            self._copy = _Copy(source, target, settings)
+        self._check_sides()
+        if source.has_offsets and target.has_offsets:
+            target.grow(self._size)
+            self._has_workers = True
             settings.check()
-            copied, zeroed = self._copy.run()
+            copied, zeroed = self._copy_ranges()
+        else:
+            copied, zeroed = copy_stream(source, target, settings)
         settings.check()
-        if settings.flush or isinstance(target, Stream):
-            target.flush()
-        self._say_goodbye(copied + zeroed)
+        target.flush()
+        self._finish(copied + zeroed)
         return _result(copied, zeroed, settings.bad)
 
-    def _say_goodbye(self, count: int) -> None:
-        """End our connections in order, within a bounded time, and leave the caller's files."""
-        for end in (self._source, self._target):
-            end.say_goodbye(count)
-        until = monotonic() + min(CLOSE_TIMEOUT, self._settings.timeout or CLOSE_TIMEOUT)
-        for disk in self._disks:
-            disk.await_goodbye(until)
-
     def stop(self) -> None:
-        """Have `run` raise soon, in its thread; calls that wait on our own handles return."""
+        """Have `run` raise soon, in its thread; called by another one."""
         self._settings.is_stopped = True
-        if self._copy is not None:
-            self._copy.wake()  # and before it closes the disks, it lets replies come
+        if self._has_workers:
+            self._wake()  # the workers let replies arrive before the handles are closed
             return
-        for disk in self._disks:
-            disk.close()
+        self._source.abort()
+        self._target.abort()
 
+    def _check_sides(self) -> None:
+        """Refuse what cannot succeed, before anything is written."""
+        source, target = self._source, self._target
+        if is_same(source, target):
+            raise ValueError(
+                "source and target are the same file: the copy would read what it has written; "
+                "copy to another one"
+            )
+        if target.is_read_only:
+            raise Error("nbd.copy: the target is read-only; copy to another export", errno.EROFS)
+        if target.capacity is not None and target.capacity < self._size:
+            raise Error(
+                f"nbd.copy: the target has {target.capacity} bytes and the source {self._size}; "
+                "copy to a larger one",
+                errno.ENOSPC,
+            )
 
-def _result(copied: int, zeroed: int, bad: list[tuple[int, int]]) -> Copied:
-    """What the caller gets; bad ranges were counted as copied."""
-    lost = sum(length for _, length in bad)
-    result = Copied(copied - lost, zeroed + lost)
-    merged: list[tuple[int, int]] = []
-    for start, length in sorted(bad):
-        if merged and sum(merged[-1]) == start:
-            merged[-1] = merged[-1][0], merged[-1][1] + length
-        else:
-            merged.append((start, length))
-    if merged:
-        result.bad = tuple(merged)
-    return result
+    def _finish(self, count: int) -> None:
+        """End our connections in order, within a bounded time; seek the caller's files."""
+        endpoints = self._source, self._target
+        for endpoint in endpoints:
+            endpoint.finish(count)
+        timeout = self._settings.timeout or CLOSE_TIMEOUT
+        deadline = monotonic() + min(CLOSE_TIMEOUT, timeout)
+        for endpoint in endpoints:
+            endpoint.await_shutdown(deadline)
 
-
-class _Unread(namedtuple("_Unread", ("start", "stop", "offset", "length", "errnum", "moved"))):
-    """A request of which a piece could not be read: the request's range, and the piece."""
-
-    __slots__ = ()
-
-
-class _Copy:
-    """A copy between disks and files, and what its threads share."""
-
-    def __init__(self, source: Disk | File, target: Disk | File, settings: Settings) -> None:
-        self._source = source
-        self._target = target
-        self._settings = settings
-        self._size = source.size
-        few = -(-source.size // _MIN_RANGE)  # what more would have nothing to do
-        self._most = max(1, min(processors(), source.most_workers, target.most_workers, few))
-        self._lock = allocate_lock()  # protects the ranges, and the start of workers
-        self._engines: list[ShimQueue] = []
-        self._asked: list[dict[int, Asked]] = []  # what each is doing, by token
-        self._threads: list[BackgroundThread] = []
-        self._failures: list[BaseException] = []
-        # A copy that has failed waits until then for replies, or until nothing moves for so long.
-        self._leave_at = 0.0
-        self._quiet = _GRACE
-        # What could not be read, and what is to be copied again because of that.
-        self._unread: deque[_Unread] = deque()
-        self._again: deque[Asked] = deque()
-        self._adjusted = 0  # bytes that the engines have not copied, or have copied in vain
-        self._reported = 0
-        self._reported_at = 0.0
-
-    def run(self) -> tuple[int, int]:
-        """Copy, with the calling thread as the first worker.
+    def _copy_ranges(self) -> tuple[int, int]:
+        """Copy between endpoints with offsets; the calling thread is the first worker.
 
         Returns:
             How many bytes were copied, and how many were zeroed.
@@ -361,211 +269,210 @@ class _Copy:
             self._work_all()
             self._copy_rest()
             self._report(is_last=True)
+        except Error as raised:
+            self._stop_and_drain(raised)
+            if raised.errnum == errno.ECANCELED and self._failures:
+                raise self._failures[0] from None  # the reason why the copy was stopped
+            raise
         except BaseException as raised:
-            self._stop(raised)
-            self._drain(0)
-            if self._failures and isinstance(raised, Error) and raised.errnum == errno.ECANCELED:
-                raise self._failures[0] from None  # this is why it was stopped
+            self._stop_and_drain(raised)
             raise
         finally:
-            copied, zeroed = self._end()
-        if copied + zeroed != self._source.size:
-            text = f"nbd.copy: {copied + zeroed} of {self._source.size} bytes were copied"
+            copied, zeroed = self._end_workers()
+        if copied + zeroed != self._size:
+            text = f"nbd.copy: {copied + zeroed} of {self._size} bytes were copied"
             raise Error(f"{text}: this is a fault of nbd.copy; report it", errno.EIO)
         return copied, zeroed
 
     def _begin(self) -> None:
-        """Start on the connections that are there, and have others made."""
+        """Start the workers for which there are connections, and make further connections."""
         with self._lock:
-            self._start_worker()
-            first = self._engines[0]
-            self._block = max(_minimum(first, SOURCE), _minimum(first, TARGET))
-            has_rest = self._size % _minimum(first, TARGET) != 0
-            if has_rest and self._size != lib.nbdqueue_size(first.q, TARGET):
-                self._size -= self._size % self._block  # the rest does not fill a block there
-            self._range = self._length_of_ranges()
+            queue = self._new_worker().queue
+            self._block = max(_minimum(queue, SOURCE), _minimum(queue, TARGET))
             self._next_start = 0
+            self._stop = self._size
+            has_rest = self._size % _minimum(queue, TARGET) != 0
+            if has_rest and self._size != lib.nbdqueue_size(queue.q, TARGET):
+                self._stop -= self._size % self._block  # the rest does not fill a block there
+            self._range = self._range_size()
             self._start_workers()
-        few = -(-self._size // _MIN_RANGE)
-        for end in (self._source, self._target):
-            if isinstance(end, Disk):
-                end.start_joining(few - len(end.handles), self._join)
+        ranges = -(-self._stop // _MIN_RANGE)
+        for endpoint, side in ((self._source, SOURCE), (self._target, TARGET)):
+            join = partial(self._join, endpoint, side)
+            endpoint.start_joining(ranges - len(endpoint.handles), join)
 
-    def _length_of_ranges(self) -> int:
-        """How much a worker takes at once."""
-        length = min(max(self._size // (8 * self._most), _MIN_RANGE), _MAX_RANGE)
-        return max(length - length % self._block, self._block)
+    def _range_size(self) -> int:
+        """How many bytes a worker takes at once."""
+        size = min(max(self._stop // (8 * self._max_workers), _MIN_RANGE), _MAX_RANGE)
+        return max(size - size % self._block, self._block)
 
-    def _join(self, disk: Disk, handle: NBD) -> None:
+    def _join(self, endpoint: Endpoint, side: int, handle: NBD) -> None:
         """Use a further connection; called by the thread that has made it."""
-        disk.check_joining(handle)
         with self._lock:
-            worker = len(disk.handles) % self._most
-            if worker < len(self._engines):
-                side = SOURCE if disk is self._source else TARGET
-                self._engines[worker].add(side, handle)
-            disk.handles.append(handle)  # from now on the disk closes it
+            worker = len(endpoint.handles) % self._max_workers
+            if worker < len(self._workers):
+                self._workers[worker].queue.add(side, handle)
+            endpoint.handles.append(handle)  # from now on the endpoint closes it
             self._start_workers()
 
     def _start_workers(self) -> None:
-        """Start the workers for which both sides have a connection.  The lock is held."""
-        sides = (self._source, self._target)
-        ready = min(len(e.handles) if isinstance(e, Disk) else self._most for e in sides)
-        while len(self._engines) < min(ready, self._most):
-            worker = self._start_worker()
-            thread = BackgroundThread(partial(self._work_beside, worker), self._stop_at_exit)
-            self._threads.append(thread)
+        """Start the workers for which both sides are ready.  The caller holds the lock."""
+        ready = min(self._source.ready_workers, self._target.ready_workers)
+        while len(self._workers) < min(ready, self._max_workers):
+            worker = self._new_worker()
+            work = partial(self._work_in_background, worker)
+            worker.thread = BackgroundThread(work, self._stop_at_exit)
             try:
-                thread.start()
-            except RuntimeError:  # the system has no thread left: the others do its work
-                thread.cancel()
+                worker.thread.start()
+            except RuntimeError:  # the system has no thread left: the other workers do its work
+                worker.thread.cancel()
 
-    def _start_worker(self) -> int:
-        """Make the queue of one worker more; returns its number."""
-        worker = len(self._engines)
-        # The first one may stay alone.
-        share = self._settings.depth if worker == 0 else self._settings.depth // self._most
-        engine = ShimQueue(min(max(1, share), MAX_DEPTH), PIECE)
+    def _new_worker(self) -> _Worker:
+        """Add a worker, with the handles and descriptors that it will use."""
+        number = len(self._workers)
+        depth = self._settings.depth
+        if number > 0:  # the first one gets all of it, as the others may never start
+            depth = max(1, depth // self._max_workers)
+        queue = ShimQueue(min(depth, MAX_DEPTH), PIECE)
         try:
-            self._source.add_to(engine, SOURCE, worker, self._most)
-            self._target.add_to(engine, TARGET, worker, self._most)
-            self._asked.append({})
-            self._engines.append(engine)
+            self._source.add_to(queue, SOURCE, number, self._max_workers)
+            self._target.add_to(queue, TARGET, number, self._max_workers)
+            worker = _Worker(number, queue)
+            self._workers.append(worker)
         except BaseException:
-            engine.close()
+            queue.close()
             raise
         return worker
 
     def _work_all(self) -> None:
-        """Work until nothing is left, also for the other workers."""
-        self._work(0)
+        """Copy all ranges, together with the other workers."""
+        first = self._workers[0]
+        self._work(first)
         self._stop_joining()  # from now on no thread is started
+        threads = [worker.thread for worker in self._workers if worker.thread is not None]
         while True:
-            is_alone = all(thread.cancel() or thread.join(0) for thread in self._threads)
-            self._work(0)  # what the others could not read
-            if is_alone:
+            have_ended = all(thread.cancel() or thread.join(0) for thread in threads)
+            self._work(first)  # what the others could not read
+            if have_ended:
                 return
-            for thread in self._threads:
+            for thread in threads:
                 if not thread.cancel() and not thread.join(TICK):
                     break
             self._report()
 
     def _stop_joining(self) -> None:
-        for end in (self._source, self._target):
-            if isinstance(end, Disk):
-                end.stop_joining()
+        self._source.stop_joining()
+        self._target.stop_joining()
+
+    def _wake(self) -> None:
+        """Have all workers check whether the copy has to end."""
+        for worker in list(self._workers):
+            worker.queue.wake()
 
     def _raise_failure(self) -> None:
-        """Raise what has ended another worker."""
+        """Raise the exception of another worker, if it has ended the copy."""
         if self._failures:
             raise self._failures[0]
         self._settings.check()
 
-    def wake(self) -> None:
-        """Have all workers look whether the copy has to end."""
-        for engine in list(self._engines):
-            engine.wake()
-
-    def _stop(self, raised: BaseException) -> None:
-        """End all workers, because one has failed."""
+    def _stop_workers(self, raised: BaseException) -> None:
+        """Stop all workers, because one has raised an exception."""
         self._settings.is_stopped = True
-        if isinstance(raised, Timeout):
-            self._quiet = _SHORT_QUIET
-        elif not isinstance(raised, Error):
-            self._quiet = QUIET  # perhaps the caller has stopped it because a server hangs
-        self._leave_at = self._leave_at or monotonic() + _GRACE
-        self.wake()
+        self._drain_idle = min(self._drain_idle, drain_idle(raised))
+        self._drain_deadline = self._drain_deadline or monotonic() + DRAIN_TIMEOUT
+        self._wake()
+
+    def _stop_and_drain(self, raised: BaseException) -> None:
+        self._stop_workers(raised)
+        for first in self._workers[:1]:
+            self._drain(first)
 
     def _stop_at_exit(self) -> None:
-        """The program ends while a daemon thread is copying."""
+        """Stop all workers, because the program ends while a daemon thread is copying."""
         self._settings.is_stopped = True
-        self.wake()
+        self._wake()
 
-    def _drain(self, worker: int) -> None:
-        """Let the replies to what a worker has in flight come, for a moment."""
-        if worker >= len(self._engines):
-            return
-        engine = self._engines[worker]
-        for token in list(self._asked[worker]):
-            engine.cancel(token)
-        until = self._leave_at or monotonic() + _GRACE
-        timer = IdleTimer(engine, self._quiet)
-        while lib.nbdqueue_length(engine.q) and not timer.is_over():
-            left = until - monotonic()
-            if left <= 0:
+    def _drain(self, worker: _Worker) -> None:
+        """Wait a moment for the replies to what a worker has in flight."""
+        queue = worker.queue
+        for token in list(worker.in_flight):
+            queue.cancel(token)
+        deadline = self._drain_deadline or monotonic() + DRAIN_TIMEOUT
+        timer = IdleTimer(queue, self._drain_idle)
+        while lib.nbdqueue_length(queue.q) and not timer.is_over():
+            remaining = deadline - monotonic()
+            if remaining <= 0:
                 return
-            engine.take(*engine.wait(1, min(left, timer.remaining())))
+            queue.take(*queue.wait(1, min(remaining, timer.remaining())))
 
-    def _end(self) -> tuple[int, int]:
+    def _end_workers(self) -> tuple[int, int]:
         """End the threads and the queues; returns how many bytes were copied and zeroed."""
         try:
             self._stop_joining()
-            for thread in self._threads:
-                if not thread.cancel():
-                    thread.join()
+            for worker in self._workers:
+                if worker.thread is not None and not worker.thread.cancel():
+                    worker.thread.join()
         finally:
-            copied = self._adjusted + sum(lib.nbdqueue_copied(e.q) for e in self._engines)
-            zeroed = sum(lib.nbdqueue_zeroed(e.q) for e in self._engines)
-            for engine in self._engines:
-                engine.close()  # who keeps an exception keeps its frames, but not their queues
+            queues = [worker.queue for worker in self._workers]
+            copied = self._adjustment + sum(lib.nbdqueue_copied(queue.q) for queue in queues)
+            zeroed = sum(lib.nbdqueue_zeroed(queue.q) for queue in queues)
+            for queue in queues:
+                queue.close()  # now: an exception that is kept keeps this frame, and so the queues
             self._failures.clear()  # their tracebacks refer to self
         return copied, zeroed
 
-    def _work_beside(self, worker: int) -> None:
-        """The work of another thread than the calling one."""
+    def _work_in_background(self, worker: _Worker) -> None:
+        """The work of a background thread."""
         try:
             self._work(worker)
         except BaseException as raised:
             self._failures.append(raised)
-            self._stop(raised)
+            self._stop_workers(raised)
         if self._settings.is_stopped:
             with suppress(Exception):  # the first failure is the one that is raised
                 self._drain(worker)
 
-    def _work(self, worker: int) -> None:
-        """Copy ranges until none is left."""
-        engine, asked = self._engines[worker], self._asked[worker]
-        requests = self._requests(worker)
-        token, total = 0, _moved(engine)
+    def _work(self, worker: _Worker) -> None:
+        """Copy one range after the other, until all are taken."""
+        is_first = worker.number == 0
+        tasks = self._tasks(worker)
+        submitted = worker.moved()  # bytes
         while not self._settings.is_stopped:
-            if worker == 0:
+            if is_first:
                 self._rescue_unread()
-            while total - _moved(engine) < 2 * _REQUEST:
-                has_again = worker == 0 and self._again
-                request = self._again.popleft() if has_again else next(requests, None)
-                if request is None:
+            while submitted - worker.moved() < 2 * _REQUEST:
+                has_again = is_first and self._again
+                task = self._again.popleft() if has_again else next(tasks, None)
+                if task is None:
                     break
-                operation, start, stop = request
-                token += 1
-                asked[token] = request
-                engine.submit(operation, token, ffi.NULL, stop - start, start, 0)
-                total += stop - start
-            if not asked:
+                worker.submit(task)
+                submitted += task[2] - task[1]
+            if not worker.in_flight:
                 break
-            total -= self._wait(engine, worker)
-            if worker == 0:
+            submitted -= self._wait(worker)
+            if is_first:
                 self._report()
-        if worker == 0:
+        if is_first:
             self._raise_failure()
 
-    def _wait(self, engine: ShimQueue, worker: int) -> int:
-        """Wait for requests to be done, but not longer than the caller's timeout.
+    def _wait(self, worker: _Worker) -> int:
+        """Wait until requests of a worker are done, bounded by the copy's timeout.
 
         Returns:
-            How many bytes of those that are done were not moved.
+            How many bytes of those requests were not moved.
         """
-        moves: Any = self  # it has last_moved(), as an engine has
-        timer = IdleTimer(moves, self._settings.timeout)
+        is_first = worker.number == 0
+        max_wait = TICK if is_first and self._settings.progress is not None else None
+        timer = IdleTimer(self, self._settings.timeout)
         while not self._settings.is_stopped:
-            is_reporting = worker == 0 and self._settings.progress is not None
-            done, count = engine.wait(1, timer.remaining(TICK if is_reporting else None))
-            lost = sum(self._finish(engine, worker, done[i]) for i in range(count))
-            engine.take(done, count)
+            done, count = worker.queue.wait(1, timer.remaining(max_wait))
+            unmoved = sum(self._finish_task(worker, done[i]) for i in range(count))
+            worker.queue.take(done, count)
             if count:
-                return lost
+                return unmoved
             if timer.is_over():
                 raise late(self._settings.timeout)
-            if worker == 0:
+            if is_first:
                 self._report()
                 if self._unread:
                     return 0
@@ -573,125 +480,135 @@ class _Copy:
 
     def last_moved(self) -> float:
         """When a byte of the copy last moved, by time.monotonic()."""
-        seen = [engine.last_moved() for engine in list(self._engines)]
-        asked = [e.last_moved() for e in (self._source, self._target) if isinstance(e, Disk)]
-        return max(seen + asked)
+        queues = (worker.queue.last_moved() for worker in list(self._workers))
+        return max(self._source.last_moved(), self._target.last_moved(), *queues)
 
-    def _finish(self, engine: ShimQueue, worker: int, done: Any) -> int:
+    def _finish_task(self, worker: _Worker, done: Any) -> int:
         """Note that a request is done; returns how many of its bytes were not moved."""
-        operation, start, stop = self._asked[worker].pop(done.token)
+        operation, start, stop = worker.in_flight.pop(done.token)
         if not done.error:
             return 0
-        place = done.offset, done.length or stop - start, done.error
+        piece = done.offset, done.length or stop - start, done.error
         if done.side != SOURCE:
-            raise failure(ZERO if operation == ZERO else WRITE, self._target, *place)
-        if isinstance(self._source, Disk) and self._source.is_lost(engine):
-            raise failure(READ, self._source, *place)
-        self._unread.append(_Unread(start, stop, *place, done.moved))
-        self._engines[0].wake()
+            raise self._target.failure(ZERO if operation == ZERO else WRITE, *piece)
+        if self._source.is_lost(worker.queue):
+            raise self._source.failure(READ, *piece)
+        self._unread.append(_Unread(start, stop, *piece, done.moved))
+        self._workers[0].queue.wake()
         return int(stop - start - done.moved)
 
     def _rescue_unread(self) -> None:
         """Read around what could not be read, and have the rest of these requests copied again."""
         while self._unread:
             one = self._unread.popleft()
-            self._adjusted -= one.moved
-            data = rescued(self._source, one.offset, one.length, self._settings, one.errnum)
-            self._write(data, one.offset)
-            self._adjusted += one.length
-            self._again.extend(_split(one.start, one.offset))
-            self._again.extend(_split(one.offset + one.length, one.stop))
+            self._adjustment -= one.moved
+            self._target.write_at(
+                rescued(self._source, one.offset, one.length, one.errnum), one.offset
+            )
+            self._adjustment += one.length
+            self._again.extend(_copy_tasks(one.start, one.offset))
+            self._again.extend(_copy_tasks(one.offset + one.length, one.stop))
             self._report()
 
-    def _requests(self, worker: int) -> Iterator[Asked]:
+    def _tasks(self, worker: _Worker) -> Iterator[Task]:
         """What a worker asks its queue for."""
         while True:
             with self._lock:
                 start = self._next_start
-                stop = self._next_start = min(start + self._range, self._size)
+                stop = self._next_start = min(start + self._range, self._stop)
             if start == stop:
                 return
             at = start
-            for hole, end in self._holes(start, stop, worker):
-                yield from _split(at, hole)
-                yield ZERO, hole, end
-                at = end
-            yield from _split(at, stop)
+            for hole_start, hole_stop in self._holes(start, stop, worker):
+                yield from _copy_tasks(at, hole_start)
+                yield ZERO, hole_start, hole_stop
+                at = hole_stop
+            yield from _copy_tasks(at, stop)
 
-    def _holes(self, start: int, stop: int, worker: int) -> Iterator[tuple[int, int]]:
-        """The whole blocks of a range that the source reports to be zeroes."""
+    def _holes(self, start: int, stop: int, worker: _Worker) -> Iterator[tuple[int, int]]:
+        """The whole blocks of a range that the source reports to read as zeroes."""
         if not self._settings.sparse:
             return
         block = self._block
-        for first, last in self._source.zeroes(start, stop, worker):
+        for first, last in self._source.zeroes(start, stop, worker.number):
             first += -first % block
-            if last != self._source.size:
+            if last != self._size:
                 last -= last % block
             if first < last:
                 yield first, last
 
     def _copy_rest(self) -> None:
-        """Copy what is less than a block of the target: it has to be merged there."""
-        rest = self._source.size - self._size
+        """Copy the end, if it is less than a block of the target: there it has to be merged."""
+        rest = self._size - self._stop
         if rest:
-            self._write(self._read(self._size, rest), self._size)
-            self._adjusted += rest
-
-    def _read(self, offset: int, length: int) -> memoryview:
-        """Read a range of the source."""
-        view = memoryview(bytearray(length))
-        if isinstance(self._source, Disk):
-            with short_queue(self._source) as queue:
-                queue.read(view, offset)
-                error: Any = await_some(queue, self._settings)[0].error
-                if error is not None and self._source.is_lost(queue._shim_queue):
-                    raise failure(READ, self._source, offset, length, error.errnum)
-        else:
-            try:
-                self._source.read_into(view, offset)
-                error = None
-            except OSError as reason:
-                error = Error("", reason.errno or 0)
-        if error is None:
-            return view
-        return rescued(self._source, offset, length, self._settings, error.errnum)
-
-    def _write(self, data: memoryview, offset: int) -> None:
-        """Write to the target."""
-        if isinstance(self._target, File):
-            self._target.write(data, offset)
-            return
-        with short_queue(self._target) as queue:
-            queue.write(data, offset)
-            error = await_some(queue, self._settings)[0].error
-        if error is not None:
-            raise failure(WRITE, self._target, offset, len(data), error.errnum)
+            data = self._source.read_at(memoryview(bytearray(rest)), self._stop)
+            self._target.write_at(data, self._stop)
+            self._adjustment += rest
 
     def _report(self, is_last: bool = False) -> None:
-        """Call the caller's progress, if it is time."""
+        """Call the caller's progress, if it is time to do so."""
         if self._settings.progress is None:
             return
         now = monotonic()
         if is_last:
-            self._settings.progress(self._source.size, self._source.size)
+            self._settings.progress(self._size, self._size)
         elif now - self._reported_at >= TICK:
             self._reported_at = now
-            # What is copied again is not taken back.
-            moved = self._adjusted + sum(map(_moved, list(self._engines)))
+            moved = self._adjustment + sum(worker.moved() for worker in list(self._workers))
+            # The figure never decreases, though a request that is copied again moves less.
             self._reported = max(self._reported, moved)
-            self._settings.progress(self._reported, self._source.size)
+            self._settings.progress(self._reported, self._size)
 
 
-def _split(start: int, stop: int) -> Iterator[Asked]:
+class _Worker:
+    """A queue, and the thread that uses it.
+
+    Attributes:
+        thread: None for the first worker: that is the calling thread.
+        in_flight: What the queue was asked for, and has not finished, by token.
+    """
+
+    def __init__(self, number: int, queue: ShimQueue) -> None:
+        self.number = number
+        self.queue = queue
+        self.thread: BackgroundThread | None = None
+        self.in_flight: dict[int, Task] = {}
+        self._last_token = 0
+
+    def submit(self, task: Task) -> None:
+        """Ask the queue for something."""
+        operation, start, stop = task
+        self._last_token += 1
+        self.in_flight[self._last_token] = task
+        self.queue.submit(operation, self._last_token, ffi.NULL, stop - start, start, 0)
+
+    def moved(self) -> int:
+        """How many bytes the queue has copied or zeroed."""
+        return int(lib.nbdqueue_copied(self.queue.q) + lib.nbdqueue_zeroed(self.queue.q))
+
+
+class _Unread(namedtuple("_Unread", ("start", "stop", "offset", "length", "errnum", "moved"))):
+    """A request of which a piece could not be read: the request's range, and the piece."""
+
+    __slots__ = ()
+
+
+def _result(copied: int, zeroed: int, bad: list[tuple[int, int]]) -> Copied:
+    """What the caller gets; bad ranges were counted as copied."""
+    lost = sum(length for _, length in bad)
+    result = Copied(copied - lost, zeroed + lost)
+    if bad:
+        ranges = merged([(start, length, 0) for start, length in bad])
+        result.bad = tuple((start, length) for start, length, _ in ranges)
+    return result
+
+
+def _copy_tasks(start: int, stop: int) -> Iterator[Task]:
     """Requests to copy a range."""
     for at in range(start, stop, _REQUEST):
         yield COPY, at, min(at + _REQUEST, stop)
 
 
-def _minimum(engine: ShimQueue, end: int) -> int:
-    return int(lib.nbdqueue_minimum(engine.q, end))
-
-
-def _moved(engine: ShimQueue) -> int:
-    """How many bytes an engine has copied or zeroed."""
-    return int(lib.nbdqueue_copied(engine.q) + lib.nbdqueue_zeroed(engine.q))
+def _minimum(queue: ShimQueue, side: int) -> int:
+    """The minimum block size of a side, in bytes."""
+    return int(lib.nbdqueue_minimum(queue.q, side))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""The side of a copy that is a disk: one NBD export, over one handle or several.
+"""The endpoint that is a disk: one NBD export, over one connection or several.
 
 Every wait here is bounded by the copy's timeout, and ends soon after the copy was stopped.
 """
@@ -7,7 +7,7 @@ Every wait here is bounded by the copy's timeout, and ends soon after the copy w
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from time import monotonic
 
@@ -18,7 +18,8 @@ from nbd._binding.constants import (
     STATE_ZERO,
 )
 from nbd._binding.errors import Error, Timeout
-from nbd._binding.shim import ffi, lib
+from nbd._binding.methods import NBD
+from nbd._binding.shim import ffi
 from nbd._disks.background import BackgroundThread, Joining
 from nbd._disks.connect import (
     CLOSE_TIMEOUT,
@@ -27,114 +28,127 @@ from nbd._disks.connect import (
     connect,
     finish_shutdown,
 )
+from nbd._disks.copystream import DiskReader, DiskWriter, await_some
+from nbd._disks.endpoints import DRAIN_IDLE, BoundedWait, Endpoint
 from nbd._disks.extents import Survey
-from nbd._disks.queue import FLUSH, TARGET, IdleTimer, ShimQueue, timeout_error
+from nbd._disks.queue import FLUSH, MAX_CONNECTIONS, READ, TARGET, WRITE, Queue, ShimQueue
+from nbd._disks.rescue import MAX_PARTS, MIN_PART, is_past, parts, rescued
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-    from nbd._binding.methods import NBD
-    from nbd._disks.copy import Settings
+    from nbd._disks.endpoints import Bad, Reader, Settings, Writer
     from nbd._disks.extents import Question
+    from nbd._disks.queue import Request
 
-#: Seconds after which a wait looks whether the copy was stopped.
-TICK = 0.1
-_AT_LEAST = 0.1
-#: How many seconds a copy that ends waits for replies while nothing moves.
-QUIET = 0.25
+#: How many seconds a server that is a process of ours has left to end if closing the connections
+#: has taken all of CLOSE_TIMEOUT.
+_MIN_EXIT_TIMEOUT = 0.1
 #: A queue has room for the handles of two disks.
-_MAX_HANDLES = lib.NBDQUEUE_MAX_HANDLES // 2
+_MAX_HANDLES = MAX_CONNECTIONS // 2
+#: The first letters of a URI; a transport may follow, as in nbd+unix.
+_SCHEMES = ("nbd", "nbds")
 
 
-class Disk:
+class Disk(Endpoint):
     """An NBD export.
 
     Args:
         handles: Its connections.
-        is_ours: Whether the copy has made them, and closes them.
-        name: What to call it in messages; None is the repr of the first handle.
+        settings: Those of the copy.
+        is_ours: Whether the copy has made the connections, and closes them.
+        name: What messages call it; None is the repr of the first handle.
         uri: Where further connections can be made; None if they cannot.
-        further: How many of those.
-        timeout: How many seconds one of them may take.
+        max_further: How many further connections can be made.
         is_command: Whether a handle of ours has started the server.
-
-    Attributes:
-        handles: Its connections; those that join later are appended.
-        size: In bytes.
-        name: What it is called in messages.
-        settings: Those of the copy; None before it begins.
     """
+
+    size: int
 
     def __init__(
         self,
         handles: list[NBD],
+        settings: Settings,
+        *,
         is_ours: bool,
         name: str | None = None,
-        *,
         uri: str | None = None,
-        further: int = 0,
-        timeout: float | None = None,
+        max_further: int = 0,
         is_command: bool = False,
     ) -> None:
+        super().__init__(settings)
+        first = handles[0]
         self.handles = handles
-        self.is_ours = is_ours
-        self.size: int = handles[0].get_size()
-        self.name = repr(handles[0]) if name is None else name
-        self.settings: Settings | None = None
+        self.size = self.capacity = first.get_size()
+        self.name = repr(first) if name is None else name
+        self.is_read_only = first.is_read_only()
+        self.timeout = None if is_ours else first.gettimeout()
+        self._is_ours = is_ours
         self._uri = uri
-        self._further = further if uri is not None else 0
-        self._timeout = timeout
+        self._max_further = max_further if uri is not None else 0
+        self.max_workers = len(handles) + self._max_further  # each needs a handle of its own
+        self._connect_timeout = settings.timeout
         self._is_command = is_command
         self._joining: Joining | None = None
         self._moved_at = 0.0
-        self._goodbye_until: float | None = None
+        self._shutdown_deadline: float | None = None
+
+    # In order.
+
+    def reader(self) -> Reader:
+        """Begin to read from the beginning to the end."""
+        return DiskReader(self)
+
+    def writer(self) -> Writer:
+        """Begin to write from the beginning."""
+        return DiskWriter(self)
+
+    # At any offset.
 
     @property
-    def most_workers(self) -> int:
-        """How many threads can share it, as each needs a handle of its own."""
-        return len(self.handles) + self._further
+    def ready_workers(self) -> int:
+        """How many threads can share it now: each needs a handle of its own."""
+        return len(self.handles)
 
-    @property
-    def is_read_only(self) -> bool:
-        """Whether the server refuses writes."""
-        return self.handles[0].is_read_only()
+    def add_to(self, queue: ShimQueue, side: int, worker: int, workers: int) -> None:
+        """Give a queue the handles of one worker."""
+        for handle in self.handles[worker::workers][:_MAX_HANDLES]:
+            queue.add(side, handle)
 
-    def start_joining(self, count: int, add: Callable[[Disk, NBD], object]) -> None:
-        """Make further connections, at most this many, and hand each to `add` in a thread."""
-        count = min(count, self._further)
-        if count > 0 and self._uri is not None:
-            self._joining = Joining(
-                self._uri, count, self._timeout, lambda handle: add(self, handle)
-            )
-            self._joining.start()
+    def start_joining(self, count: int, add: Callable[[NBD], object]) -> None:
+        """Make at most `count` further connections; call `add` with each, in another thread.
+
+        `add` appends the handle to `handles`.  A connection to another export is refused.
+        """
+        count = min(count, self._max_further)
+        if count <= 0 or self._uri is None:
+            return
+
+        def check_and_add(handle: NBD) -> None:
+            if _export_of(handle) != _export_of(self.handles[0]):
+                raise ValueError("handles: the export is not the same")
+            add(handle)
+
+        self._joining = Joining(self._uri, count, self._connect_timeout, check_and_add)
+        self._joining.start()
 
     def stop_joining(self) -> None:
-        """Make no further connections, without waiting for one that is being made."""
+        """Make no further connection, without waiting for the one that is being made."""
         if self._joining is not None:
             self._joining.stop()
 
-    def check_joining(self, handle: NBD) -> None:
-        """Raise if a handle is connected to another export."""
-        if _export_of(handle) != _export_of(self.handles[0]):
-            raise ValueError("handles: the export is not the same")
-
-    def add_to(self, engine: ShimQueue, end: int, worker: int, workers: int) -> None:
-        """Give an engine the handles of one worker."""
-        for handle in self.handles[worker::workers][:_MAX_HANDLES]:
-            engine.add(end, handle)
-
-    def is_lost(self, engine: ShimQueue) -> bool:
-        """Whether an engine has lost one of the connections."""
-        return any(map(engine.error_of, self.handles))
+    def is_lost(self, queue: ShimQueue) -> bool:
+        """Whether a queue has lost one of the connections."""
+        return any(map(queue.error_of, self.handles))
 
     def last_moved(self) -> float:
-        """When a byte last moved that no engine has seen, by time.monotonic()."""
+        """When a byte last moved outside of any queue, by time.monotonic()."""
         return self._moved_at
 
     def zeroes(self, start: int, stop: int, worker: int) -> Iterator[tuple[int, int]]:
-        """The parts of a range that read as zeroes, as far as the server reports: start and stop.
+        """The parts of a range that read as zeroes, as far as the server reports them.
 
         Raises:
             nbd.Timeout: Nothing has moved on the connection for too long.
@@ -147,74 +161,143 @@ class Disk:
         while not survey.is_complete:
             question = survey.question()
             if not self._ask(handle, survey.method, question):
-                return  # holes are read as well as data
+                return  # holes can be read as well as data
             found: Iterator[Any] = survey.learn(question)
             for extent in found:
                 if extent.flags & STATE_ZERO:
                     yield extent.offset, extent.offset + extent.length
 
     def _ask(self, handle: NBD, method: str, question: Question) -> bool:
-        """Ask the server for extents; returns whether it could answer.
+        """Ask the server for extents; returns whether it has answered.
 
-        Not by the call that waits: its bound is the handle's timeout, and while it waits nobody can
-        stop it.  Nor does it depend on the completion, which a signal handler may interrupt.
+        The command is asynchronous: the synchronous call is bounded by the handle's timeout instead
+        of the copy's, and cannot be stopped by another thread.  Its end is not taken from the
+        completion alone, because an exception of a signal handler may interrupt that one.
         """
-        moves: Any = self  # it has last_moved(), as an engine has
-        timer = IdleTimer(moves, self._seconds())
+        wait = BoundedWait(self.settings, moves=self)
         reply = _Reply(handle)
         try:
             reply.cookie = getattr(handle, f"aio_{method}")(
                 question.count, question.offset, question.note, reply.complete
             )
-            while not reply.has_come():
-                self._check()
-                if reply.poll(timer.remaining(TICK)):
+            while not reply.has_arrived():
+                if reply.poll(wait.slice()):
                     self._moved_at = monotonic()
-                elif timer.is_over():
-                    raise late(self._seconds())
+                else:
+                    wait.check()
         except Error as reason:
-            if isinstance(reason, Timeout) or self._is_stopped():
+            if isinstance(reason, Timeout) or self.settings.is_stopped:
                 raise
-            return False  # if the connection is lost, the next read says so
+            return False  # if the connection is lost, the next read reports it
         finally:
             reply.await_briefly()
         return reply.error == 0
 
+    def read_at(self, view: memoryview, offset: int) -> memoryview:
+        """Read as much as a view takes; returns the view, or other memory with the bytes."""
+        with self._short_queue() as queue:
+            queue.read(view, offset)
+            error = await_some(queue, self.settings)[0].error
+            if error is None:
+                return view
+            if self.is_lost(queue._shim_queue):
+                raise self.failure(READ, offset, len(view), error.errnum)
+        return rescued(self, offset, len(view), error.errnum)
+
+    def read_parts(self, view: memoryview, offset: int, deadline: float | None) -> list[Bad]:
+        """Read as much of a range as possible; returns the ranges that cannot be read."""
+        bad: list[Bad] = []
+        with self._short_queue(MAX_PARTS) as queue:
+            block = max(MIN_PART, queue.minimum)
+            todo = [(offset, offset + len(view))]
+            in_flight: dict[Request, tuple[int, int]] = {}
+            while todo or in_flight:
+                for start, stop in parts(todo, block):
+                    request = queue.read(view[start - offset : stop - offset], start)
+                    in_flight[request] = start, stop
+                todo = []
+                for request in await_some(queue, self.settings):
+                    start, stop = in_flight.pop(request)
+                    if request.error is None:
+                        continue
+                    errnum = request.error.errnum
+                    if self.is_lost(queue._shim_queue):
+                        raise self.failure(READ, start, stop - start, errnum)
+                    if stop - start <= block or is_past(deadline):
+                        bad.append((start, stop - start, errnum))
+                    else:
+                        todo.append((start, stop))
+        return bad
+
+    def write_at(self, data: memoryview, offset: int) -> None:
+        """Write everything, beginning at an offset."""
+        with self._short_queue() as queue:
+            queue.write(data, offset)
+            error = await_some(queue, self.settings)[0].error
+        if error is not None:
+            raise self.failure(WRITE, offset, len(data), error.errnum)
+
+    @contextmanager
+    def _short_queue(self, depth: int = 1) -> Iterator[Queue]:
+        """A queue on the first connection, which waits a moment for replies if its user fails."""
+        queue = Queue(self.handles[:1], depth=depth)
+        try:
+            yield queue
+        finally:
+            try:
+                if len(queue):
+                    queue.wait(len(queue), DRAIN_IDLE)
+            finally:
+                queue.close()
+
+    # The end.
+
     def flush(self) -> None:
         """Have the server write everything to its disk, if it has a command for that."""
-        if not self.handles[0].can_flush():
+        if not self.settings.flush or not self.handles[0].can_flush():
             return
-        engine = ShimQueue(1, 4096)
+        queue = ShimQueue(1, 4096)
         try:
-            engine.add(TARGET, self.handles[0])
-            engine.submit(FLUSH, 1, ffi.NULL, 0, 0, 0)
-            timer = IdleTimer(engine, self._seconds())
+            queue.add(TARGET, self.handles[0])
+            queue.submit(FLUSH, 1, ffi.NULL, 0, 0, 0)
+            wait = BoundedWait(self.settings, moves=queue)
             count = 0
             while not count:
-                self._check()
-                done, count = engine.wait(1, timer.remaining(TICK))
-                if not count and timer.is_over():
-                    raise late(self._seconds())
+                done, count = queue.wait(1, wait.slice())
+                if not count:
+                    wait.check()
             if done[0].error:
                 reason = os.strerror(done[0].error)
                 text = f"nbd.copy: flushing the target {self.name} failed: {reason}"
                 raise Error(text, done[0].error)
         finally:
-            engine.close()
+            queue.close()
+
+    def finish(self, count: int) -> None:
+        """Ask the server to close our connections, without waiting for that."""
+        self.stop_joining()
+        begin_shutdown(self._our_handles())  # everything is written and flushed
+
+    def await_shutdown(self, deadline: float) -> None:
+        """Wait until the server has closed our connections, but not past a time.monotonic()."""
+        self._shutdown_deadline = deadline
+        finish_shutdown(self._our_handles(), deadline)
+
+    def abort(self) -> None:
+        """Have calls of other threads on our handles return."""
+        self.close()
 
     def close(self) -> None:
         """Close our handles at once; calls of other threads on them return."""
         self.stop_joining()
-        if not self.is_ours:
-            return
         if self._is_command:
             self._close_command()
-        close_all(self.handles)
+        close_all(self._our_handles())
 
     def _close_command(self) -> None:
-        """Close handles of which libnbd waits for the server's process, without waiting for long.
+        """Close the handle that has started the server, but do not wait long for the process.
 
-        Only a thread can do that: nothing interrupts waitpid.
+        libnbd calls waitpid, which nothing interrupts, so a background thread does it.
         """
         close = partial(self.handles[0].__exit__, None, None, None)
         thread = BackgroundThread(close, close)
@@ -222,36 +305,20 @@ class Disk:
             thread.start()
         except RuntimeError:  # the system has no thread left
             return
-        until = self._goodbye_until  # of a copy that is done
-        thread.join(CLOSE_TIMEOUT if until is None else max(_AT_LEAST, until - monotonic()))
+        deadline = self._shutdown_deadline  # None: the copy has failed
+        remaining = CLOSE_TIMEOUT if deadline is None else deadline - monotonic()
+        thread.join(max(_MIN_EXIT_TIMEOUT, remaining))
 
-    def say_goodbye(self, count: int) -> None:
-        """Ask the server to end our connections, without waiting for that."""
-        self.stop_joining()
-        begin_shutdown(self.handles if self.is_ours else ())  # all is written and flushed
-
-    def await_goodbye(self, until: float) -> None:
-        """Wait until the server has ended our connections, but no longer than until a time."""
-        self._goodbye_until = until
-        finish_shutdown(self.handles if self.is_ours else (), until)
-
-    def _check(self) -> None:
-        if self.settings is not None:
-            self.settings.check()
-
-    def _is_stopped(self) -> bool:
-        return self.settings is not None and self.settings.is_stopped
-
-    def _seconds(self) -> float | None:
-        return None if self.settings is None else self.settings.timeout
+    def _our_handles(self) -> list[NBD]:
+        return self.handles if self._is_ours else []
 
 
 class _Reply:
-    """The reply to a command of a handle.
+    """The reply to an asynchronous command of a handle.
 
     Attributes:
-        cookie: The command's; 0 before it was sent.
-        error: The errno of the command; None before the reply has come.
+        cookie: The command's; 0 before the command was sent.
+        error: The errno of the command; None before the reply has arrived.
     """
 
     def __init__(self, handle: NBD) -> None:
@@ -260,12 +327,12 @@ class _Reply:
         self.error: int | None = None
 
     def complete(self, error: Any) -> int:
-        """What libnbd calls when the reply has come."""
+        """Note the result: libnbd calls this when the reply has arrived."""
         self.error = error.value
-        return 1  # libnbd is to forget the command
+        return 1  # libnbd may forget the command
 
-    def has_come(self) -> bool:
-        """Whether the reply has come.
+    def has_arrived(self) -> bool:
+        """Whether the reply has arrived.
 
         Raises:
             nbd.Error: The command has failed.
@@ -275,56 +342,73 @@ class _Reply:
         return self.error is not None
 
     def poll(self, seconds: float) -> bool:
-        """Let libnbd continue; returns whether something has moved."""
+        """Let libnbd send and receive; returns whether something has moved."""
         try:
             return self._handle.poll(int(1000 * seconds)) > 0
-        except Timeout:  # the handle's own is shorter, but bytes may have moved before
+        except Timeout:  # the handle's own timeout is shorter, but bytes may have moved before
             return False
 
     def await_briefly(self) -> None:
-        """Wait for the reply of a command that nobody needs any more, if it comes soon.
+        """Wait a moment for a reply that is not needed any more.
 
         nbdkit 1.32 can abort, for all of its clients, if it cannot send a reply.
         """
-        until = monotonic() + QUIET
+        deadline = monotonic() + DRAIN_IDLE
         with suppress(Error):
-            while self.cookie and not self.has_come() and monotonic() < until:
-                self.poll(max(0.001, until - monotonic()))
+            while self.cookie and not self.has_arrived() and monotonic() < deadline:
+                self.poll(max(0.001, deadline - monotonic()))
 
 
-def connected(what: Any, connections: int | None, timeout: float | None, most: int) -> Disk:
-    """A disk over one connection; others are made when the copy begins.
+def open_disk(what: Any, settings: Settings) -> Disk | None:
+    """Open a side of a copy if its caller has named a disk: by a handle, a URI or a command line.
 
-    Args:
-        what: A URI, or the command line of a server.
-        connections: How many the caller wants; None is as many as `most`.
-        timeout: How many seconds each may take.
-        most: How many to make if the caller has not said.
+    A URI is connected once; further connections are made when the copy begins.
+
+    Returns:
+        The endpoint; None if `what` is not a disk.
+
+    Raises:
+        nbd.Error: The server cannot be reached, or refuses.
+        nbd.Timeout: The server does not answer.
     """
-    is_uri = isinstance(what, str)
-    handle = connect(what, timeout=timeout)
+    if isinstance(what, NBD):
+        return Disk([what], settings, is_ours=False)
+    if not is_server(what):
+        return None
+    handle = connect(what, timeout=settings.timeout)
     try:
-        further = (connections or most) - 1 if is_uri and handle.can_multi_conn() else 0
-        return Disk(
-            [handle],
-            is_ours=True,
-            name=what if is_uri else repr(what),
-            uri=what if is_uri else None,
-            further=further,
-            timeout=timeout,
-            is_command=not is_uri,
-        )
+        return disk_over(handle, what, settings)
     except BaseException:
         handle.__exit__(None, None, None)
         raise
 
 
-def late(seconds: float | None) -> Timeout:
-    """The exception for a copy in which nothing moves."""
-    return timeout_error("nbd.copy: nothing was copied for", seconds)
+def disk_over(handle: NBD, what: Any, settings: Settings) -> Disk:
+    """The endpoint over a connection that the copy has made to a URI or command line."""
+    is_uri = isinstance(what, str)
+    can_join = is_uri and handle.can_multi_conn()
+    return Disk(
+        [handle],
+        settings,
+        is_ours=True,
+        name=what if is_uri else repr(what),
+        uri=what if is_uri else None,
+        max_further=settings.max_connections - 1 if can_join else 0,
+        is_command=not is_uri,
+    )
+
+
+def is_server(what: object) -> bool:
+    """Whether `what` is a URI, or the command line of a server."""
+    return isinstance(what, (list, tuple)) or (isinstance(what, str) and _is_uri(what))
+
+
+def _is_uri(text: str) -> bool:
+    scheme, colon, _ = text.partition(":")
+    return colon != "" and scheme.lower().partition("+")[0] in _SCHEMES
 
 
 def _export_of(handle: NBD) -> tuple[int, ...]:
-    """What is the same on all connections to one export."""
+    """What all connections to one export have in common."""
     sizes = (handle.get_block_size(which) for which in (SIZE_MINIMUM, SIZE_MAXIMUM))
     return handle.get_size(), *sizes

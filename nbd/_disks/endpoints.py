@@ -1,73 +1,325 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""What nbd.copy reads from and writes to: disks, files, and streams.
+"""The two sides of a copy, source and target, and the interface that their endpoints share.
 
-A disk is one NBD export, over one handle or several.  The other two are in fileendpoint.py and
-streamendpoint.py.
+An endpoint is what a copy reads from or writes to: a disk (diskendpoint), a file (fileendpoint) or
+a stream (streamendpoint).  `Endpoint` is for them what struct rw_ops is for libnbd's nbdcopy: those
+who copy call its methods and never ask which kind they have.
 """
 
 from __future__ import annotations
 
-import io
+import errno
 import os
 
-from nbd._binding.methods import NBD
-from nbd._disks.diskendpoint import Disk as Disk
-from nbd._disks.diskendpoint import connected
-from nbd._disks.fileendpoint import File as File
-from nbd._disks.fileendpoint import identity, of_object, opened
-from nbd._disks.queue import SOURCE
-from nbd._disks.streamendpoint import Stream as Stream
-from nbd._disks.streamendpoint import side_name
+from nbd._binding.convert import as_seconds
+from nbd._binding.errors import Error, Timeout
+from nbd._disks.queue import READ, SOURCE, ZERO, IdleTimer, as_count, timeout_error
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Any, Union
 
-    from nbd._disks.copy import Settings
+    from nbd._binding.methods import NBD
+    from nbd._disks.queue import Moving, ShimQueue
 
     Anything = Union[str, "os.PathLike[str]", bytes, Sequence[str], NBD, Any]
-    End = Union["Disk", "File", "Stream"]
+    Data = Union[bytes, memoryview]
+    Progress = Callable[[int, Union[int, None]], object]
+    OnError = Callable[[int, int, Error], object]
+    # A range that cannot be read: offset, length and errno.
+    Bad = tuple[int, int, int]
 
-_SCHEMES = ("nbd", "nbds")  # perhaps followed by +unix, +vsock, +ssh
-_MOST_CONNECTIONS = 4
+#: How many bytes of a stream are read or written at once.
+CHUNK = 1024 * 1024
+#: Seconds between two checks of whether the copy was stopped, and between two calls of progress.
+TICK = 0.1
+#: How many seconds a copy that ends early waits for the replies to its commands.  nbdkit 1.32 can
+#: abort, for all of its clients, if it cannot send them.
+DRAIN_TIMEOUT = 1.0
+#: How many seconds nothing may move meanwhile.
+DRAIN_IDLE = 0.25
+#: The same where the server seems to hang.
+DRAIN_IDLE_HUNG = 0.1
+#: How many commands may be in flight by default.
+_DEPTH = 16
+#: How many connections to make by default, at most.
+_MAX_CONNECTIONS = 4
 
 
-def open_end(what: Anything, end: int, settings: Settings) -> End:
-    """Open the source or target of a copy, as its caller has named it.
+class Settings:
+    """What the caller of a copy has asked for, and what all parts of the copy have to know.
 
-    Raises:
-        nbd.Error, OSError: It cannot be connected or opened.
-        nbd.Timeout: Nobody has opened the other side of a FIFO.
-        TypeError: It is nothing that can be copied.
+    Attributes:
+        is_stopped: Whether the copy has to end, because a part of it has failed, or because its
+            caller wants it.
+        bad: The ranges that could not be read, as (offset, length), in any order.
     """
-    if isinstance(what, NBD):
-        return Disk([what], is_ours=False)
-    if is_server(what):
-        return connected(what, settings.connections, settings.timeout, most_connections())
-    if isinstance(what, (str, bytes, os.PathLike)):
-        return opened(os.fspath(what), end, settings)
-    if isinstance(what, io.TextIOBase):
-        raise TypeError(
-            f"{side_name(end)}: a text file cannot be copied; open it with mode 'rb' or 'wb'"
+
+    def __init__(
+        self,
+        connections: int | None,
+        depth: int | None,
+        sparse: bool,
+        progress: Progress | None,
+        timeout: float | None,
+        flush: bool,
+        on_error: OnError | None = None,
+    ) -> None:
+        if on_error is not None and not callable(on_error):
+            kind = type(on_error).__name__
+            raise TypeError(f"on_error: a callable or None is needed, not {kind}")
+        self.connections = _count("connections", connections)
+        self.depth = _count("depth", depth) or _DEPTH
+        self.sparse = bool(sparse)
+        self.progress = progress
+        self.timeout = None if timeout is None else as_seconds("timeout", timeout)
+        self.flush = bool(flush)
+        self.on_error = on_error
+        self.is_stopped = False
+        self.bad: list[tuple[int, int]] = []
+
+    @property
+    def max_connections(self) -> int:
+        """How many connections to make at most to a server that allows several."""
+        return self.connections or min(processors(), _MAX_CONNECTIONS)
+
+    def check(self) -> None:
+        """Raise if the copy has to end."""
+        if self.is_stopped:
+            raise Error("nbd.copy: the copy was stopped before its end", errno.ECANCELED)
+
+
+class Endpoint:
+    """What one side of a copy reads from or writes to.
+
+    Every endpoint can be read or written in order, by one thread: see `reader` and `writer`.  One
+    that has offsets can also be read and written at any offset, by several threads at once.
+
+    Attributes:
+        name: What messages call it.
+        size: In bytes; None if it is not known.
+        capacity: How many bytes fit into it; None if it grows.
+        has_offsets: Whether it can be read and written at any offset.
+        is_read_only: Whether it refuses writes.
+        timeout: The timeout of the caller's handle, in seconds; None if there is no such handle, or
+            if it has none.
+        handles: Its connections to a server; empty if there is no server.
+        max_workers: How many threads can share it, now or when further connections have joined.
+        settings: Those of the copy.
+    """
+
+    name: str
+    size: int | None = None
+    capacity: int | None = None
+    has_offsets: bool = True
+    is_read_only: bool = False
+    timeout: float | None = None
+    max_workers: int = 1
+    #: The type of the exception for a range that cannot be read or written.
+    _failure: type[Error] = Error
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.handles: list[NBD] = []
+
+    def identity(self) -> tuple[int, ...] | None:
+        """What all names of one file, device or pipe have in common; None if that is not known."""
+        return None
+
+    # In order.
+
+    def reader(self) -> Reader:
+        """Begin to read from the beginning to the end."""
+        raise NotImplementedError
+
+    def writer(self) -> Writer:
+        """Begin to write from the beginning."""
+        raise NotImplementedError
+
+    # At any offset; only of an endpoint that has offsets.
+
+    @property
+    def ready_workers(self) -> int:
+        """How many threads can share it now."""
+        return self.max_workers
+
+    def add_to(self, queue: ShimQueue, side: int, worker: int, workers: int) -> None:
+        """Give the queue of one worker of several its share of the endpoint."""
+        raise NotImplementedError
+
+    def start_joining(self, count: int, add: Callable[[NBD], object]) -> None:
+        """Make at most `count` further connections; call `add` with each, in another thread."""
+
+    def stop_joining(self) -> None:
+        """Make no further connection, without waiting for the one that is being made."""
+
+    def grow(self, size: int) -> None:
+        """Prepare a target for the bytes that will be written to it."""
+
+    def zeroes(self, start: int, stop: int, worker: int) -> Iterator[tuple[int, int]]:
+        """The parts of a range that are known to read as zeroes: start and stop of each."""
+        raise NotImplementedError
+
+    def read_at(self, view: memoryview, offset: int) -> memoryview:
+        """Read as much as a view takes; returns the view, or other memory with the bytes.
+
+        What cannot be read is read around: see `nbd._disks.rescue`.
+        """
+        raise NotImplementedError
+
+    def read_parts(self, view: memoryview, offset: int, deadline: float | None) -> list[Bad]:
+        """Read as much of a range as possible, in parts that become smaller where a read fails.
+
+        Args:
+            view: Where to put the bytes.
+            offset: Where the range begins.
+            deadline: When to stop making the parts smaller, by time.monotonic(); None is never.
+
+        Returns:
+            The ranges that cannot be read, in any order.
+        """
+        raise NotImplementedError
+
+    def write_at(self, data: memoryview, offset: int) -> None:
+        """Write everything, beginning at an offset."""
+        raise NotImplementedError
+
+    def is_lost(self, queue: ShimQueue) -> bool:
+        """Whether a queue has lost one of the connections."""
+        return False
+
+    def last_moved(self) -> float:
+        """When a byte last moved outside of any queue, by time.monotonic()."""
+        return 0.0
+
+    def failure(self, operation: int, offset: int, length: int, errnum: int) -> Error:
+        """The exception for a range that could not be read, written or zeroed.
+
+        Args:
+            operation: READ if the endpoint is the source; WRITE or ZERO if it is the target.
+            offset, length: The range, in bytes.
+            errnum: The errno.
+        """
+        texts = {READ: "reading the source", ZERO: "zeroing the target"}
+        what = texts.get(operation, "writing to the target")
+        return self._failure(
+            f"nbd.copy: {what} failed at offset {offset}: {os.strerror(errnum)} "
+            f"({length} bytes of {self.name})",
+            errnum,
         )
-    wanted = "read" if end == SOURCE else "write"
-    if not hasattr(what, wanted):
-        raise TypeError(
-            f"{side_name(end)}: a URI, nbd.NBD, path or binary file is needed, "
-            f"not {type(what).__name__}"
-        )
-    return of_object(what, end, settings)
+
+    # The end.
+
+    def flush(self) -> None:
+        """Have everything written to the disk, if the copy's settings ask for it."""
+        raise NotImplementedError
+
+    def finish(self, count: int) -> None:
+        """End a copy of `count` bytes that has succeeded, without waiting for a server."""
+
+    def await_shutdown(self, deadline: float) -> None:
+        """Wait until servers have ended the connections, but not past a time.monotonic()."""
+
+    def abort(self) -> None:
+        """Have calls of other threads on the endpoint return, where that is possible."""
+
+    def close(self) -> None:
+        """Release everything at once.  Closing twice does nothing."""
+        raise NotImplementedError
 
 
-def is_server(what: object) -> bool:
-    """Whether it is a URI, or the command line of a server."""
-    return isinstance(what, (list, tuple)) or (isinstance(what, str) and _is_uri(what))
+class Reader:
+    """Reads an endpoint in order."""
+
+    def chunks(self) -> Iterator[tuple[Data, bool]]:
+        """All bytes in order, and whether they are a hole.
+
+        A memoryview keeps its bytes only until the next chunk is asked for.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Release what `chunks` uses, also in the middle.  The endpoint stays open."""
 
 
-def most_connections() -> int:
-    """How many connections to make to a server that allows several, if nobody says."""
-    return min(processors(), _MOST_CONNECTIONS)
+class Writer:
+    """Writes an endpoint in order."""
+
+    def write(self, data: Data) -> None:
+        """Write the next bytes, or keep a copy of them to be written later."""
+        raise NotImplementedError
+
+    def drain(self) -> None:
+        """Wait until everything is written."""
+
+    def close(self) -> None:
+        """Give up what is not written yet.  The endpoint stays open."""
+
+
+class _NeverMoved:
+    def last_moved(self) -> float:
+        return 0.0
+
+
+_NEVER_MOVED = _NeverMoved()
+
+
+class BoundedWait:
+    """One wait of a copy, in slices: bounded by its timeout, and ended when the copy is stopped.
+
+    Args:
+        settings: Those of the copy.
+        what: What the copy waits for in vain if it takes too long, for the message.
+        moves: A queue, or another object whose `last_moved` tells when a byte last moved: from then
+            on the timeout counts.  None counts from now on.
+    """
+
+    def __init__(
+        self, settings: Settings, what: str = "nothing was copied", moves: Moving | None = None
+    ) -> None:
+        self._settings = settings
+        self._what = what
+        self._timer = IdleTimer(_NEVER_MOVED if moves is None else moves, settings.timeout)
+
+    def slice(self) -> float:
+        """How many seconds to wait next.
+
+        Raises:
+            nbd.Error: The copy was stopped.
+        """
+        self._settings.check()
+        return self._timer.remaining(TICK)
+
+    def check(self) -> None:
+        """Raise nbd.Timeout if the wait has taken too long; to be called after a slice."""
+        if self._timer.is_over():
+            raise late(self._settings.timeout, self._what)
+
+
+def late(seconds: float | None, what: str = "nothing was copied") -> Timeout:
+    """The exception for a wait that has taken longer than the copy's timeout."""
+    return timeout_error(f"nbd.copy: {what} for", seconds)
+
+
+def drain_idle(raised: BaseException) -> float:
+    """How many seconds nothing may move while a copy waits for replies after an exception."""
+    if isinstance(raised, Timeout):
+        return DRAIN_IDLE_HUNG
+    if isinstance(raised, Error):
+        return DRAIN_TIMEOUT
+    return DRAIN_IDLE  # perhaps a user who has pressed Ctrl-C because the server hangs
+
+
+def side_name(side: int) -> str:
+    """What messages call a side."""
+    return "source" if side == SOURCE else "target"
+
+
+def is_same(source: Endpoint, target: Endpoint) -> bool:
+    """Whether both are one file, device or pipe: the copy would read what it has written."""
+    identity = source.identity()
+    return identity is not None and identity == target.identity()
 
 
 def processors() -> int:
@@ -77,14 +329,5 @@ def processors() -> int:
     return os.cpu_count() or 1  # PyPy
 
 
-def _is_uri(text: str) -> bool:
-    scheme, colon, _ = text.partition(":")
-    return colon != "" and scheme.lower().partition("+")[0] in _SCHEMES
-
-
-def is_same(source: End, target: End) -> bool:
-    """Whether both are one file, device or pipe: the copy would read what it has written."""
-    if isinstance(source, Disk) or isinstance(target, Disk):
-        return False
-    what = identity(source)
-    return what is not None and what == identity(target)
+def _count(name: str, value: object) -> int | None:
+    return None if value is None else as_count(name, value)

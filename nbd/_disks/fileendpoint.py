@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Files: regular files and block devices, which the shim reads and writes by their descriptor.
+"""The endpoint that is a file, by its descriptor; and the opening of paths and file objects.
 
-A file object of the caller's is used by its descriptor only where that is the same as using the
-object.
+A path or file object becomes a `File` if it is a regular file or block device, and if using its
+descriptor is the same as using the object.  Everything else becomes a `Stream`.
 """
 
 from __future__ import annotations
@@ -13,87 +13,119 @@ import io
 import os
 import stat
 from contextlib import suppress
+from time import sleep
 
-from nbd._binding.convert import as_number
 from nbd._binding.errors import DiskError
+from nbd._disks.copystream import FileReader, FileWriter
+from nbd._disks.endpoints import BoundedWait, Endpoint, side_name
 from nbd._disks.queue import SOURCE
-from nbd._disks.streamendpoint import Stream, Wait, is_of_system, name_of, raw_of, side_name
+from nbd._disks.rescue import MIN_PART, is_past, parts, rescued
+from nbd._disks.streamendpoint import Stream, identity_of, is_of_system, name_of, raw_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-    from nbd._disks.copy import Settings
+    from nbd._disks.endpoints import Anything, Bad, Reader, Settings, Writer
     from nbd._disks.queue import ShimQueue
 
-# Linux's, which PyPy's os does not name.
+#: Seconds between two attempts to open a FIFO that nobody reads.
+_RETRY_INTERVAL = 0.02
+#: The size of the smallest part of a file with O_DIRECT: every device accepts it.
+_MIN_DIRECT_PART = 4096
+# Linux's values, for which PyPy's os has no names.
 _SEEK_DATA, _SEEK_HOLE, _ACCESS_MODE = 3, 4, 3
 
 
-class File:
-    """A regular file or block device, by its descriptor.
+class File(Endpoint):
+    """A regular file or block device.
+
+    Args:
+        file: The unbuffered file with the descriptor.
+        base: Where the copy begins in the file, in bytes.
+        side: SOURCE or TARGET.
+        settings: Those of the copy.
+        is_ours: Whether to close `file`.
+        owner: The caller's file object; None if the caller has given a path.
 
     Attributes:
         fd: The descriptor.
-        base: Where the copy begins in the file, in bytes.
         size: In bytes, from `base` on.
-        name: Its path, or what else the caller knows it by.
-        is_regular: Whether it is no device.
     """
 
-    most_workers = 2**31
-    is_read_only = False
+    size: int
+    max_workers = 2**31  # any number of threads can share a descriptor
+    _failure = DiskError
 
     def __init__(
-        self, file: io.FileIO, base: int, end: int, is_ours: bool = False, owner: Any = None
+        self,
+        file: io.FileIO,
+        base: int,
+        side: int,
+        settings: Settings,
+        *,
+        is_ours: bool = False,
+        owner: Any = None,
     ) -> None:
-        """Take a file.
-
-        Args:
-            file: It has the descriptor.
-            base: Where to begin.
-            end: SOURCE or TARGET.
-            is_ours: Whether to close `file`.
-            owner: The caller's file object; None if the caller has given a path.
-        """
+        super().__init__(settings)
         self._file = file
         self._is_ours = is_ours
         self._owner = owner
-        self._side = side_name(end)
+        self._side = side_name(side)
         self.fd: int = file.fileno()
-        self.base = base
+        self._base = base
         self.name = name_of(owner if owner is not None else file)
-        self.is_regular = stat.S_ISREG(os.fstat(self.fd).st_mode)
-        # The copy moves the position of the descriptor, of which buffers of io have a note.
+        self._is_regular = stat.S_ISREG(os.fstat(self.fd).st_mode)
+        # The copy moves the descriptor's position, which io's buffered objects rely on.
         self._position = os.lseek(self.fd, 0, os.SEEK_CUR)
-        self.size = max(0, self._whole() - base)
+        self.size = max(0, self._end_of_file() - base)
+        self.capacity = None if self._is_regular else self.size
 
-    def _whole(self) -> int:
-        """The size of the file, also before `base`."""
-        if self.is_regular:
+    def _end_of_file(self) -> int:
+        """The size of the whole file."""
+        if self._is_regular:
             return os.fstat(self.fd).st_size
         return os.lseek(self.fd, 0, os.SEEK_END)
 
-    def add_to(self, engine: ShimQueue, end: int, worker: int, workers: int) -> None:
-        """Give an engine the file."""
-        engine.add_file(end, self.fd, self.base, self.size)
+    def identity(self) -> tuple[int, ...] | None:
+        """What all names of one file or device have in common; None if that is not known."""
+        try:
+            return identity_of(self.fd)
+        except OSError:
+            return None
+
+    # In order.
+
+    def reader(self) -> Reader:
+        """Begin to read from the beginning to the end."""
+        return FileReader(self)
+
+    def writer(self) -> Writer:
+        """Begin to write from the beginning."""
+        return FileWriter(self)
+
+    # At any offset.
+
+    def add_to(self, queue: ShimQueue, side: int, worker: int, workers: int) -> None:
+        """Give a queue the descriptor."""
+        queue.add_file(side, self.fd, self._base, self.size)
 
     def zeroes(self, start: int, stop: int, worker: int) -> Iterator[tuple[int, int]]:
-        """The holes in a range, as far as the file system reports them: start and stop.
+        """The holes in a range, as far as the file system reports them: start and stop of each.
 
         Raises:
-            nbd.Error: The file is shorter than it was: its end would count as a hole.
+            nbd.Error: The file has become shorter, so that its missing end would count as a hole.
         """
-        at, last = self.base + start, self.base + stop
+        at, last = self._base + start, self._base + stop
         while at < last:
             data = self._seek(at, _SEEK_DATA)
             if data is None:
                 return
             data = min(data, last)
             if data > at:
-                self.check_size(data - self.base)
-                yield at - self.base, data - self.base
+                self.check_size(data - self._base)
+                yield at - self._base, data - self._base
             hole = self._seek(data, _SEEK_HOLE) if data < last else last
             if hole is None:
                 return
@@ -108,20 +140,34 @@ class File:
                 raise
             if reason.errno != errno.ENXIO:
                 return None
-        self.check_size(at - self.base)
+        self.check_size(at - self._base)
         return 2**63  # only a hole follows
 
     def check_size(self, stop: int) -> None:
-        """Raise if a regular file that is being read is now shorter than this."""
-        if self.is_regular and self._whole() < self.base + stop:
+        """Raise if a regular file that is being read has become shorter than `stop`."""
+        if self._is_regular and self._end_of_file() < self._base + stop:
             raise self._shrunk()
 
+    def read_at(self, view: memoryview, offset: int) -> memoryview:
+        """Read as much as a view takes; returns the view, or other memory with the bytes."""
+        try:
+            self.read_into(view, offset)
+        except DiskError as reason:
+            errnum = reason.errnum
+        else:
+            return view
+        return rescued(self, offset, len(view), errnum)
+
     def read_into(self, view: memoryview, offset: int) -> None:
-        """Read exactly as much as the view takes, from an offset behind `base`."""
+        """Read as much as a view takes.
+
+        Raises:
+            nbd.DiskError: It cannot be read, or the file has become shorter.
+        """
         done = 0
         while done < len(view):
             try:
-                count = _read_at(self.fd, view[done:], self.base + offset + done)
+                count = _read_at(self.fd, view[done:], self._base + offset + done)
             except OSError as reason:
                 self._fail("reading", reason, offset + done)
                 raise
@@ -129,11 +175,30 @@ class File:
                 raise self._shrunk()
             done += count
 
-    def write(self, data: memoryview, offset: int) -> None:
-        """Write everything, to an offset behind `base`."""
+    def read_parts(self, view: memoryview, offset: int, deadline: float | None) -> list[Bad]:
+        """Read as much of a range as possible; returns the ranges that cannot be read."""
+        bad: list[Bad] = []
+        is_direct = fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_DIRECT
+        block = _MIN_DIRECT_PART if is_direct else MIN_PART
+        self.check_size(offset + len(view))
+        todo = list(parts([(offset, offset + len(view))], block))
+        while todo:
+            self.settings.check()
+            start, stop = todo.pop()
+            try:
+                self.read_into(view[start - offset : stop - offset], start)
+            except OSError as reason:
+                if stop - start <= block or is_past(deadline):
+                    bad.append((start, stop - start, reason.errno or 0))
+                else:
+                    todo += parts([(start, stop)], block)
+        return bad
+
+    def write_at(self, data: memoryview, offset: int) -> None:
+        """Write everything, beginning at an offset."""
         while data:
             try:
-                count = os.pwrite(self.fd, data, self.base + offset)
+                count = os.pwrite(self.fd, data, self._base + offset)
             except (OSError, OverflowError) as reason:
                 self._fail("writing", reason, offset)
                 raise
@@ -141,54 +206,58 @@ class File:
             offset += count
 
     def grow(self, size: int) -> None:
-        """Make the file as large as what is copied to it, and empty one that the caller has named.
+        """Make the file as large as the copy, after emptying a file that was named by its path.
 
         Raises:
-            nbd.DiskError: The file system does not take it.
+            nbd.DiskError: The file system refuses the size.
         """
         try:
-            if self.is_regular and self._owner is None and self.size > 0:
-                # Not an empty file: ext4 writes what is cut to nothing to its disk when it is
-                # closed.
+            if self._is_regular and self._owner is None and self.size > 0:
+                # An empty file is not truncated: ext4 writes a file that was truncated to 0 to its
+                # disk when it is closed.
                 os.ftruncate(self.fd, 0)
                 self.size = 0
-            if self.is_regular and self.size < size:
-                os.ftruncate(self.fd, self.base + size)
+            if self._is_regular and self.size < size:
+                os.ftruncate(self.fd, self._base + size)
                 self.size = size
         except (OSError, OverflowError) as reason:
             self._fail("growing", reason, size)
             raise
 
+    # The end.
+
     def flush(self) -> None:
         """Have the system write everything to its disk."""
+        if not self.settings.flush:
+            return
         try:
             os.fdatasync(self.fd)
         except OSError as reason:
             self._fail("flushing", reason)
             raise
 
+    def finish(self, count: int) -> None:
+        """Close our file, and seek the caller's file to just past the copied bytes."""
+        self.close()
+        if self._owner is not None:
+            self._owner.seek(self._base + count)
+
     def close(self) -> None:
-        """Close what is ours, and put the caller's descriptor where it was."""
-        with suppress(OSError):  # a failure of the copy is more important
+        """Close our file, or put the position of the caller's descriptor back."""
+        with suppress(OSError):  # the exception of the copy is the one to raise
             if self._is_ours:
                 self._file.close()
             elif self._position >= 0:
                 os.lseek(self.fd, self._position, os.SEEK_SET)
                 self._position = -1
 
-    def say_goodbye(self, count: int) -> None:
-        """Seek the caller's file to just past the copied bytes."""
-        self.close()
-        if self._owner is not None:
-            self._owner.seek(self.base + count)
-
     def _fail(self, what: str, reason: BaseException, offset: int = 0) -> None:
-        """Raise an exception with the file's name, if the system has refused something.
+        """If the system has refused something, raise an exception that names the file.
 
         Args:
             what: What was tried: "reading", "writing", "growing" or "flushing".
-            reason: An OSError; or an OverflowError, if an offset is none of the system's.
-            offset: Where, in bytes behind `base`; for "growing", to what size.
+            reason: An OSError; or an OverflowError, if an offset is too large for a system call.
+            offset: Where, in bytes from `base` on; for "growing", to what size.
         """
         if not is_of_system(reason):
             return
@@ -201,133 +270,145 @@ class File:
     def _shrunk(self) -> DiskError:
         return DiskError(
             f"nbd.copy: the {self._side} {self.name!r} has become shorter during the copy: "
-            f"it has {max(0, self._whole() - self.base)} of {self.size} bytes; "
+            f"it has {max(0, self._end_of_file() - self._base)} of {self.size} bytes; "
             "copy it again when nothing changes it",
             errno.EIO,
         )
 
 
-def opened(path: str | bytes, end: int, settings: Settings) -> File | Stream:
-    """A file or block device; a stream if the path names something else, as a pipe.
-
-    A FIFO is waited for as long as the copy's timeout allows.
+def open_file(what: Anything, side: int, settings: Settings) -> Endpoint:
+    """Open a side of a copy that is a path or a file object.
 
     Raises:
-        nbd.Timeout: Nobody has opened the other side of a FIFO that is written.
+        nbd.Timeout: Nobody has opened the other side of a FIFO.
+        OSError: It cannot be opened.
+        TypeError: It is nothing that can be copied.
+    """
+    if isinstance(what, (str, bytes, os.PathLike)):
+        return _open_path(os.fspath(what), side, settings)
+    name = side_name(side)
+    if isinstance(what, io.TextIOBase):
+        raise TypeError(f"{name}: a text file cannot be copied; open it with mode 'rb' or 'wb'")
+    if not hasattr(what, "read" if side == SOURCE else "write"):
+        raise TypeError(
+            f"{name}: a URI, nbd.NBD, path or binary file is needed, not {type(what).__name__}"
+        )
+    return _open_object(what, side, settings)
+
+
+def _open_path(path: str | bytes, side: int, settings: Settings) -> File | Stream:
+    """Open a file or block device; or anything else, such as a pipe, as a stream.
+
+    Opening a FIFO is bounded by the copy's timeout.
+
+    Raises:
+        nbd.Timeout: Nobody has opened the other side of a FIFO that is to be written.
         OSError: It cannot be opened.
     """
-    file = _open(path, end, settings)
+    file = _file_at(path, side, settings)
     try:
         if _has_offsets(file.fileno()):
-            made = File(file, 0, end, is_ours=True)
-            if end != SOURCE or _is_as_large_as_it_says(made.fd):
-                return made
-        return Stream(file, end, settings, is_ours=True)
+            endpoint = File(file, 0, side, settings, is_ours=True)
+            if side != SOURCE or _has_its_size(endpoint.fd):
+                return endpoint
+        return Stream(file, side, settings, is_ours=True)
     except BaseException:
         file.close()
         raise
 
 
-def _open(path: str | bytes, end: int, settings: Settings) -> io.FileIO:
-    """Open a path without blocking: a FIFO can be read at once, and written when it is read."""
+def _file_at(path: str | bytes, side: int, settings: Settings) -> io.FileIO:
+    """Open a path without blocking.
+
+    A FIFO is opened with O_NONBLOCK: for reading that succeeds at once, for writing as soon as it
+    has a reader.
+    """
     is_fifo = _is_fifo(path)
     flags = os.O_CLOEXEC | os.O_NOCTTY | (os.O_NONBLOCK if is_fifo else 0)
-    flags |= os.O_RDONLY if end == SOURCE else os.O_WRONLY | os.O_CREAT
-    wait = Wait(settings, f"nobody has opened the other side of {os.fsdecode(path)!r}")
+    flags |= os.O_RDONLY if side == SOURCE else os.O_WRONLY | os.O_CREAT
+    wait = BoundedWait(settings, f"nobody has opened the other side of {os.fsdecode(path)!r}")
 
     def opener(name: str, _: int) -> int:
         return os.open(name, flags, 0o666)
 
     while True:
         try:
-            return io.FileIO(path, "r" if end == SOURCE else "w", opener=opener)
+            return io.FileIO(path, "r" if side == SOURCE else "w", opener=opener)
         except OSError as reason:
             if reason.errno != errno.ENXIO or not is_fifo:
                 raise
-        wait.pause()
+        wait.check()
+        sleep(min(_RETRY_INTERVAL, wait.slice()))
 
 
 def _is_fifo(path: str | bytes) -> bool:
     try:
         return stat.S_ISFIFO(os.stat(path).st_mode)
-    except OSError:  # open says it better
+    except OSError:  # open raises a better exception
         return False
 
 
-def of_object(file: Any, end: int, settings: Settings) -> File | Stream:
-    """A file object of the caller: its descriptor, where that has the bytes of the object.
+def _open_object(file: Any, side: int, settings: Settings) -> File | Stream:
+    """Use a file object of the caller's: its descriptor, where that has the bytes of the object.
 
     Raises:
         io.UnsupportedOperation: It was not opened for what the copy needs.
-        OSError: It was opened with O_DIRECT, and cannot be without.
+        OSError: It was opened with O_DIRECT, and cannot be opened without.
     """
-    _check_mode(file, end)
+    _check_mode(file, side)
     raw = raw_of(file)
     if type(raw) is not io.FileIO:
-        return Stream(file, end, settings)
+        return Stream(file, side, settings)
     flags = fcntl.fcntl(raw.fileno(), fcntl.F_GETFL)
-    if flags & _ACCESS_MODE not in (os.O_RDWR, os.O_RDONLY if end == SOURCE else os.O_WRONLY):
-        raise _wrong_mode(end)  # the object had to believe its caller
+    if flags & _ACCESS_MODE not in (os.O_RDWR, os.O_RDONLY if side == SOURCE else os.O_WRONLY):
+        raise _wrong_mode(side)  # open(fd, mode) does not compare the mode with the descriptor's
     if not _has_offsets(raw.fileno()):
-        return Stream(file, end, settings)
+        return Stream(file, side, settings)
     if file.writable():
         file.flush()
-    plain = _without_direct(raw, flags, end) if flags & os.O_DIRECT else raw
+    plain = _without_direct(raw, flags, side) if flags & os.O_DIRECT else raw
     is_ours = plain is not raw
-    if end != SOURCE and flags & os.O_APPEND:  # the system chooses where each write goes
-        return Stream(plain if is_ours else file, end, settings, is_ours, owner=file)
-    made = File(plain, file.tell(), end, is_ours=is_ours, owner=file)
-    if end == SOURCE and not _is_as_large_as_it_says(made.fd):
-        made.close()
-        return Stream(file, end, settings)
-    return made
+    if side != SOURCE and flags & os.O_APPEND:  # the system chooses where each write goes
+        stream = plain if is_ours else file
+        return Stream(stream, side, settings, is_ours=is_ours, owner=file)
+    endpoint = File(plain, file.tell(), side, settings, is_ours=is_ours, owner=file)
+    if side == SOURCE and not _has_its_size(endpoint.fd):
+        endpoint.close()
+        return Stream(file, side, settings)
+    return endpoint
 
 
-def _check_mode(file: Any, end: int) -> None:
+def _check_mode(file: Any, side: int) -> None:
     """Refuse a file of the wrong mode before anything is opened, emptied or written."""
-    is_possible = getattr(file, "readable" if end == SOURCE else "writable", None)
+    is_possible = getattr(file, "readable" if side == SOURCE else "writable", None)
     if callable(is_possible) and isinstance(file, io.IOBase) and not is_possible():
-        raise _wrong_mode(end)
+        raise _wrong_mode(side)
 
 
-def _wrong_mode(end: int) -> io.UnsupportedOperation:
-    wanted, mode = ("readable", "rb") if end == SOURCE else ("writable", "wb")
+def _wrong_mode(side: int) -> io.UnsupportedOperation:
+    wanted, mode = ("readable", "rb") if side == SOURCE else ("writable", "wb")
     return io.UnsupportedOperation(
-        f"{side_name(end)}: the file is not {wanted}; open it with mode {mode!r}"
+        f"{side_name(side)}: the file is not {wanted}; open it with mode {mode!r}"
     )
 
 
-def _without_direct(raw: io.FileIO, flags: int, end: int) -> io.FileIO:
-    """The same file without O_DIRECT, which takes only whole blocks in aligned memory."""
-    wanted = os.O_RDONLY if end == SOURCE else os.O_WRONLY | (flags & os.O_APPEND)
+def _without_direct(raw: io.FileIO, flags: int, side: int) -> io.FileIO:
+    """Open a file again without O_DIRECT, which takes only whole blocks in aligned memory."""
+    wanted = os.O_RDONLY if side == SOURCE else os.O_WRONLY | (flags & os.O_APPEND)
 
     def opener(path: str, _: int) -> int:
         return os.open(path, wanted | os.O_CLOEXEC)
 
-    mode = "r" if end == SOURCE else "w"
+    mode = "r" if side == SOURCE else "w"
     try:
         return io.FileIO(f"/proc/self/fd/{raw.fileno()}", mode, opener=opener)
     except OSError as reason:
         raise OSError(
             reason.errno,
-            f"nbd.copy: the {side_name(end)} was opened with O_DIRECT, and cannot be without "
-            f"({os.strerror(reason.errno or 0)}); open it without O_DIRECT",
+            f"nbd.copy: the {side_name(side)} was opened with O_DIRECT, and cannot be opened "
+            f"without ({os.strerror(reason.errno or 0)}); open it without O_DIRECT",
             name_of(raw),
         ) from reason
-
-
-def identity(what: File | Stream) -> tuple[int, ...] | None:
-    """What tells two files, devices or pipes apart; None if there is no such thing."""
-    try:
-        fd = what.fd if isinstance(what, File) else what.file.fileno()
-        status = os.fstat(as_number("fileno", fd))
-    except (AttributeError, OSError, TypeError, ValueError):
-        return None
-    if stat.S_ISBLK(status.st_mode):
-        return (status.st_rdev,)  # a device may have several names
-    if stat.S_ISREG(status.st_mode) or stat.S_ISFIFO(status.st_mode):
-        return (status.st_dev, status.st_ino)
-    return None
 
 
 def _has_offsets(fd: int) -> bool:
@@ -335,15 +416,18 @@ def _has_offsets(fd: int) -> bool:
     return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
 
 
-def _is_as_large_as_it_says(fd: int) -> bool:
-    """Whether a file has as many bytes as its size is: in /proc and /sys that is 0, or a page."""
+def _has_its_size(fd: int) -> bool:
+    """Whether a file has as many bytes as fstat says: files in /proc and /sys have more, or fewer.
+
+    There the size is 0, or that of a page.
+    """
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         return True
     size = status.st_size
     try:
         return bool(os.pread(fd, 1, max(0, size - 1))) == (size > 0)
-    except OSError:  # the copy says it better
+    except OSError:  # the copy raises a better exception
         return True
 
 

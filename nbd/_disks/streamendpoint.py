@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Streams: what nbd.copy reads or writes from the beginning to the end, in order.
+"""The endpoint that is a stream: it is read or written in order, from its beginning to its end.
 
-That is a pipe, a file that is appended to, an io.BytesIO, a gzip.GzipFile.
-Pipes, sockets and terminals, of which a copy waits only in poll.
+A stream is a pipe, a socket, a file that is appended to, or any object with a binary `read` or
+`write`, such as an io.BytesIO or a gzip.GzipFile.
 
-A thread that is inside read() or write() on a pipe knows no timeout, and nothing but a signal gets
-it out.  So every wait is a poll, in slices after each of which the copy may be stopped, and the
-system calls that follow it do not block.
+A thread inside read() or write() on a pipe has no timeout, and only a signal makes it return.  So
+the copy waits for a pipe, socket or terminal only in poll, in slices, between which it can be
+stopped; the system calls that follow do not block.
 """
 
 from __future__ import annotations
@@ -17,296 +17,80 @@ import os
 import select
 import stat
 import sys
-from time import monotonic, sleep
 
 from nbd._binding.convert import as_number
-from nbd._binding.errors import Timeout
+from nbd._disks.endpoints import CHUNK, BoundedWait, Endpoint, Reader, Writer, side_name
 from nbd._disks.queue import SOURCE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import Any, TypeVar, Union
+    from typing import Any, TypeVar
 
-    from nbd._disks.copy import Settings
+    from nbd._disks.endpoints import Data, Settings
 
-    Data = Union[bytes, memoryview]
     Result = TypeVar("Result")
 
-#: Seconds after which each wait looks whether the copy has to end.
-SLICE = 0.1
-#: Seconds between two attempts to open a FIFO that nobody reads.
-_RETRY_INTERVAL = 0.02
-#: What a terminal that poll calls writable takes at once.
+#: How many bytes a terminal takes without blocking once poll reports that it can be written.
 _TERMINAL_WRITE = 256
 
 BUFFERED = (io.BufferedReader, io.BufferedWriter, io.BufferedRandom)
-_CHUNK = 1024 * 1024
-#: Objects of these types use what they are given only while `write` runs.
+#: Objects of these types do not keep the memory that `write` is given.
 _BORROWERS = (io.FileIO, io.BytesIO, *BUFFERED)
-# Where system calls are made.
+# The modules that make system calls.
 _MODULES = (__name__, "nbd._disks.fileendpoint")
 
 
-class Wait:
-    """One wait of a copy: bounded by its timeout, and ended when the copy is stopped.
-
-    Args:
-        settings: Those of the copy.
-        what: What the wait is for, such as "the source has sent nothing", for nbd.Timeout.
-    """
-
-    def __init__(self, settings: Settings, what: str) -> None:
-        self._settings = settings
-        self._what = what
-        self._began = monotonic()
-
-    def until_ready(self, fd: int, event: int) -> None:
-        """Wait until a descriptor can be read (select.POLLIN) or written (select.POLLOUT)."""
-        while not is_ready(fd, event, self._slice()):
-            self._settings.check()
-            # A process that was suspended meanwhile is late, and yet the descriptor may be ready.
-            if self._is_over() and not is_ready(fd, event):
-                raise self._late()
-
-    def pause(self) -> None:
-        """Rest before the next attempt."""
-        self._settings.check()
-        if self._is_over():
-            raise self._late()
-        sleep(min(_RETRY_INTERVAL, self._slice()))
-
-    def _slice(self) -> float:
-        timeout = self._settings.timeout
-        if timeout is None:
-            return SLICE
-        return max(0.0, min(SLICE, self._began + timeout - monotonic()))
-
-    def _is_over(self) -> bool:
-        timeout = self._settings.timeout
-        return timeout is not None and monotonic() - self._began >= timeout
-
-    def _late(self) -> Timeout:
-        return Timeout(
-            f"nbd.copy: {self._what} for {self._settings.timeout:g} seconds; "
-            "try again, or allow more time",
-            errno.ETIMEDOUT,
-        )
-
-
-class Channel:
-    """A pipe, socket or terminal of a file object.
-
-    Its bytes go past the object's buffer, whose content is used first.
-
-    Args:
-        file: The object, for which `is_channel` is true.
-        settings: Those of the copy.
-        is_source: Whether it is read, and not written.
-    """
-
-    def __init__(self, file: Any, settings: Settings, is_source: bool) -> None:
-        self._file = file
-        self._settings = settings
-        self._side = "source" if is_source else "target"
-        self._fd: int = file.fileno()
-        self._direct = io.FileIO(self._fd, "r" if is_source else "w", closefd=False)
-        self._sender: io.FileIO | None = None  # one that does not block
-        self._kept = b""  # what was in the object's buffer
-        self._is_begun = False
-        self._is_ended = False
-
-    def read_into(self, view: memoryview) -> int:
-        """Read what is there, after a wait if that is nothing; returns how much, 0 at the end."""
-        filled = 0
-        if not self._is_begun:
-            self._kept = self._buffered()
-            self._is_begun = True
-        if self._kept:
-            filled = min(len(view), len(self._kept))
-            view[:filled] = self._kept[:filled]
-            self._kept = self._kept[filled:]
-        while filled < len(view) and not self._is_ended:
-            if not filled:
-                self._wait("has sent nothing", select.POLLIN)
-            elif not is_ready(self._fd, select.POLLIN):
-                break
-            count = self._direct.readinto(view[filled:])
-            self._is_ended = count == 0  # a terminal says that once
-            filled += count or 0  # None: another process was faster
-            self._settings.check()
-        return filled
-
-    def write(self, data: memoryview) -> None:
-        """Write everything."""
-        if not self._is_begun:
-            self._flush()
-            self._prepare()
-            self._is_begun = True
-        while True:
-            data = data[self._send(data) or 0 :]
-            self._settings.check()
-            if not data:
-                return
-            self._wait("has taken nothing", select.POLLOUT)
-
-    def close(self) -> None:
-        """Close what was opened here."""
-        if self._sender is not None:
-            self._sender.close()
-
-    def _wait(self, what: str, event: int) -> None:
-        Wait(self._settings, f"the {self._side} {what}").until_ready(self._fd, event)
-
-    def _buffered(self) -> bytes:
-        """What the object has read, and its program has not."""
-        if type(self._file) not in BUFFERED:
-            return b""
-        # peek reads if it has nothing.
-        data: bytes = without_blocking(self._fd, self._file.peek)
-        return bytes(self._file.read(len(data))) if data else b""
-
-    def _flush(self) -> None:
-        """Write what the program has written before."""
-        while True:
-            try:
-                without_blocking(self._fd, self._file.flush)
-            except BlockingIOError:
-                self._wait("has taken nothing", select.POLLOUT)
-            else:
-                return
-
-    def _prepare(self) -> None:
-        """Find a way to write what the channel takes at once, and no more.
-
-        The flag O_NONBLOCK belongs to all that have the other end or a copy of the descriptor.  So
-        a pipe is opened again, to have a flag of its own.
-        """
-        if not os.get_blocking(self._fd):
-            self._sender = self._direct
-        elif stat.S_ISFIFO(os.fstat(self._fd).st_mode):
-            try:
-                self._sender = _opened_again(self._fd, os.O_WRONLY | os.O_NONBLOCK)
-            except OSError:  # no /proc, or a pipe of another user
-                self._sender = None
-
-    def _send(self, data: memoryview) -> int | None:
-        """Write what can be written without waiting; returns how much, or None."""
-        if _is_socket(self._file):
-            try:
-                return int(_socket_of(self._file).send(data, _dont_wait()))
-            except BlockingIOError:
-                return None
-        if self._sender is not None:
-            return self._sender.write(data)
-        self._wait("has taken nothing", select.POLLOUT)
-        most = _TERMINAL_WRITE if os.isatty(self._fd) else select.PIPE_BUF
-        return self._direct.write(data[:most])
-
-
-def is_ready(fd: int, event: int, seconds: float = 0.0) -> bool:
-    """Whether poll reports a descriptor, after waiting at most `seconds`."""
-    poll = select.poll()
-    poll.register(fd, event)
-    return bool(poll.poll(1000 * seconds))
-
-
-def is_channel(file: Any) -> bool:
-    """Whether an object reads or writes a pipe, socket or terminal, and nothing else."""
-    raw = file.raw if type(file) in BUFFERED else file
-    if type(raw) is not io.FileIO and not _is_socket(raw):
-        return False
-    mode = os.fstat(raw.fileno()).st_mode
-    if stat.S_ISCHR(mode):
-        return os.isatty(raw.fileno())  # others, as /dev/null, never wait
-    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
-
-
-def without_blocking(fd: int, call: Callable[[], Result]) -> Result:
-    """The result of a call, during which system calls on a descriptor do not wait."""
-    was = os.get_blocking(fd)
-    try:
-        os.set_blocking(fd, False)
-        return call()
-    finally:
-        os.set_blocking(fd, was)
-
-
-def _opened_again(fd: int, flags: int) -> io.FileIO:
-    """Another description of what a descriptor stands for."""
-
-    def opener(path: str, _: int) -> int:
-        return os.open(path, flags | os.O_CLOEXEC | os.O_NOCTTY)
-
-    return io.FileIO(f"/proc/self/fd/{fd}", "w" if flags & os.O_WRONLY else "r", opener=opener)
-
-
-def _is_socket(file: Any) -> bool:
-    """Whether it is what socket.makefile returns.
-
-    Not for one of TLS, whose bytes are not those of the descriptor, and not for one with a timeout
-    of its own.
-    """
-    raw = file.raw if type(file) in BUFFERED else file
-    module: Any = sys.modules.get("socket")
-    if module is None or type(raw) is not module.SocketIO:
-        return False
-    sock = raw._sock
-    return type(sock) is module.socket and not sock.gettimeout()
-
-
-def _socket_of(file: Any) -> Any:
-    raw = file.raw if type(file) in BUFFERED else file
-    return raw._sock
-
-
-def _dont_wait() -> int:
-    module: Any = sys.modules["socket"]
-    return int(module.MSG_DONTWAIT)
-
-
-class Stream:
+class Stream(Endpoint):
     """A binary file object that is read or written in order.
 
-    Attributes:
+    Args:
         file: The object.
-        size: In bytes; None if that is not known.
-        name: Its path, or what else the caller knows it by.
+        side: SOURCE or TARGET.
+        settings: Those of the copy.
+        is_ours: Whether to close `file`.
+        owner: The caller's object if that is not `file`; it has the name.
     """
 
-    is_read_only = False
+    has_offsets = False
 
     def __init__(
-        self, file: Any, end: int, settings: Settings, is_ours: bool = False, owner: Any = None
+        self, file: Any, side: int, settings: Settings, *, is_ours: bool = False, owner: Any = None
     ) -> None:
-        """Take an object.
-
-        Args:
-            file: The object.
-            end: SOURCE or TARGET.
-            settings: Those of the copy.
-            is_ours: Whether to close it.
-            owner: The caller's object, if that is another one.
-        """
-        self.file = file
+        super().__init__(settings)
         self.name = name_of(file if owner is None else owner)
+        self._file = file
         self._is_ours = is_ours
-        self._settings = settings
-        self._side = side_name(end)
+        self._side = side_name(side)
         self._is_file = type(raw_of(file)) is io.FileIO
-        is_source = end == SOURCE
+        is_source = side == SOURCE
         self._channel = Channel(file, settings, is_source) if is_channel(file) else None
-        self.size = _rest_of(file) if is_source and self._channel is None else None
+        self.size = _size_of_rest(file) if is_source and self._channel is None else None
+
+    def identity(self) -> tuple[int, ...] | None:
+        """What all names of one file, device or pipe have in common; None if that is not known."""
+        try:
+            return identity_of(as_number("fileno", self._file.fileno()))
+        except (AttributeError, OSError, TypeError, ValueError):
+            return None
+
+    def reader(self) -> Reader:
+        """Begin to read from the position of the object to its end."""
+        return _StreamReader(self)
+
+    def writer(self) -> Writer:
+        """Begin to write at the position of the object."""
+        return _StreamWriter(self)
 
     def chunks(self) -> Iterator[Data]:
-        """The rest of the object.  A memoryview has its bytes only until the next one is asked for.
+        """The rest of the object.  A memoryview keeps its bytes until the next one is asked for.
 
         Raises:
             nbd.Timeout: A pipe, socket or terminal has sent nothing for too long.
             BlockingIOError, TypeError: The object's `read` does not return bytes.
         """
         if self._channel is not None:
-            buffer = memoryview(bytearray(_CHUNK))
+            buffer = memoryview(bytearray(CHUNK))
             while True:
                 try:
                     count = self._channel.read_into(buffer)
@@ -323,9 +107,9 @@ class Stream:
             yield data
 
     def _read(self) -> Data:
-        """The next bytes of an object."""
+        """Call the object's `read` once; returns what it has returned, as bytes."""
         try:
-            data = self.file.read(_CHUNK)
+            data = self._file.read(CHUNK)
         except OSError as reason:
             self._explain("reading", reason)
             raise
@@ -352,7 +136,7 @@ class Stream:
             nbd.Timeout: A pipe, socket or terminal has taken nothing for too long.
             OSError: The object has not taken all of it.
         """
-        if self._channel is None and type(self.file) not in _BORROWERS:
+        if self._channel is None and type(self._file) not in _BORROWERS:
             data = bytes(data)  # the object may keep what it is given
         view = memoryview(data)
         try:
@@ -361,17 +145,20 @@ class Stream:
                 return
             while view:
                 whole = len(view) == len(data)
-                count = self.file.write(data if whole else type(data)(view))
-                view = view[self._taken(count, len(view)) :]
-                self._settings.check()
+                count = self._file.write(data if whole else type(data)(view))
+                view = view[self._written(count, len(view)) :]
+                self.settings.check()
         except OSError as reason:
             self._explain("writing", reason)
             raise
 
-    def _taken(self, count: object, length: int) -> int:
-        """How much `write` has taken, by what it has returned."""
-        if count is None and not isinstance(self.file, io.RawIOBase):
-            return length  # as many objects say that they have taken all
+    def _written(self, count: object, length: int) -> int:
+        """How many of `length` bytes the object has written, if its `write` has returned `count`.
+
+        Many objects return None for everything.  For io.RawIOBase, None means nothing.
+        """
+        if count is None and not isinstance(self._file, io.RawIOBase):
+            return length
         number = 0 if count is None else as_number("target: what its write() has returned", count)
         if 0 < number <= length:
             return number
@@ -384,46 +171,223 @@ class Stream:
         raise OSError(errno.EIO, f"nbd.copy: write() of the target took {number} of {length} bytes")
 
     def flush(self) -> None:
-        """Write what the object has buffered; have a file that is appended to on its disk."""
+        """Write what the object has buffered, and sync a regular file if the settings ask for it.
+
+        The object's buffer is flushed in any case: its bytes are a part of the copy.
+        """
         try:
-            if self._channel is None and hasattr(self.file, "flush"):
-                self.file.flush()
-            if self._is_file and self._settings.flush and stat.S_ISREG(self._mode()):
-                os.fdatasync(self.file.fileno())
+            if self._channel is None and hasattr(self._file, "flush"):
+                self._file.flush()
+            if self._is_file and self.settings.flush and stat.S_ISREG(self._mode()):
+                os.fdatasync(self._file.fileno())
         except OSError as reason:
             self._explain("flushing", reason)
             raise
 
     def _mode(self) -> int:
-        return os.fstat(self.file.fileno()).st_mode
+        return os.fstat(self._file.fileno()).st_mode
 
     def close(self) -> None:
-        """Close the object, if it is ours."""
+        """Close the object if it is ours."""
         if self._channel is not None:
             self._channel.close()
         if self._is_ours:
-            self.file.close()
-
-    def say_goodbye(self, count: int) -> None:
-        """Do nothing: the object is behind the copied bytes."""
+            self._file.close()
 
     def _explain(self, what: str, reason: OSError) -> None:
-        """Raise an exception of the same type with the name, if the system has refused something.
+        """If a system call has failed, raise an exception of the same type that names the stream.
 
-        Not for other objects than io's: those have said it in their own way.
+        Objects other than io's have their own messages.
         """
         if (self._is_file or self._channel is not None) and is_of_system(reason):
             text = f"nbd.copy: {what} the {self._side} failed: {os.strerror(reason.errno or 0)}"
             raise OSError(reason.errno, text, self.name) from reason
 
 
-def side_name(end: int) -> str:
-    """What a message calls one of the two sides."""
-    return "source" if end == SOURCE else "target"
+class _StreamReader(Reader):
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def chunks(self) -> Iterator[tuple[Data, bool]]:
+        """All bytes in order; a stream has no holes."""
+        for chunk in self._stream.chunks():
+            yield chunk, False
+
+
+class _StreamWriter(Writer):
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def write(self, data: Data) -> None:
+        """Write the next bytes."""
+        self._stream.write(data)
+
+
+class Channel:
+    """A pipe, socket or terminal of a file object.
+
+    Its bytes bypass the object's buffer; what the buffer holds already comes first.
+
+    Args:
+        file: The object, for which `is_channel` is true.
+        settings: Those of the copy.
+        is_source: Whether it is read rather than written.
+    """
+
+    def __init__(self, file: Any, settings: Settings, is_source: bool) -> None:
+        self._file = file
+        self._settings = settings
+        self._side = "source" if is_source else "target"
+        self._fd: int = file.fileno()
+        self._direct = io.FileIO(self._fd, "r" if is_source else "w", closefd=False)
+        self._sender: io.FileIO | None = None  # one that does not block
+        self._buffered = b""  # what was in the object's buffer, and is not read yet
+        self._has_begun = False
+        self._is_at_end = False
+
+    def read_into(self, view: memoryview) -> int:
+        """Read what is available, after a wait if nothing is; returns how much, 0 at the end."""
+        filled = 0
+        if not self._has_begun:
+            self._buffered = self._take_buffered()
+            self._has_begun = True
+        if self._buffered:
+            filled = min(len(view), len(self._buffered))
+            view[:filled] = self._buffered[:filled]
+            self._buffered = self._buffered[filled:]
+        while filled < len(view) and not self._is_at_end:
+            if not filled:
+                self._wait("has sent nothing", select.POLLIN)
+            elif not is_ready(self._fd, select.POLLIN):
+                break
+            count = self._direct.readinto(view[filled:])
+            self._is_at_end = count == 0  # a terminal reports that once
+            filled += count or 0  # None: another process has read the bytes first
+            self._settings.check()
+        return filled
+
+    def write(self, data: memoryview) -> None:
+        """Write everything."""
+        if not self._has_begun:
+            self._flush()
+            self._sender = self._nonblocking()
+            self._has_begun = True
+        while True:
+            data = data[self._send(data) or 0 :]
+            self._settings.check()
+            if not data:
+                return
+            self._wait("has taken nothing", select.POLLOUT)
+
+    def close(self) -> None:
+        """Close what was opened here."""
+        if self._sender is not None:
+            self._sender.close()
+
+    def _wait(self, what: str, event: int) -> None:
+        """Wait until the descriptor can be read (select.POLLIN) or written (select.POLLOUT)."""
+        wait = BoundedWait(self._settings, f"the {self._side} {what}")
+        # The second look is for a process that was suspended past its timeout.
+        while not is_ready(self._fd, event, wait.slice()) and not is_ready(self._fd, event):
+            wait.check()
+
+    def _take_buffered(self) -> bytes:
+        """Empty the object's read buffer: what the object has read, and its program has not."""
+        if type(self._file) not in BUFFERED:
+            return b""
+        # peek calls read() if the buffer is empty.
+        data: bytes = _without_blocking(self._fd, self._file.peek)
+        return bytes(self._file.read(len(data))) if data else b""
+
+    def _flush(self) -> None:
+        """Empty the object's write buffer: what the program has written before."""
+        while True:
+            try:
+                _without_blocking(self._fd, self._file.flush)
+            except BlockingIOError:
+                self._wait("has taken nothing", select.POLLOUT)
+            else:
+                return
+
+    def _nonblocking(self) -> io.FileIO | None:
+        """A file that writes what the channel takes at once, and no more; None if none can be made.
+
+        The flag O_NONBLOCK is shared with every process that has a copy of the descriptor.  So a
+        pipe is opened again, which gives it a flag of its own.
+        """
+        if not os.get_blocking(self._fd):
+            return self._direct
+        if stat.S_ISFIFO(os.fstat(self._fd).st_mode):
+            try:
+                return _reopened(self._fd, os.O_WRONLY | os.O_NONBLOCK)
+            except OSError:  # /proc is not mounted, or the pipe belongs to another user
+                return None
+        return None
+
+    def _send(self, data: memoryview) -> int | None:
+        """Write what can be written without blocking; returns how much, or None for nothing."""
+        if _is_socket(self._file):
+            try:
+                return int(raw_of(self._file)._sock.send(data, _dont_wait()))
+            except BlockingIOError:
+                return None
+        if self._sender is not None:
+            return self._sender.write(data)
+        self._wait("has taken nothing", select.POLLOUT)
+        limit = _TERMINAL_WRITE if os.isatty(self._fd) else select.PIPE_BUF
+        return self._direct.write(data[:limit])
+
+
+def is_ready(fd: int, event: int, seconds: float = 0.0) -> bool:
+    """Whether poll reports a descriptor, after waiting at most `seconds`."""
+    poll = select.poll()
+    poll.register(fd, event)
+    return bool(poll.poll(1000 * seconds))
+
+
+def is_channel(file: Any) -> bool:
+    """Whether an object only passes on the bytes of a pipe, socket or terminal."""
+    raw = raw_of(file)
+    if type(raw) is not io.FileIO and not _is_socket(raw):
+        return False
+    mode = os.fstat(raw.fileno()).st_mode
+    if stat.S_ISCHR(mode):
+        return os.isatty(raw.fileno())  # others, such as /dev/null, never block
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
+def raw_of(file: Any) -> Any:
+    """The unbuffered object below a file object of io.
+
+    A subclass may override methods of io's types, so objects of one are left as they are.
+    """
+    return file.raw if type(file) in BUFFERED else file
+
+
+def name_of(file: Any) -> str:
+    """What messages call a file object: its path if it has one."""
+    name = getattr(file, "name", None)
+    if isinstance(name, (str, bytes)):
+        return os.fsdecode(name)
+    return f"descriptor {name}" if isinstance(name, int) else type(file).__name__
+
+
+def identity_of(fd: int) -> tuple[int, ...] | None:
+    """What all names of one file, device or pipe have in common; None for a socket or terminal.
+
+    Raises:
+        OSError: The descriptor is closed.
+    """
+    status = os.fstat(fd)
+    if stat.S_ISBLK(status.st_mode):
+        return (status.st_rdev,)  # several device nodes can stand for one device
+    if stat.S_ISREG(status.st_mode) or stat.S_ISFIFO(status.st_mode):
+        return (status.st_dev, status.st_ino)
+    return None
 
 
 def is_of_system(reason: BaseException) -> bool:
-    """Whether a system call has failed, and not the handler of a signal that came during it."""
+    """Whether a system call has failed, and not a signal handler that ran during it."""
     last = reason.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
@@ -434,31 +398,55 @@ def is_of_system(reason: BaseException) -> bool:
     return is_here and is_numbered
 
 
-def raw_of(file: Any) -> Any:
-    """What has the descriptor of a file object.
+def _without_blocking(fd: int, call: Callable[[], Result]) -> Result:
+    """The result of a call, during which system calls on a descriptor do not block."""
+    is_blocking = os.get_blocking(fd)
+    try:
+        os.set_blocking(fd, False)
+        return call()
+    finally:
+        os.set_blocking(fd, is_blocking)
 
-    Only of io's own types: a subclass may have methods of its own, which count.
+
+def _reopened(fd: int, flags: int) -> io.FileIO:
+    """Open the file of a descriptor again, with flags of its own."""
+
+    def opener(path: str, _: int) -> int:
+        return os.open(path, flags | os.O_CLOEXEC | os.O_NOCTTY)
+
+    return io.FileIO(f"/proc/self/fd/{fd}", "w" if flags & os.O_WRONLY else "r", opener=opener)
+
+
+def _is_socket(file: Any) -> bool:
+    """Whether an object is what socket.makefile returns for a plain socket.
+
+    The bytes of a TLS socket are not those of its descriptor, and a socket with a timeout waits by
+    itself.
     """
-    return file.raw if type(file) in BUFFERED else file
+    raw = raw_of(file)
+    module: Any = sys.modules.get("socket")
+    if module is None or type(raw) is not module.SocketIO:
+        return False
+    sock = raw._sock
+    return type(sock) is module.socket and not sock.gettimeout()
 
 
-def name_of(file: Any) -> str:
-    name = getattr(file, "name", None)
-    if isinstance(name, (str, bytes)):
-        return os.fsdecode(name)
-    return f"descriptor {name}" if isinstance(name, int) else type(file).__name__
+def _dont_wait() -> int:
+    module: Any = sys.modules["socket"]
+    return int(module.MSG_DONTWAIT)
 
 
-def _rest_of(file: Any) -> int | None:
+def _size_of_rest(file: Any) -> int | None:
     """How many bytes follow the position of a file object; None if that is not known.
 
-    Only for io's own types: to find the end of another one may take as long as to read it.
+    Only io's own types are asked: seeking to the end of another object, such as a gzip.GzipFile,
+    may take as long as reading it.
     """
     if type(file) not in (io.BytesIO, *BUFFERED) or type(raw_of(file)) is io.FileIO:
-        return None  # a file of io's that gets here has content that its size does not tell
+        return None  # a file that is copied as a stream has more content than its size says
     if not file.seekable():
         return None
-    at = int(file.tell())
+    position = int(file.tell())
     size = int(file.seek(0, os.SEEK_END))
-    file.seek(at)
-    return max(0, size - at)
+    file.seek(position)
+    return max(0, size - position)

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""nbd.aio.copy: nbd.copy in a thread of its own, with connections that the event loop has made."""
+"""nbd.aio.copy: runs a copy in a thread of its own, with connections made by the event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import atexit
 from concurrent import futures
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import partial, singledispatchmethod
 from inspect import iscoroutinefunction
 from threading import Thread
 
 from nbd._binding.constants import CONTEXT_BASE_ALLOCATION
-from nbd._disks.copy import Ends, Job, Settings
-from nbd._disks.diskendpoint import TICK, Disk
-from nbd._disks.endpoints import is_server, most_connections
+from nbd._disks.copy import Copy, open_endpoint
+from nbd._disks.diskendpoint import Disk, disk_over, is_server
+from nbd._disks.endpoints import TICK, Settings
 from nbd._disks.queue import SOURCE, TARGET
 from nbd.aio._client import Client
 from nbd.aio._connect import Plan, close_soon, connected
@@ -22,14 +23,17 @@ from nbd.aio._threads import AT_EXIT, end_future, in_thread
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from asyncio import Future
+    from collections.abc import Callable
     from typing import Any, Union
 
     from nbd._binding.errors import Error
     from nbd._binding.methods import NBD
-    from nbd._disks.copy import Copied, OnError, Progress
-    from nbd._disks.endpoints import Anything
+    from nbd._disks.copy import Copied
+    from nbd._disks.endpoints import Anything, Endpoint, OnError, Progress
 
     AnythingOrClient = Union[Anything, Client]
+    # Opens one side of the copy; called in the copy's thread.
+    Opener = Callable[[], Endpoint]
 
 
 async def copy(
@@ -46,28 +50,28 @@ async def copy(
 ) -> Copied:
     """Copy a whole disk: nbd.copy, to be awaited.
 
-    The copy runs in threads of its own, so that it can use several processors, and the event loop
-    goes on.  An nbd.aio.Client may be used for other commands meanwhile.  A file object is read or
-    written in a thread too.
+    The copy runs in threads of its own, so that it can use several processors and does not block
+    the event loop.  An nbd.aio.Client can be used for other commands meanwhile.  A file object is
+    read or written in a thread too.
 
-    If its task is cancelled, the copy ends at once, in the middle.  What was sent to a server may
-    still happen.
+    If its task is cancelled, the copy ends at once, in the middle.  Commands that were sent to a
+    server before may still be executed.
 
     Args:
-        source, target: As for nbd.copy; or an nbd.aio.Client, whose connections are used, as many
-            as it has by then.
-        connections, depth, sparse, timeout, flush: As for nbd.copy.  With an nbd.aio.Client, no
-            timeout is the client's own.
+        source, target: As for nbd.copy; or an nbd.aio.Client, of which the copy uses the
+            connections that have been made by then.
+        connections, depth, sparse, timeout, flush: As for nbd.copy.  With an nbd.aio.Client, a
+            timeout of None is the client's own.
         progress: Called in the event loop as progress(done, total), in bytes; see nbd.copy.
         on_error: Called in the event loop as on_error(offset, length, error); see nbd.copy.  The
-            copy waits for what it returns.
+            copy waits for its result.
 
     Returns:
         How many bytes were copied, how many were zeroed, and as `bad` the ranges that were bad.
 
     Raises:
         nbd.Error, OSError, ValueError: As nbd.copy.
-        TypeError: Also if progress or on_error is a coroutine function: they are called.
+        TypeError: progress or on_error is a coroutine function; or as nbd.copy.
 
     Example:
         >>> asyncio.run(nbd.aio.copy(["nbdkit", "-s", "memory", "1M"], "disk.img"))
@@ -79,15 +83,15 @@ async def copy(
         if iscoroutinefunction(function):
             raise TypeError(f"{name}: a function is needed, not a coroutine function")
     settings = Settings(connections, depth, sparse, progress, timeout, flush, on_error)
-    return await _Transfer(settings).run(source, target)
+    return await _CopyThread(settings).run(source, target)
 
 
-#: The copies whose threads run.
-_running: set[_Transfer] = set()
+#: The copies whose threads are running.
+_running: set[_CopyThread] = set()
 
 
-class _Transfer:
-    """A copy, in the event loop, and its thread."""
+class _CopyThread:
+    """The thread of one copy, and what the event loop needs to begin, follow and stop it."""
 
     def __init__(self, settings: Settings) -> None:
         self._loop = asyncio.get_running_loop()
@@ -100,72 +104,68 @@ class _Transfer:
             settings.on_error = self._ask
         self._ended: Future[Copied] = self._loop.create_future()
         self._ours: list[tuple[list[NBD], Plan]] = []
-        self._job: Job | None = None
+        self._copy: Copy | None = None
         self._thread: Thread | None = None
 
     async def run(self, source: AnythingOrClient, target: AnythingOrClient) -> Copied:
+        """Connect servers in the event loop; open everything else, and copy, in the thread."""
         try:
-            opened = await self._open(source), await self._open(target)
-            # A daemon: what it waits for when the task was cancelled does not hold up the program.
-            self._thread = Thread(target=self._work, args=opened, name="nbd.aio.copy", daemon=True)
+            openers = await self._opener(source, SOURCE), await self._opener(target, TARGET)
+            # A daemon: after its task was cancelled, it may still wait, and must not keep the
+            # program from ending.
+            self._thread = Thread(target=self._work, args=openers, name="nbd.aio.copy", daemon=True)
             _running.add(self)
             self._thread.start()
             return await self._ended
         except BaseException:
             self._settings.is_stopped = True
-            if self._job is not None:  # in a thread: it waits for the end of a server's process
-                in_thread(self._loop, self._job.stop)
+            if self._copy is not None:  # in a thread: it waits for the end of a server's process
+                in_thread(self._loop, self._copy.stop)
             if self._thread is None or self._thread.ident is None:  # it was not started
                 _running.discard(self)
                 for handles, plan in self._ours:
                     close_soon(handles, plan)
             raise
 
-    def finish(self) -> None:
-        """Wait for the thread: to its end, or, if the copy was stopped, not for long."""
+    def join(self) -> None:
+        """Wait until the thread ends; if the copy was stopped, only for a moment."""
         if self._thread is not None and self._thread.ident is not None:
             self._thread.join(AT_EXIT if self._settings.is_stopped else None)
 
-    async def _open(self, what: Any) -> Any:
-        """The disk of a server or a client; anything else as it is."""
+    @singledispatchmethod
+    async def _opener(self, what: Any, side: int) -> Opener:
+        """How the thread opens one side of the copy; a server is connected here already."""
         settings = self._settings
-        if isinstance(what, Client):
-            what._check()
-            if settings.timeout is None:
-                settings.timeout = what._timeout
-            return Disk(list(what.handles), is_ours=False)
         if not is_server(what):
-            return what
+            return partial(open_endpoint, what, side, settings)
         plan = Plan(what, [CONTEXT_BASE_ALLOCATION], None, settings.timeout, 0.0)
         handle = await connected(plan)
         self._ours.append(([handle], plan))
-        if plan.is_command:
-            return Disk([handle], is_ours=True, name=repr(what), is_command=True)
-        wanted = settings.connections or most_connections()
-        return Disk(
-            [handle],
-            is_ours=True,
-            name=what,
-            uri=what,
-            further=wanted - 1 if handle.can_multi_conn() else 0,
-            timeout=settings.timeout,
-        )
+        disk = disk_over(handle, what, settings)
+        return lambda: disk
 
-    def _work(self, source: Any, target: Any) -> None:
-        """What the thread does."""
+    @_opener.register(Client)
+    async def _(self, client: Client, side: int) -> Opener:
+        """A client's connections are used, as many as it has by now."""
+        client._check()
+        if self._settings.timeout is None:
+            self._settings.timeout = client._timeout
+        disk = Disk(list(client.handles), self._settings, is_ours=False)
+        return lambda: disk
+
+    def _work(self, open_source: Opener, open_target: Opener) -> None:
+        """Copy; called in the thread."""
         copied: Copied | None = None
         failure: BaseException | None = None
         try:
-            with Ends() as ends:
-                source_end, target_end = (
-                    ends.own(what)
-                    if isinstance(what, Disk)
-                    else ends.open(what, end, self._settings)
-                    for what, end in ((source, SOURCE), (target, TARGET))
-                )
-                self._job = Job(source_end, target_end, self._settings)
+            with ExitStack() as opened:
+                source = open_source()
+                opened.callback(source.close)
+                target = open_target()
+                opened.callback(target.close)
+                self._copy = Copy(source, target, self._settings)
                 self._settings.check()
-                copied = self._job.run()
+                copied = self._copy.run()
         except BaseException as raised:
             failure = raised
         finally:
@@ -174,7 +174,7 @@ class _Transfer:
             self._loop.call_soon_threadsafe(end_future, self._ended, copied, failure)
 
     def _ask(self, offset: int, length: int, error: Error) -> bool:
-        """Called by the thread; it waits for the answer of the caller's function."""
+        """Call the caller's on_error in the event loop; called in the thread, which waits."""
         answer: futures.Future[bool] = futures.Future()
         self._loop.call_soon_threadsafe(self._answer, answer, offset, length, error)
         while True:
@@ -183,7 +183,7 @@ class _Transfer:
                 return answer.result(TICK)
 
     def _answer(self, answer: futures.Future[bool], offset: int, length: int, error: Error) -> None:
-        """What the caller's function raises ends the copy."""
+        """Call the caller's on_error.  An exception that it raises ends the copy."""
         if self._ended.done() or self._on_error is None:
             return
         try:
@@ -192,12 +192,12 @@ class _Transfer:
             end_future(self._ended, None, raised)
 
     def _report_later(self, done: int, total: int | None) -> None:
-        """Called by the thread."""
+        """Have the caller's progress called in the event loop; called in the thread."""
         with suppress(RuntimeError):  # the loop was closed
             self._loop.call_soon_threadsafe(self._report, done, total)
 
     def _report(self, done: int, total: int | None) -> None:
-        """What the caller's function raises ends the copy."""
+        """Call the caller's progress.  An exception that it raises ends the copy."""
         if self._ended.done() or self._progress is None:
             return
         try:
@@ -207,7 +207,7 @@ class _Transfer:
 
 
 @atexit.register
-def _finish_all() -> None:
-    """When the program ends, the copies that were not stopped have ended in order."""
-    for one in list(_running):
-        one.finish()
+def _join_all() -> None:
+    """Let copies that were not stopped run to their end before the program ends."""
+    for thread in list(_running):
+        thread.join()

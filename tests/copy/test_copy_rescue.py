@@ -18,6 +18,7 @@ from support.sizes import KIB, MIB
 
 import nbd
 from nbd._disks import rescue
+from nbd._disks.fileendpoint import File
 
 Ranges = list[tuple[int, int]]
 
@@ -265,12 +266,12 @@ def test_a_failed_write_is_not_a_bad_sector(nbdkit: StartServer, image: Path) ->
     assert noted.calls == []
 
 
-class Damaged:
-    """A file with bad sectors."""
+class Damaged(File):
+    """A file that has bad sectors."""
 
-    name = "a file"
-
-    def __init__(self, data: bytes, bad: Ranges) -> None:
+    def __init__(self, data: bytes, bad: Ranges, settings: Any) -> None:
+        self.name = "a file"
+        self.settings = settings
         self._data = data
         self._bad = bad
         self.fd = 0
@@ -287,17 +288,17 @@ class Damaged:
 
 
 def test_a_file_is_read_around_its_bad_sectors(image: Path) -> None:
-    source: Any = Damaged(image.read_bytes(), BAD)
     noted = Noted()
     settings: Any = SimpleNamespace(on_error=noted, bad=[], check=lambda: None)
+    source = Damaged(image.read_bytes(), BAD, settings)
     start, length = 4 * SECTOR, 197 * SECTOR
-    found = rescue.rescued(source, start, length, settings, errno.EIO)
+    found = rescue.rescued(source, start, length, errno.EIO)
     assert noted.calls == settings.bad == BAD
     assert bytes(found) == with_zeroes(image, BAD)[start : start + length]
     assert isinstance(noted.errors[0], OSError)
     settings.on_error = None
     with pytest.raises(nbd.DiskError, match=f"at offset {BAD[0][0]}: .*{SECTOR} bytes of a file"):
-        rescue.rescued(source, start, length, settings, errno.EIO)
+        rescue.rescued(source, start, length, errno.EIO)
 
 
 def test_the_result_is_still_a_tuple_of_two(
