@@ -5,7 +5,7 @@ If both sides have offsets, the shim's queue does the work: C writes each piece 
 without Python.  The calling thread is the first worker and begins on the first connection.  Further
 connections are made in the background, and with them further workers start, each in a thread of its
 own, with a queue of its own.  The workers take one range of the disk after the other.  A range that
-cannot be read is left to the calling thread, which reads around it (rescue).
+cannot be read is left to the calling thread, which reads around it (Endpoint.rescued).
 
 If one side is a stream, the calling thread copies in order (copystream).
 """
@@ -32,6 +32,7 @@ from nbd._disks.endpoints import (
     drain_idle,
     is_same,
     late,
+    merged,
     processors,
 )
 from nbd._disks.fileendpoint import open_file
@@ -47,7 +48,6 @@ from nbd._disks.queue import (
     IdleTimer,
     ShimQueue,
 )
-from nbd._disks.rescue import merged, rescued
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -503,7 +503,7 @@ class Copy:
             one = self._unread.popleft()
             self._adjustment -= one.moved
             self._target.write_at(
-                rescued(self._source, one.offset, one.length, one.errnum), one.offset
+                self._source.rescued(one.offset, one.length, one.errnum), one.offset
             )
             self._adjustment += one.length
             self._again.extend(_copy_tasks(one.start, one.offset))

@@ -24,7 +24,6 @@ from nbd._disks.endpoints import (
     Writer,
 )
 from nbd._disks.queue import PIECE, READ, WRITE, Queue
-from nbd._disks.rescue import rescued
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -215,7 +214,7 @@ class DiskReader(_DiskQueue, Reader):
         source, offset, length = self._source, request.offset, request.length
         if source.is_lost(self._queue._shim_queue):
             raise source.failure(READ, offset, length, errnum)
-        return rescued(source, offset, length, errnum)
+        return source.rescued(offset, length, errnum)
 
 
 class DiskWriter(_DiskQueue, Writer):

@@ -29,10 +29,17 @@ from nbd._disks.connect import (
     finish_shutdown,
 )
 from nbd._disks.copystream import DiskReader, DiskWriter, await_some
-from nbd._disks.endpoints import DRAIN_IDLE, BoundedWait, Endpoint
+from nbd._disks.endpoints import (
+    DRAIN_IDLE,
+    MAX_PARTS,
+    MIN_PART,
+    BoundedWait,
+    Endpoint,
+    is_past,
+    parts,
+)
 from nbd._disks.extents import Survey
 from nbd._disks.queue import FLUSH, MAX_CONNECTIONS, READ, TARGET, WRITE, Queue, ShimQueue
-from nbd._disks.rescue import MAX_PARTS, MIN_PART, is_past, parts, rescued
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -202,7 +209,7 @@ class Disk(Endpoint):
                 return view
             if self.is_lost(queue._shim_queue):
                 raise self.failure(READ, offset, len(view), error.errnum)
-        return rescued(self, offset, len(view), error.errnum)
+        return self.rescued(offset, len(view), error.errnum)
 
     def read_parts(self, view: memoryview, offset: int, deadline: float | None) -> list[Bad]:
         """Read as much of a range as possible; returns the ranges that cannot be read."""

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
+from mmap import mmap
+from time import monotonic
 
 from nbd._binding.convert import as_seconds
 from nbd._binding.errors import Error, Timeout
@@ -41,6 +44,13 @@ DRAIN_TIMEOUT = 1.0
 DRAIN_IDLE = 0.25
 #: The same where the server seems to hang.
 DRAIN_IDLE_HUNG = 0.1
+#: A range that could not be read is cut into at most this many parts, which are read at once.
+MAX_PARTS = 16
+#: The size of the smallest part, in bytes.  No disk has smaller sectors, so smaller parts would
+#: take time and find nothing more.
+MIN_PART = 512
+#: How many seconds a copy that is about to fail searches for the exact range.
+_MAX_SEARCH = 1.0
 #: How many commands may be in flight by default.
 _DEPTH = 16
 #: How many connections to make by default, at most.
@@ -164,7 +174,11 @@ class Endpoint:
     def read_at(self, view: memoryview, offset: int) -> memoryview:
         """Read as much as a view takes; returns the view, or other memory with the bytes.
 
-        What cannot be read is read around: see `nbd._disks.rescue`.
+        What cannot be read is read around: see `rescued`.
+
+        Raises:
+            nbd.Error: Some of it cannot be read, and the copy shall not continue; or the connection
+                is lost.
         """
         raise NotImplementedError
 
@@ -180,6 +194,38 @@ class Endpoint:
             The ranges that cannot be read, in any order.
         """
         raise NotImplementedError
+
+    def rescued(self, offset: int, length: int, errnum: int) -> memoryview:
+        """Read around what cannot be read, in a range that could not be read at once.
+
+        The range is read again in parts, and each part that fails in smaller ones, down to the
+        minimum block size.  The ranges that fail then are bad.  They are reported to on_error of
+        the copy, which decides whether the copy continues with zeroes instead of them, and are
+        added to `bad` of its settings.
+
+        Args:
+            offset, length: The range, in bytes.
+            errnum: The errno with which reading it has failed.
+
+        Returns:
+            The bytes, with zeroes where they are bad.
+
+        Raises:
+            nbd.Error: The copy shall not continue: it has no on_error, or that returned false.
+        """
+        on_error = self.settings.on_error
+        deadline = None if on_error is not None else monotonic() + _MAX_SEARCH
+        view = memoryview(mmap(-1, length))  # aligned to pages, as O_DIRECT needs it
+        bad = merged(self.read_parts(view, offset, deadline))
+        if on_error is None:
+            raise self.failure(READ, *(bad[0] if bad else (offset, length, errnum)))
+        for start, count, number in bad:
+            view[start - offset : start - offset + count] = bytes(count)
+            error = self.failure(READ, start, count, number)
+            if not on_error(start, count, error):
+                raise error
+            self.settings.bad.append((start, count))
+        return view
 
     def write_at(self, data: memoryview, offset: int) -> None:
         """Write everything, beginning at an offset."""
@@ -311,9 +357,57 @@ def drain_idle(raised: BaseException) -> float:
     return DRAIN_IDLE  # perhaps a user who has pressed Ctrl-C because the server hangs
 
 
+def parts(ranges: list[tuple[int, int]], block: int) -> Iterator[tuple[int, int]]:
+    """Cut ranges into parts that begin at multiples of a block size."""
+    for start, stop in ranges:
+        step = max(1, -(-(stop - start) // (MAX_PARTS * block))) * block
+        while start < stop:
+            end = min(start - start % block + step, stop)
+            yield start, end
+            start = end
+
+
+def is_past(deadline: float | None) -> bool:
+    """Whether a time.monotonic() has passed; None never does."""
+    return deadline is not None and monotonic() >= deadline
+
+
+def merged(bad: list[Bad]) -> list[Bad]:
+    """Sort bad ranges, and join those that touch and have the same errno."""
+    merged: list[Bad] = []
+    for start, length, errnum in sorted(bad):
+        if merged and (sum(merged[-1][:2]), merged[-1][2]) == (start, errnum):
+            merged[-1] = merged[-1][0], merged[-1][1] + length, errnum
+        else:
+            merged.append((start, length, errnum))
+    return merged
+
+
 def side_name(side: int) -> str:
     """What messages call a side."""
     return "source" if side == SOURCE else "target"
+
+
+def name_of(file: Any) -> str:
+    """What messages call a file object: its path if it has one."""
+    name = getattr(file, "name", None)
+    if isinstance(name, (str, bytes)):
+        return os.fsdecode(name)
+    return f"descriptor {name}" if isinstance(name, int) else type(file).__name__
+
+
+def identity_of(fd: int) -> tuple[int, ...] | None:
+    """What all names of one file, device or pipe have in common; None for a socket or terminal.
+
+    Raises:
+        OSError: The descriptor is closed.
+    """
+    status = os.fstat(fd)
+    if stat.S_ISBLK(status.st_mode):
+        return (status.st_rdev,)  # several device nodes can stand for one device
+    if stat.S_ISREG(status.st_mode) or stat.S_ISFIFO(status.st_mode):
+        return (status.st_dev, status.st_ino)
+    return None
 
 
 def is_same(source: Endpoint, target: Endpoint) -> bool:

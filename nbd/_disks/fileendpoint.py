@@ -17,10 +17,18 @@ from time import sleep
 
 from nbd._binding.errors import DiskError
 from nbd._disks.copystream import FileReader, FileWriter
-from nbd._disks.endpoints import BoundedWait, Endpoint, side_name
+from nbd._disks.endpoints import (
+    MIN_PART,
+    BoundedWait,
+    Endpoint,
+    identity_of,
+    is_past,
+    name_of,
+    parts,
+    side_name,
+)
 from nbd._disks.queue import SOURCE
-from nbd._disks.rescue import MIN_PART, is_past, parts, rescued
-from nbd._disks.streamendpoint import Stream, identity_of, is_of_system, name_of, raw_of
+from nbd._disks.streamendpoint import Stream, is_of_system, raw_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -156,7 +164,7 @@ class File(Endpoint):
             errnum = reason.errnum
         else:
             return view
-        return rescued(self, offset, len(view), errnum)
+        return self.rescued(offset, len(view), errnum)
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Read as much as a view takes.

@@ -19,7 +19,16 @@ import stat
 import sys
 
 from nbd._binding.convert import as_number
-from nbd._disks.endpoints import CHUNK, BoundedWait, Endpoint, Reader, Writer, side_name
+from nbd._disks.endpoints import (
+    CHUNK,
+    BoundedWait,
+    Endpoint,
+    Reader,
+    Writer,
+    identity_of,
+    name_of,
+    side_name,
+)
 from nbd._disks.queue import SOURCE
 
 TYPE_CHECKING = False
@@ -362,28 +371,6 @@ def raw_of(file: Any) -> Any:
     A subclass may override methods of io's types, so objects of one are left as they are.
     """
     return file.raw if type(file) in BUFFERED else file
-
-
-def name_of(file: Any) -> str:
-    """What messages call a file object: its path if it has one."""
-    name = getattr(file, "name", None)
-    if isinstance(name, (str, bytes)):
-        return os.fsdecode(name)
-    return f"descriptor {name}" if isinstance(name, int) else type(file).__name__
-
-
-def identity_of(fd: int) -> tuple[int, ...] | None:
-    """What all names of one file, device or pipe have in common; None for a socket or terminal.
-
-    Raises:
-        OSError: The descriptor is closed.
-    """
-    status = os.fstat(fd)
-    if stat.S_ISBLK(status.st_mode):
-        return (status.st_rdev,)  # several device nodes can stand for one device
-    if stat.S_ISREG(status.st_mode) or stat.S_ISFIFO(status.st_mode):
-        return (status.st_dev, status.st_ino)
-    return None
 
 
 def is_of_system(reason: BaseException) -> bool:

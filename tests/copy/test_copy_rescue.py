@@ -17,7 +17,6 @@ from support.servers import StartServer
 from support.sizes import KIB, MIB
 
 import nbd
-from nbd._disks import rescue
 from nbd._disks.fileendpoint import File
 
 Ranges = list[tuple[int, int]]
@@ -292,13 +291,13 @@ def test_a_file_is_read_around_its_bad_sectors(image: Path) -> None:
     settings: Any = SimpleNamespace(on_error=noted, bad=[], check=lambda: None)
     source = Damaged(image.read_bytes(), BAD, settings)
     start, length = 4 * SECTOR, 197 * SECTOR
-    found = rescue.rescued(source, start, length, errno.EIO)
+    found = source.rescued(start, length, errno.EIO)
     assert noted.calls == settings.bad == BAD
     assert bytes(found) == with_zeroes(image, BAD)[start : start + length]
     assert isinstance(noted.errors[0], OSError)
     settings.on_error = None
     with pytest.raises(nbd.DiskError, match=f"at offset {BAD[0][0]}: .*{SECTOR} bytes of a file"):
-        rescue.rescued(source, start, length, errno.EIO)
+        source.rescued(start, length, errno.EIO)
 
 
 def test_the_result_is_still_a_tuple_of_two(
