@@ -98,6 +98,7 @@ static inline bool nbdshim_is_silent(void)
     return atomic_load_explicit(&nbdshim_is_ending, memory_order_relaxed) && !nbdshim_ends_here;
 }
 
+/* Mark this thread as inside an upcall of s, until nbdshim_leave_upcall. */
 static inline void nbdshim_enter_upcall(struct nbdshim_upcall *upcall, struct nbdshim *s,
                                         bool is_debug)
 {
@@ -107,6 +108,7 @@ static inline void nbdshim_enter_upcall(struct nbdshim_upcall *upcall, struct nb
     nbdshim_current_upcall = upcall;
 }
 
+/* Remove the mark.  If the upcall has forked and this is the child, it loses its connection. */
 static inline void nbdshim_leave_upcall(struct nbdshim_upcall *upcall)
 {
     nbdshim_current_upcall = upcall->outer;

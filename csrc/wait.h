@@ -19,8 +19,9 @@
  * callbacks are not called any more, its buffer stays alive until libnbd retires it, and then its
  * tokens are released.
  *
- * Ordering.  What an orphan still changes on the disk must not overtake later commands.  While one
- * is in flight, nbdshim_begin_command and the queues hold back commands that overlap its range.
+ * Ordering.  The server may do an orphaned write after a later command.  Therefore, while an orphan
+ * that changes the disk is in flight, nbdshim_begin_command and the queues hold back commands that
+ * overlap its range.
  */
 #ifndef NBDSHIM_WAIT_H
 #define NBDSHIM_WAIT_H
@@ -38,11 +39,11 @@
  */
 #define NBDSHIM_SLICE NBDSHIM_SECOND
 
-/* What the call that waits for an option returns, depending on the server's answer. */
+/* What a call that waits for an option returns: it depends on the server's answer. */
 enum nbdshim_answer {
     NBDSHIM_SUCCESS, /* 0; a refusal is a failure */
     NBDSHIM_GRANTED, /* 1, or 0 if the server refuses */
-    NBDSHIM_ITEMS    /* the number of items its callback got; a refusal is a failure */
+    NBDSHIM_ITEMS    /* the number of items its callback received; a refusal is a failure */
 };
 
 /* The bits of a command's state. */
@@ -115,7 +116,7 @@ struct nbdshim_plan {
 
 /*
  * Begin a command or an option.  In addition, this completes a connect or an option that was
- * stopped, and waits for orphans that change the same range and for the limit of orphans.
+ * stopped, and waits while an orphan changes the same range, or while there are too many orphans.
  */
 int nbdshim_begin_command(struct nbdshim_wait *w, struct nbdshim *s, const char *name,
                           const struct nbdshim_plan *plan);

@@ -7,7 +7,7 @@
 #include <unistd.h>
 
 /* A test that takes longer than this hangs, and SIGALRM ends the program.  Valgrind is slow. */
-#define SECONDS 120
+#define MAX_TEST_SECONDS 120
 
 static bool failed;
 static const char *subject;
@@ -37,7 +37,7 @@ int run_tests(const struct test *tests, size_t count)
     for (size_t i = 0; i < count; i++) {
         failed = false;
         subject = NULL;
-        alarm(SECONDS);
+        alarm(MAX_TEST_SECONDS);
         tests[i].run();
         alarm(0);
         printf("%s %s\n", failed ? "not ok" : "ok", tests[i].name);

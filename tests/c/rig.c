@@ -48,7 +48,7 @@ void submit(struct rig *rig, enum nbdqueue_operation operation, uintptr_t token,
 
 void finish(struct rig *rig, int count)
 {
-    CHECK(nbdqueue_wait(rig->q, rig->done, MAX_DONE, count, FOR_EVER) == count);
+    CHECK(nbdqueue_wait(rig->q, rig->done, MAX_DONE, count, NO_TIMEOUT) == count);
     nbdqueue_take(rig->q, rig->done, count);
 }
 

@@ -10,7 +10,7 @@
 
 #define SIZE 4096
 #define MAX_DONE 16
-#define FOR_EVER (-1.0)
+#define NO_TIMEOUT (-1.0)
 
 /* The buffer of all requests: a request uses the bytes at its offset on the disk. */
 extern char image[DISK_SIZE];

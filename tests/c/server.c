@@ -12,7 +12,7 @@
 
 #define NBDKIT "nbdkit", "-s", "--exit-with-parent", "memory", "1M"
 
-#define MILLISECONDS 60000
+#define TIMEOUT_MS 60000
 
 static struct nbdshim *connect_nbdkit(bool opt_mode)
 {
@@ -114,7 +114,7 @@ int64_t start_read(struct nbdshim *s, void *buf, size_t count, uint64_t offset, 
 void drain(struct nbdshim *s)
 {
     while (nbdcall_aio_in_flight(s) > 0) {
-        if (nbdcall_poll(s, MILLISECONDS) <= 0)
+        if (nbdcall_poll(s, TIMEOUT_MS) <= 0)
             break;
     }
 }

@@ -12,7 +12,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#define LONGEST (sizeof(((struct sockaddr_un *)0)->sun_path))
+#define MAX_PATH (sizeof(((struct sockaddr_un *)0)->sun_path))
 
 static char addr[128];
 
@@ -85,11 +85,11 @@ static void the_longest_names_fit(void)
 {
     struct sockaddr_un sun = {.sun_family = AF_UNIX};
 
-    memset(sun.sun_path, 'a', LONGEST - 1);
-    CHECK(holds(make_unix(sun.sun_path, LONGEST - 1), &sun, sizeof sun));
-    sun.sun_path[LONGEST - 1] = 'a';
+    memset(sun.sun_path, 'a', MAX_PATH - 1);
+    CHECK(holds(make_unix(sun.sun_path, MAX_PATH - 1), &sun, sizeof sun));
+    sun.sun_path[MAX_PATH - 1] = 'a';
     sun.sun_path[0] = '\0';
-    CHECK(holds(make_unix(sun.sun_path, LONGEST), &sun, sizeof sun));
+    CHECK(holds(make_unix(sun.sun_path, MAX_PATH), &sun, sizeof sun));
 }
 
 static void names_that_are_too_long_are_refused(void)
@@ -97,11 +97,11 @@ static void names_that_are_too_long_are_refused(void)
     char name[256];
 
     memset(name, 'a', sizeof name);
-    CHECK(holds(make_unix(name, LONGEST), "", 0));
+    CHECK(holds(make_unix(name, MAX_PATH), "", 0));
     CHECK(holds(make_unix(name, sizeof name), "", 0));
     CHECK(holds(make_unix(name, SIZE_MAX), "", 0));
     name[0] = '\0';
-    CHECK(holds(make_unix(name, LONGEST + 1), "", 0));
+    CHECK(holds(make_unix(name, MAX_PATH + 1), "", 0));
 }
 
 static void an_inet_address_is_getaddrinfos(void)

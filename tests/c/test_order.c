@@ -189,7 +189,7 @@ static void a_blocked_command_ends_when_its_connection_is_lost(void)
     (void)set_up_after_a_write_that_timed_out(&rig);
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     CHECK(shutdown(rig.server, SHUT_RDWR) == 0);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == 1);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, NO_TIMEOUT) == 1);
     CHECK(rig.done[0].error != 0);
     tear_down(&rig);
 }
@@ -246,11 +246,11 @@ static void each_request_is_taken_by_its_number(void)
     set_up(&rig, 4, SIZE);
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     answer(rig.server, receive_command(rig.server), 0, image, SIZE);
-    CHECK(nbdqueue_wait(rig.q, outer, MAX_DONE, 1, FOR_EVER) == 1);
+    CHECK(nbdqueue_wait(rig.q, outer, MAX_DONE, 1, NO_TIMEOUT) == 1);
     finish(&rig, 1); /* as a signal handler would */
     submit(&rig, NBDQUEUE_READ, 2, SIZE, 0);
     answer(rig.server, receive_command(rig.server), 0, image, SIZE);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == 1);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, NO_TIMEOUT) == 1);
     nbdqueue_take(rig.q, outer, 1);
     CHECK(nbdqueue_length(rig.q) == 1);
     finish(&rig, 1);
@@ -346,7 +346,7 @@ static void *wait_for_one(void *argument)
 {
     struct rig *rig = argument;
 
-    CHECK(nbdqueue_wait(rig->q, rig->done, MAX_DONE, 1, FOR_EVER) == 1);
+    CHECK(nbdqueue_wait(rig->q, rig->done, MAX_DONE, 1, NO_TIMEOUT) == 1);
     return NULL;
 }
 

@@ -50,7 +50,7 @@ static void reads_end_once_with_the_right_data(void)
     CHECK(each_ended_once(&rig, 8));
     CHECK(memcmp(image, other_image, DISK_SIZE) == 0);
     CHECK(nbdqueue_length(rig.q) == 0);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == 0);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, NO_TIMEOUT) == 0);
     tear_down(&rig);
 }
 
@@ -247,7 +247,7 @@ static void a_queue_that_was_dropped_refuses_everything(void)
     nbdqueue_drop(rig.q);
     nbdqueue_drop(rig.q);
     CHECK(nbdqueue_submit(rig.q, NBDQUEUE_READ, 2, image, SIZE, 0, 0) == NBDSHIM_CLOSED);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == NBDSHIM_CLOSED);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, NO_TIMEOUT) == NBDSHIM_CLOSED);
     CHECK(nbdqueue_length(rig.q) == 0);
     tear_down(&rig);
 }
@@ -261,7 +261,7 @@ static void a_wait_after_the_drop_ignores_what_is_answered_then(void)
     nbdqueue_drop(rig.q);
     answer(rig.server, receive_command(rig.server), 0, other_image, SIZE);
     CHECK(nbdcall_poll(rig.s, -1) == 1);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == NBDSHIM_CLOSED);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, NO_TIMEOUT) == NBDSHIM_CLOSED);
     tear_down(&rig);
 }
 
@@ -296,7 +296,7 @@ static void *wait_for_all(void *argument)
 {
     struct rig *rig = argument;
     static struct nbdqueue_done done[MAX_DONE];
-    int count = nbdqueue_wait(rig->q, done, MAX_DONE, MAX_DONE, FOR_EVER);
+    int count = nbdqueue_wait(rig->q, done, MAX_DONE, MAX_DONE, NO_TIMEOUT);
 
     if (count > 0)
         memcpy(rig->done, done, sizeof done);
@@ -432,7 +432,7 @@ static void a_signal_handler_that_raises_ends_the_wait_and_nothing_else(void)
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     CHECK(sigaction(SIGALRM, &action, &before) == 0);
     CHECK(setitimer(ITIMER_REAL, &soon, NULL) == 0);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == NBDSHIM_STOPPED);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, NO_TIMEOUT) == NBDSHIM_STOPPED);
     answer_interrupts(0);
     CHECK(sigaction(SIGALRM, &before, NULL) == 0);
     CHECK(nbdshim_orphans(rig.s) == 0);
@@ -481,11 +481,11 @@ static void requests_are_reported_again_until_they_are_taken(void)
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     answer(rig.server, receive_command(rig.server), 0, other_image, SIZE);
     for (int i = 0; i < 2; i++) {
-        CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == 1);
+        CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, NO_TIMEOUT) == 1);
         CHECK(each_ended_once(&rig, 1));
     }
     nbdqueue_take(rig.q, rig.done, 1);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == 0);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, NO_TIMEOUT) == 0);
     tear_down(&rig);
 }
 
@@ -497,7 +497,7 @@ static void a_wake_before_a_wait_ends_it(void)
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     nbdqueue_wake(rig.q);
     nbdqueue_wake(rig.q);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == 0);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, NO_TIMEOUT) == 0);
     answer(rig.server, receive_command(rig.server), 0, other_image, SIZE);
     finish(&rig, 1);
     CHECK(each_ended_once(&rig, 1));
@@ -516,7 +516,7 @@ static void a_wake_ends_the_wait_of_another_thread(void)
     nbdqueue_wake(rig.q);
     CHECK(join(thread) == 0);
     answer(rig.server, receive_command(rig.server), 0, other_image, SIZE);
-    while (nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == 0)
+    while (nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, NO_TIMEOUT) == 0)
         ; /* the second nbdqueue_wake may end this wait */
     CHECK(each_ended_once(&rig, 1));
     tear_down(&rig);
@@ -603,7 +603,7 @@ static void *wait_and_take(void *argument)
         int count;
 
         pthread_mutex_lock(&shared->lock);
-        count = nbdqueue_wait(shared->rig.q, done, MAX_DONE, 1, FOR_EVER);
+        count = nbdqueue_wait(shared->rig.q, done, MAX_DONE, 1, NO_TIMEOUT);
         CHECK(count >= 0);
         for (int i = 0; i < count; i++)
             CHECK(done[i].error == 0);
@@ -675,7 +675,7 @@ static void *wait_for_errors_too(void *argument)
     struct nbdqueue_done done[MAX_DONE];
 
     while (shared->reported < 2 * ROUNDS) {
-        int count = nbdqueue_wait(shared->rig.q, done, MAX_DONE, 1, FOR_EVER);
+        int count = nbdqueue_wait(shared->rig.q, done, MAX_DONE, 1, NO_TIMEOUT);
 
         CHECK(count >= 0);
         for (int i = 0; i < count; i++)
@@ -809,7 +809,7 @@ static void a_callback_may_drop_the_queue_on_which_its_thread_waits(void)
     CHECK(start_read(rig.s, image, SIZE, 0, give(&token), true) > 0);
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     answer(rig.server, receive_command(rig.server), 0, other_image, SIZE);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == NBDSHIM_CLOSED);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, NO_TIMEOUT) == NBDSHIM_CLOSED);
     CHECK(nbdshim_orphans(rig.s) == 1);
     CHECK(rig.token.releases == 0);
     tear_down(&rig);
@@ -830,7 +830,7 @@ static void a_queue_dropped_in_a_callback_keeps_its_memory_until_it_has_forgotte
     drain(rig.s);
     CHECK(token.calls == 1);
     CHECK(rig.token.releases == 0);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == NBDSHIM_CLOSED);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, NO_TIMEOUT) == NBDSHIM_CLOSED);
     CHECK(rig.token.releases == 1);
     tear_down(&rig);
 }
@@ -875,7 +875,7 @@ static void a_release_may_drop_the_queue_on_which_its_thread_waits(void)
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     for (int i = 0; i < 2; i++)
         answer(rig.server, receive_command(rig.server), 0, other_image, SIZE);
-    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, FOR_EVER) == 1);
+    CHECK(nbdqueue_wait(rig.q, rig.done, MAX_DONE, 1, NO_TIMEOUT) == 1);
     CHECK(chunk.releases == 1);
     CHECK(rig.token.releases == 1);
     tear_down(&rig);

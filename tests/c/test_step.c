@@ -12,8 +12,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* A timeout in milliseconds for events that must happen. */
-#define PATIENCE 10000
+/* The timeout for events that must happen. */
+#define TIMEOUT_MS 10000
 
 static char zeroes[DISK_SIZE];
 
@@ -30,7 +30,7 @@ static void loop_until(struct rig *rig, int fd, int count)
     struct nbdqueue_done done[MAX_DONE];
     int found = 0;
 
-    while (found < count && CHECK(is_ready(fd, PATIENCE))) {
+    while (found < count && CHECK(is_ready(fd, TIMEOUT_MS))) {
         int now = nbdqueue_step(rig->q, done, MAX_DONE - found);
 
         if (!CHECK(now >= 0))
@@ -118,7 +118,7 @@ static void requests_beyond_the_capacity_make_the_descriptor_ready_again(void)
     for (uintptr_t i = 0; i < 4; i++)
         submit(&rig, NBDQUEUE_READ, i + 1, SIZE, DISK_SIZE);
     for (int i = 0; i < 4; i++) {
-        CHECK(is_ready(fd, PATIENCE));
+        CHECK(is_ready(fd, TIMEOUT_MS));
         CHECK(nbdqueue_step(rig.q, &done, 1) == 1);
         rig.done[i] = done;
         rig.done[i].error = 0;
@@ -147,7 +147,7 @@ static void a_large_write_is_sent_while_the_server_reads_slowly(void)
 
         if (now > 0)
             got += (size_t)now;
-        else if (CHECK(is_ready(fd, PATIENCE)))
+        else if (CHECK(is_ready(fd, TIMEOUT_MS)))
             CHECK(nbdqueue_step(rig.q, rig.done, MAX_DONE) == 0);
         else
             break;
@@ -169,7 +169,7 @@ static void the_end_of_an_idle_connection_is_noticed(void)
     step_until_idle(&rig, fd);
     close(rig.server);
     rig.server = -1;
-    CHECK(is_ready(fd, PATIENCE));
+    CHECK(is_ready(fd, TIMEOUT_MS));
     step_until_idle(&rig, fd);
     submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
     loop_until(&rig, fd, 1);
@@ -306,7 +306,7 @@ static void a_queue_that_was_destroyed_refuses_everything(void)
     struct nbdqueue_done done;
 
     CHECK(nbdqueue_submit(NULL, NBDQUEUE_FLUSH, 1, NULL, 0, 0, 0) == NBDSHIM_CLOSED);
-    CHECK(nbdqueue_wait(NULL, &done, 1, 1, FOR_EVER) == NBDSHIM_CLOSED);
+    CHECK(nbdqueue_wait(NULL, &done, 1, 1, NO_TIMEOUT) == NBDSHIM_CLOSED);
     CHECK(nbdqueue_step(NULL, &done, 1) == NBDSHIM_CLOSED);
     CHECK(nbdqueue_fd(NULL) == NBDSHIM_CLOSED);
     CHECK(nbdqueue_error(NULL, NULL) == 0);
