@@ -63,7 +63,7 @@ void nbdshim_leave(struct nbdshim *s)
         nbd_close(s->h);
     }
     if (nbdshim_released != NULL && !nbdshim_is_reentry(s))
-        nbdshim_hand_over(s);
+        nbdshim_release_tokens(s);
 }
 
 /* Shut the connection down, so that calls that wait in other threads return. */

@@ -556,7 +556,7 @@ static void forget_and_leave(struct nbdqueue *q)
     close_descriptors(q);
     give_back_turn(q);
     if (!is_reentry(q))
-        nbdshim_hand_over(releaser(q));
+        nbdshim_release_tokens(releaser(q));
 }
 
 int nbdqueue_wait(struct nbdqueue *q, struct nbdqueue_done *done, int capacity, int min_done,

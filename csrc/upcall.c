@@ -169,7 +169,7 @@ static struct nbdshim_closure *take_released(const struct nbdshim *s)
  * Make the upcall `release`, and return whether it has taken the tokens.  A signal handler may
  * raise before it does; the exception is reported once, so the next try usually succeeds.
  */
-static bool are_taken(const uintptr_t *tokens, size_t count)
+static bool call_release(const uintptr_t *tokens, size_t count)
 {
     for (int i = 0; i < NBDSHIM_MAX_TRIES; i++) {
         if (nbdshim_up.release(tokens, count) == 0)
@@ -178,7 +178,7 @@ static bool are_taken(const uintptr_t *tokens, size_t count)
     return false;
 }
 
-void nbdshim_hand_over(struct nbdshim *s)
+void nbdshim_release_tokens(struct nbdshim *s)
 {
     struct nbdshim_closure *list = take_released(s), *next;
 
@@ -190,7 +190,7 @@ void nbdshim_hand_over(struct nbdshim *s)
 
         for (c = list; c != NULL && count < MAX_BATCH; c = c->next)
             tokens[count++] = c->token;
-        taken = are_taken(tokens, count);
+        taken = call_release(tokens, count);
         for (size_t i = 0; i < count; i++, list = next) {
             next = list->next;
             if (taken)

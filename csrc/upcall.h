@@ -57,7 +57,7 @@ void nbdshim_closure_drop(struct nbdshim_closure *closure);
 void nbdshim_push_released(struct nbdshim_closure *closure);
 
 /* Release the tokens of s that this thread has queued.  If `release` fails, they stay queued. */
-void nbdshim_hand_over(struct nbdshim *s);
+void nbdshim_release_tokens(struct nbdshim *s);
 
 /* Free the closures of s that this thread has queued, without releasing their tokens. */
 void nbdshim_discard_released(const struct nbdshim *s);

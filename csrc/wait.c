@@ -320,7 +320,8 @@ nbd_completion_callback nbdshim_completion(struct nbdshim_wait *w)
 /*
  * Have the caller keep the buffer of a command that is about to become an orphan.  The upcall
  * `orphaned` gets a token for it, the command's address, and is tried again if a signal handler
- * raises in it.  Returns whether the buffer is kept; the upcall fails for want of stack or memory.
+ * raises in it.  Returns whether the buffer is kept; the upcall fails if stack or memory is
+ * exhausted.
  */
 static bool keep_buffer(struct nbdshim_command *c)
 {
@@ -488,7 +489,8 @@ int nbdshim_end(struct nbdshim_wait *w, int ret)
 
 /*
  * Wait until the command is done.  Returns 0, -1 or a refusal.  If the buffer cannot be kept, this
- * waits on, past the timeout: the caller would free memory that libnbd may still write to.
+ * keeps waiting after the timeout, because the caller would free memory that libnbd may still write
+ * to.
  */
 static int wait_for_reply(struct nbdshim_wait *w)
 {
