@@ -2,7 +2,7 @@
 /* Upcalls, closures and tokens; see upcall.h, and nbdshim.h for the ABI. */
 
 #include "upcall.h"
-#include "handle.h"
+#include "internal.h"
 #include "nbdglue.h"
 
 #include <fcntl.h>
