@@ -647,6 +647,8 @@ int nbdqueue_step(struct nbdqueue *q, struct nbdqueue_done *done, int capacity)
             pieces_pump(q);
             ret = move(q, 0);
         } while (ret > IDLE && nbdshim_slice(until) != 0);
+        if (ret < 0)
+            return ret; /* move has given the turn back and left the handles */
         pieces_pump(q);
         ret = report(q, done, capacity);
     }

@@ -7,8 +7,10 @@
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -341,6 +343,44 @@ static void the_child_of_a_fork_leaves_the_descriptor_alone(void)
     tear_down(&rig);
 }
 
+static void ignore(int number)
+{
+    (void)number;
+}
+
+/* Send this process a signal at this interval; 0 stops that. */
+static void send_signals(int microseconds)
+{
+    const struct sigaction action = {.sa_handler = ignore};
+    const struct itimerval timer = {.it_interval = {.tv_usec = microseconds},
+                                    .it_value = {.tv_usec = microseconds}};
+
+    CHECK(sigaction(SIGALRM, &action, NULL) == 0);
+    CHECK(setitimer(ITIMER_REAL, &timer, NULL) == 0);
+}
+
+/* A signal can interrupt even a poll that does not sleep. */
+static void a_signal_handler_that_raises_ends_a_step_and_nothing_else(void)
+{
+    struct rig rig;
+    int fd, ret = 0;
+
+    set_up(&rig, 2, SIZE);
+    fd = nbdqueue_fd(rig.q);
+    submit(&rig, NBDQUEUE_READ, 1, SIZE, 0);
+    answer_interrupts(-1);
+    send_signals(20);
+    for (int i = 0; i < 1000000 && ret == 0; i++)
+        ret = nbdqueue_step(rig.q, rig.done, MAX_DONE);
+    send_signals(0);
+    answer_interrupts(0);
+    CHECK(ret == NBDSHIM_STOPPED);
+    answer(rig.server, receive_command(rig.server), 0, zeroes, SIZE);
+    loop_until(&rig, fd, 1);
+    CHECK(each_ended_once(&rig, 1));
+    tear_down(&rig);
+}
+
 RUN_TESTS(TEST(a_loop_ends_each_request_once), TEST(the_descriptor_stays_the_same),
           TEST(a_step_does_not_wait_for_a_silent_server),
           TEST(a_request_that_fails_at_once_makes_the_descriptor_ready),
@@ -353,4 +393,5 @@ RUN_TESTS(TEST(a_loop_ends_each_request_once), TEST(the_descriptor_stays_the_sam
           TEST(a_handle_that_another_thread_moves_is_not_watched_for_a_while),
           TEST(a_queue_that_was_dropped_refuses_steps),
           TEST(a_queue_that_was_destroyed_refuses_everything),
-          TEST(the_child_of_a_fork_leaves_the_descriptor_alone))
+          TEST(the_child_of_a_fork_leaves_the_descriptor_alone),
+          TEST(a_signal_handler_that_raises_ends_a_step_and_nothing_else))
