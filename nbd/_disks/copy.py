@@ -29,8 +29,8 @@ from nbd._disks.endpoints import (
     DRAIN_TIMEOUT,
     TICK,
     Settings,
+    check_sides,
     drain_idle,
-    is_same,
     late,
     merged,
     processors,
@@ -106,50 +106,51 @@ def copy(
     """Copy a whole disk.
 
     Source and target are each one of: a URI; a connected nbd.NBD; the command line of a server, as
-    a list of str; the path of a file or block device; an open binary file, which is copied from its
-    position, or to it.
+    a list of str; the path of a file or block device; an open binary file, whose copy begins at its
+    position.
 
-    A file that is named by its path is made, or emptied, first.  A disk, a block device and an open
-    file keep what follows the copy.  What is written to a file is sent on to its disk at once, and
-    then leaves the system's cache, so that a large copy does not fill it.
+    A file that is named by its path is created, or truncated to 0 bytes, first.  A disk, a block
+    device and an open file keep their contents behind the copy.  Data that is written to a file is
+    sent on to its disk at once and then leaves the page cache, so that a large copy does not fill
+    the memory.
 
     Anything with a binary read or write method is copied as a stream, in order: a pipe, a socket, a
-    file that was opened for appending, an io.BytesIO.  What the buffer of an open file holds is a
-    part of it.  Afterwards its position is just past the copied bytes.  A copy that fails flushes
-    nothing, leaves the position of an open file where it was, and loses what it has read from a
-    stream.
+    file that was opened for appending, an io.BytesIO.  The bytes in the buffer of an open file are
+    copied too.  After the copy, the position of an open file is just past the copied bytes.  A copy
+    that fails does not flush, puts the position of an open file back, and loses what it has read
+    from a stream.
 
     Args:
         connections: How many connections to make at most to each server, if it allows several
             (nbd.NBD.can_multi_conn).  None is one for each processor, up to 4.  The copy begins on
-            the first; others join while it runs, and those that never come are not waited for.
-        depth: How many commands may be in flight at once, of up to 256 KiB each; 16 if None.  More
-            help where a server takes long to answer: over a slow network, for instance.  A thread
-            that joins with a further connection has its share of them in addition.
-        sparse: Do not read the source's holes, but make zeroes of them, and holes if the target can
-            have some.  With False, everything is read and written.
+            the first one.  Others join while it runs; it does not wait for them.
+        depth: How many commands may be in flight at once, of up to 256 KiB each; None is 16.  More
+            help where replies take long, as over a slow network.  Each thread that joins with a
+            further connection has a share of this number in addition.
+        sparse: Do not read the holes of the source, but write zeroes for them, or make holes in the
+            target if it can have them.  With False, everything is read and written.
         progress: Called as progress(done, total), in bytes, at most ten times a second and once at
-            the end.  total is None if the source is a stream whose size is not known.
+            the end.  total is None if the source is a stream of unknown size.
         timeout: Raise nbd.Timeout when no byte has moved for this many seconds.  It bounds each
-            connect and every wait for a server, a FIFO, a pipe, a socket or a terminal; the
-            methods of other objects wait as they do.  None is for ever or, with an nbd.NBD, the
-            handle's own timeout.
-        flush: Have the target on its disk when the copy returns: NBD's flush, or fdatasync.
+            connect and every wait for a server, a FIFO, a pipe, a socket or a terminal, but not the
+            methods of other objects.  None is for ever or, with an nbd.NBD, the handle's own
+            timeout.
+        flush: Have the target on its disk when the copy returns, by NBD's flush or fdatasync.
         on_error: Called as on_error(offset, length, error) for each range that the source cannot
             read, in bytes and with the nbd.Error, in the calling thread.  If it returns true, the
-            copy continues, with zeroes in that place of the target; else the error is raised.  The
-            range is exact: what has failed is read again in parts, down to the source's minimum
+            copy continues and writes zeroes there; otherwise the error is raised.  The range is
+            exact: after a failure, parts of the range are read again, down to the source's minimum
             block size, or to 512 bytes.
 
     Returns:
-        How many bytes were copied, how many were zeroed, and as `bad` the ranges that were bad.
+        How many bytes were copied, how many were zeroed, and which ranges could not be read.
 
     Raises:
-        nbd.Error: A server cannot be reached, the target is smaller than the source or is
-            read-only, or a command has failed: the message names the side and the range.
+        nbd.Error: A server cannot be reached; the target is read-only, or smaller than the source;
+            or a command has failed, in which case the message names the side and the range.
         nbd.Timeout: A server does not answer.
         OSError: A file cannot be opened.
-        ValueError: An argument is out of range, or source and target are one file.
+        ValueError: An argument is out of range, or source and target are the same file.
 
     Example:
         >>> nbd.copy(["nbdkit", "-s", "memory", "1M"], "disk.img")
@@ -172,7 +173,7 @@ def open_endpoint(what: Anything, side: int, settings: Settings) -> Endpoint:
     Raises:
         nbd.Error, OSError: It cannot be connected or opened.
         nbd.Timeout: A server does not answer, or nobody has opened the other side of a FIFO.
-        TypeError: It is nothing that can be copied.
+        TypeError: It cannot be copied.
     """
     return open_disk(what, settings) or open_file(what, side, settings)
 
@@ -195,21 +196,21 @@ class Copy:
         self._has_workers = False
         self._workers: list[_Worker] = []
         self._failures: list[BaseException] = []
-        # When a copy that has failed stops waiting for replies, and for how many seconds nothing
-        # may move meanwhile.
+        # After a failure: until when to wait for replies, and for how many seconds without any.
         self._drain_deadline = 0.0
         self._drain_idle = DRAIN_TIMEOUT
-        # What could not be read, and what has to be copied again because of that.
+        # What could not be read; and what has to be copied again because of that: the rest of the
+        # requests to which it belongs.
         self._unread: deque[_Unread] = deque()
         self._again: deque[Task] = deque()
-        self._adjustment = 0  # what the queues' count of copied bytes has to be corrected by
+        self._adjustment = 0  # corrects the number of bytes that the queues have counted as copied
         self._reported = 0
         self._reported_at = 0.0
 
     def run(self) -> Copied:
         """Copy everything."""
         source, target, settings = self._source, self._target, self._settings
-        self._check_sides()
+        check_sides(source, target)
         if source.has_offsets and target.has_offsets:
             target.grow(self._size)
             self._has_workers = True
@@ -230,23 +231,6 @@ class Copy:
             return
         self._source.abort()
         self._target.abort()
-
-    def _check_sides(self) -> None:
-        """Refuse what cannot succeed, before anything is written."""
-        source, target = self._source, self._target
-        if is_same(source, target):
-            raise ValueError(
-                "source and target are the same file: the copy would read what it has written; "
-                "copy to another one"
-            )
-        if target.is_read_only:
-            raise Error("nbd.copy: the target is read-only; copy to another export", errno.EROFS)
-        if target.capacity is not None and target.capacity < self._size:
-            raise Error(
-                f"nbd.copy: the target has {target.capacity} bytes and the source {self._size}; "
-                "copy to a larger one",
-                errno.ENOSPC,
-            )
 
     def _finish(self, count: int) -> None:
         """End our connections in order, within a bounded time; seek the caller's files."""
@@ -290,20 +274,20 @@ class Copy:
             queue = self._new_worker().queue
             self._block = max(_minimum(queue, SOURCE), _minimum(queue, TARGET))
             self._next_start = 0
-            self._stop = self._size
+            self._aligned_size = self._size
             has_rest = self._size % _minimum(queue, TARGET) != 0
             if has_rest and self._size != lib.nbdqueue_size(queue.q, TARGET):
-                self._stop -= self._size % self._block  # the rest does not fill a block there
+                self._aligned_size -= self._size % self._block  # see _copy_rest
             self._range = self._range_size()
             self._start_workers()
-        ranges = -(-self._stop // _MIN_RANGE)
+        ranges = -(-self._aligned_size // _MIN_RANGE)
         for endpoint, side in ((self._source, SOURCE), (self._target, TARGET)):
             join = partial(self._join, endpoint, side)
             endpoint.start_joining(ranges - len(endpoint.handles), join)
 
     def _range_size(self) -> int:
         """How many bytes a worker takes at once."""
-        size = min(max(self._stop // (8 * self._max_workers), _MIN_RANGE), _MAX_RANGE)
+        size = min(max(self._aligned_size // (8 * self._max_workers), _MIN_RANGE), _MAX_RANGE)
         return max(size - size % self._block, self._block)
 
     def _join(self, endpoint: Endpoint, side: int, handle: NBD) -> None:
@@ -384,8 +368,8 @@ class Copy:
 
     def _stop_and_drain(self, raised: BaseException) -> None:
         self._stop_workers(raised)
-        for first in self._workers[:1]:
-            self._drain(first)
+        if self._workers:
+            self._drain(self._workers[0])
 
     def _stop_at_exit(self) -> None:
         """Stop all workers, because the program ends while a daemon thread is copying."""
@@ -515,7 +499,7 @@ class Copy:
         while True:
             with self._lock:
                 start = self._next_start
-                stop = self._next_start = min(start + self._range, self._stop)
+                stop = self._next_start = min(start + self._range, self._aligned_size)
             if start == stop:
                 return
             at = start
@@ -538,11 +522,14 @@ class Copy:
                 yield first, last
 
     def _copy_rest(self) -> None:
-        """Copy the end, if it is less than a block of the target: there it has to be merged."""
-        rest = self._size - self._stop
+        """Copy the end of the source if it fills a block of the target only in part.
+
+        The block has to be read, merged and written, which a request to copy does not do.
+        """
+        rest = self._size - self._aligned_size
         if rest:
-            data = self._source.read_at(memoryview(bytearray(rest)), self._stop)
-            self._target.write_at(data, self._stop)
+            data = self._source.read_at(memoryview(bytearray(rest)), self._aligned_size)
+            self._target.write_at(data, self._aligned_size)
             self._adjustment += rest
 
     def _report(self, is_last: bool = False) -> None:

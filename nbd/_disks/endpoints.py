@@ -127,7 +127,7 @@ class Endpoint:
     timeout: float | None = None
     max_workers: int = 1
     #: The type of the exception for a range that cannot be read or written.
-    _failure: type[Error] = Error
+    _error_type: type[Error] = Error
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -249,7 +249,7 @@ class Endpoint:
         """
         texts = {READ: "reading the source", ZERO: "zeroing the target"}
         what = texts.get(operation, "writing to the target")
-        return self._failure(
+        return self._error_type(
             f"nbd.copy: {what} failed at offset {offset}: {os.strerror(errnum)} "
             f"({length} bytes of {self.name})",
             errnum,
@@ -354,7 +354,7 @@ def drain_idle(raised: BaseException) -> float:
         return DRAIN_IDLE_HUNG
     if isinstance(raised, Error):
         return DRAIN_TIMEOUT
-    return DRAIN_IDLE  # perhaps a user who has pressed Ctrl-C because the server hangs
+    return DRAIN_IDLE  # the user may have pressed Ctrl-C because the server hangs
 
 
 def parts(ranges: list[tuple[int, int]], block: int) -> Iterator[tuple[int, int]]:
@@ -410,10 +410,22 @@ def identity_of(fd: int) -> tuple[int, ...] | None:
     return None
 
 
-def is_same(source: Endpoint, target: Endpoint) -> bool:
-    """Whether both are one file, device or pipe: the copy would read what it has written."""
+def check_sides(source: Endpoint, target: Endpoint) -> None:
+    """Refuse a copy that cannot succeed, before anything is written."""
     identity = source.identity()
-    return identity is not None and identity == target.identity()
+    if identity is not None and identity == target.identity():
+        raise ValueError(
+            "source and target are the same file: the copy would read what it has written; "
+            "copy to another one"
+        )
+    if target.is_read_only:
+        raise Error("nbd.copy: the target is read-only; copy to another export", errno.EROFS)
+    if target.capacity is not None and target.capacity < (source.size or 0):
+        raise Error(
+            f"nbd.copy: the target has {target.capacity} bytes and the source {source.size}; "
+            "copy to a larger one",
+            errno.ENOSPC,
+        )
 
 
 def processors() -> int:

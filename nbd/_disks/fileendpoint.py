@@ -64,7 +64,7 @@ class File(Endpoint):
 
     size: int
     max_workers = 2**31  # any number of threads can share a descriptor
-    _failure = DiskError
+    _error_type = DiskError
 
     def __init__(
         self,
@@ -317,7 +317,7 @@ def _open_path(path: str | bytes, side: int, settings: Settings) -> File | Strea
     try:
         if _has_offsets(file.fileno()):
             endpoint = File(file, 0, side, settings, is_ours=True)
-            if side != SOURCE or _has_its_size(endpoint.fd):
+            if side != SOURCE or _has_stated_size(endpoint.fd):
                 return endpoint
         return Stream(file, side, settings, is_ours=True)
     except BaseException:
@@ -380,7 +380,7 @@ def _open_object(file: Any, side: int, settings: Settings) -> File | Stream:
         stream = plain if is_ours else file
         return Stream(stream, side, settings, is_ours=is_ours, owner=file)
     endpoint = File(plain, file.tell(), side, settings, is_ours=is_ours, owner=file)
-    if side == SOURCE and not _has_its_size(endpoint.fd):
+    if side == SOURCE and not _has_stated_size(endpoint.fd):
         endpoint.close()
         return Stream(file, side, settings)
     return endpoint
@@ -424,7 +424,7 @@ def _has_offsets(fd: int) -> bool:
     return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
 
 
-def _has_its_size(fd: int) -> bool:
+def _has_stated_size(fd: int) -> bool:
     """Whether a file has as many bytes as fstat says: files in /proc and /sys have more, or fewer.
 
     There the size is 0, or that of a page.
