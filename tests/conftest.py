@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from support import figures, servers
-from support.sizes import MIB
 
-import nbd
+pytest.register_assert_rewrite("support")  # before it is imported: its assertions show values
+
+from support import figures, servers  # noqa: E402
+from support.sizes import MIB  # noqa: E402
+
+import nbd  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:

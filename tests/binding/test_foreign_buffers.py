@@ -13,7 +13,7 @@ from typing import Any, Callable
 
 import pytest
 from support.handles import drain, finish
-from support.programs import run_program
+from support.programs import run_silently
 from support.servers import StartServer
 
 import nbd
@@ -217,8 +217,7 @@ finally:
     memory.close()
     memory.unlink()
 """
-    done = run_program(program, nbdkit("memory", "1M").socket)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    run_silently(program, nbdkit("memory", "1M").socket)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import sys
 from typing import Any, Callable
 
 import pytest
-from support.programs import run_program
+from support.programs import output_of
 from support.servers import StartServer
 
 import nbd
@@ -93,9 +93,8 @@ def resized(use: str, *arguments: str) -> None:
     """Run a program that uses `shared`, and an nbd.Buffer of it, while it is resized."""
     connected = CONNECTED if arguments else ""
     program = f"{RESIZING}\n{connected}\ndef use():\n    {use}\n\nuntil_resized(use)"
-    done = run_program(program, *arguments)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert int(done.stdout) > 0
+    printed = output_of(program, *arguments)
+    assert int(printed) > 0
 
 
 @pytest.mark.parametrize("use", LOOKS.values(), ids=LOOKS)
@@ -182,7 +181,6 @@ print(refused)
 
 
 def test_resizing_what_is_behind_the_view_of_a_chunk_loses_no_data(nbdkit: StartServer) -> None:
-    done = run_program(CHUNKS, nbdkit("memory", "1M").socket)
-    assert (done.returncode, done.stderr) == (0, "")
+    printed = output_of(CHUNKS, nbdkit("memory", "1M").socket)
     if sys.implementation.name == "cpython":  # which refuses all of it
-        assert int(done.stdout) == 2 * 20 * 2 * 3
+        assert int(printed) == 2 * 20 * 2 * 3

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support.files import BUFFERINGS
-from support.programs import run_program
+from support.programs import output_of, run_program
 from support.servers import Server, StartServer
 from support.sizes import KIB, MIB
 from support.waits import paused
@@ -117,8 +117,7 @@ if sys.argv[3] == "cycle":
     node.h, node.disk, node.self, h.node = h, disk, node, node
     del h, disk, node
 """
-    done = run_program(program, slow.uri, str(buffering), form)
-    assert (done.returncode, done.stderr) == (0, "")
+    output_of(program, slow.uri, str(buffering), form)
     assert image.read_bytes()[:200_000] == b"x" * 200_000
 
 

@@ -9,7 +9,7 @@ import pytest
 from support.handles import closed
 from support.hostile import Connection, Wire
 from support.methods import METHODS, call_with_anything
-from support.programs import run_program
+from support.programs import output_of
 
 import nbd
 
@@ -109,21 +109,18 @@ run(once)
 @pytest.mark.parametrize("made", MADE.values(), ids=MADE)
 @pytest.mark.parametrize("closes", ["True", "False"], ids=["closing", "using"])
 def test_another_finalizer_of_a_cycle_finds_it_open_or_closed(closes: str, made: str) -> None:
-    done = run_program(f"{PROGRAM}\ncloses = {closes}\n{made}\n{CYCLE}")
-    assert (done.returncode, done.stderr) == (0, "")
+    output_of(f"{PROGRAM}\ncloses = {closes}\n{made}\n{CYCLE}")
 
 
 def test_a_finalizer_makes_handles_where_garbage_is_collected_all_the_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PYPY_GC_NURSERY", "128K")
-    done = run_program(f"{PROGRAM}\ncloses = True\n{MADE['open']}\n{CYCLE}")
-    assert (done.returncode, done.stderr) == (0, "")
+    output_of(f"{PROGRAM}\ncloses = True\n{MADE['open']}\n{CYCLE}")
 
 
 def test_a_handle_that_revives_itself_is_closed() -> None:
-    done = run_program(PROGRAM + REVIVED)
-    assert (done.returncode, done.stderr) == (0, "")
+    output_of(PROGRAM + REVIVED)
 
 
 @pytest.mark.parametrize("name", METHODS)

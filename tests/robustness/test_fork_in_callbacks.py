@@ -6,7 +6,7 @@ The child is inside the parent's call, on the parent's connection.
 from __future__ import annotations
 
 import pytest
-from support.programs import run_program
+from support.programs import run_program, run_silently
 from support.servers import StartServer
 
 PROGRAM = """
@@ -115,5 +115,4 @@ def test_a_child_that_is_forked_in_a_callback_cannot_close_the_handle(nbdkit: St
     os._exit(1)
 """
     program = PROGRAM.format(call=CALLS["chunk"], opt_mode=False, work=work)
-    done = run_program(program, nbdkit("memory", "1M").socket)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    run_silently(program, nbdkit("memory", "1M").socket)

@@ -81,7 +81,7 @@ Extents = list[tuple[str, int, Any, int]]
 
 @pytest.fixture(autouse=True)
 def misbehaviour(figure: Figure) -> Iterator[None]:
-    """Return how many ways to misbehave are tested."""
+    """Record the number of ways to misbehave."""
     yield
     figure("hostile servers: misbehaviours", 1)
 

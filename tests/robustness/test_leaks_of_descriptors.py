@@ -10,7 +10,7 @@ from typing import Callable
 
 import pytest
 from support.forms import SOAK
-from support.programs import run_program
+from support.programs import run_program, run_silently
 from support.servers import StartServer
 
 ROUNDS = 3000 if SOAK else 300
@@ -210,9 +210,7 @@ def run(nbdkit: StartServer, tmp_path: object) -> Callable[[str, str], None]:
 
     def run(program: str, once: str) -> None:
         rounds = COPIES if "copy" in once else ROUNDS
-        done = run_program(program, source.uri, target.uri, str(tmp_path), str(rounds), once)
-        assert done.stderr == ""
-        assert (done.returncode, done.stdout) == (0, "")
+        run_silently(program, source.uri, target.uri, str(tmp_path), str(rounds), once)
 
     return run
 

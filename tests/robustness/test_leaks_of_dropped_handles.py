@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from support.handles import closed
-from support.programs import run_program
+from support.programs import output_of
 from support.servers import StartServer
 from support.sizes import MIB
 
@@ -65,13 +65,11 @@ def test_handles_without_end_need_no_more_memory_than_some() -> None:
 def test_connections_that_are_dropped_do_not_use_up_the_descriptors(
     nbdkit: StartServer, limit: int, count: int
 ) -> None:
-    done = run_program(LIMITED, str(limit), str(count), nbdkit("null", "1M").socket)
-    assert (done.returncode, done.stderr) == (0, "")
+    output_of(LIMITED, str(limit), str(count), nbdkit("null", "1M").socket)
 
 
 def test_servers_of_handles_that_are_dropped_do_not_use_up_the_descriptors() -> None:
-    done = run_program(LIMITED, "64", "40")
-    assert (done.returncode, done.stderr) == (0, "")
+    output_of(LIMITED, "64", "40")
 
 
 def test_a_handle_that_is_referenced_stays_open() -> None:

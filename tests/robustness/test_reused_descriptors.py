@@ -17,7 +17,7 @@ from typing import Callable
 import pytest
 from support.handles import closed, poll
 from support.hostile import Connection, HungUp, Script, Wire
-from support.programs import run_program
+from support.programs import run_silently
 from support.servers import TIMEOUT, Server, StartServer, told_to_answer
 from support.usage import collect_garbage, descriptors
 
@@ -493,6 +493,4 @@ assert set(os.listdir("/proc/self/fd")) == before
 def test_a_child_gives_back_its_copies_and_the_parent_continues(
     nbdkit: StartServer, work: str
 ) -> None:
-    done = run_program(FORK.format(work=work), nbdkit("memory", "1M").socket)
-    assert done.returncode == 0, done.stderr
-    assert (done.stdout, done.stderr) == ("", "")
+    run_silently(FORK.format(work=work), nbdkit("memory", "1M").socket)

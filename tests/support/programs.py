@@ -21,3 +21,15 @@ def run_program(program: str, *arguments: str) -> subprocess.CompletedProcess[st
     """Run the text of a Python program, in which every warning is an error."""
     command = [sys.executable, "-W", "error", "-I", "-c", program, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=3 * TIMEOUT)
+
+
+def output_of(program: str, *arguments: str) -> str:
+    """Run a program, which must succeed and write nothing to stderr; return its output."""
+    done = run_program(program, *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def run_silently(program: str, *arguments: str) -> None:
+    """Run a program, which must exit with status 0 and print nothing."""
+    assert output_of(program, *arguments) == ""
