@@ -98,10 +98,10 @@ def test_a_read_larger_than_a_command_is_cut_up(nbdkit: StartServer) -> None:
 
 
 def test_block_status_calls_its_callable_as_the_handle_does(server: Server) -> None:
-    told: list[Any] = []
+    reported: list[Any] = []
 
     def note(context: str, offset: int, entries: list[int], error: Any) -> None:
-        told.append((context, offset, list(entries), error.value))
+        reported.append((context, offset, list(entries), error.value))
 
     async def main() -> None:
         async with nbd.aio.connect(server.uri) as disk:
@@ -111,7 +111,7 @@ def test_block_status_calls_its_callable_as_the_handle_does(server: Server) -> N
     run(main())
     with nbd.connect(server.uri) as h:
         h.block_status(MIB, 0, note)
-    first, second = told
+    first, second = reported
     assert first == second
 
 

@@ -138,10 +138,10 @@ def test_the_rest_of_a_large_request_is_not_sent(server: Server) -> None:
 
 
 def test_a_late_extent_is_not_reported(server: Server) -> None:
-    told: list[Any] = []
+    reported: list[Any] = []
 
     def note(*_: object) -> None:
-        told.append(0)
+        reported.append(0)
 
     async def main() -> None:
         async with nbd.aio.connect(server.uri) as disk:
@@ -152,7 +152,7 @@ def test_a_late_extent_is_not_reported(server: Server) -> None:
             await settled(disk)
 
     run(main())
-    assert told == []
+    assert reported == []
 
 
 def test_wait_for_ends_a_call(server: Server) -> None:

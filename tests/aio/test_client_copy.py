@@ -117,14 +117,14 @@ def test_to_and_from_a_stream(nbdkit: StartServer, image: Path, tmp_path: Path) 
 
 
 def test_progress_is_called_in_the_loop(image: Path, tmp_path: Path) -> None:
-    told: list[Any] = []
+    reported: list[Any] = []
 
     def progress(done: int, total: int | None) -> None:
-        told.append((threading.current_thread(), done, total))
+        reported.append((threading.current_thread(), done, total))
 
     run(nbd.aio.copy(image, tmp_path / "copy", progress=progress))
-    assert told[-1] == (threading.main_thread(), 20 * MIB, 20 * MIB)
-    assert {one[0] for one in told} == {threading.main_thread()}
+    assert reported[-1] == (threading.main_thread(), 20 * MIB, 20 * MIB)
+    assert {one[0] for one in reported} == {threading.main_thread()}
 
 
 def test_an_exception_of_progress_is_raised(image: Path, tmp_path: Path) -> None:
@@ -337,17 +337,17 @@ BLOCKS = ("blocksize-minimum=65536", "blocksize-preferred=65536", "blocksize-max
 
 
 def test_on_error_is_asked_in_the_event_loop(nbdkit: StartServer, tmp_path: Path) -> None:
-    told: list[tuple[Any, int, int, str | None]] = []
+    reported: list[tuple[Any, int, int, str | None]] = []
 
     def on_error(offset: int, length: int, error: nbd.Error) -> bool:
-        told.append((threading.current_thread(), offset, length, error.errno))
+        reported.append((threading.current_thread(), offset, length, error.errno))
         return True
 
     server = nbdkit("--filter=blocksize-policy", *BAD, *BLOCKS)
     copied = run(nbd.aio.copy(server.uri, tmp_path / "copy", on_error=on_error))
     assert copied.bad == ((MIB, MIB),)
-    assert {one[0] for one in told} == {threading.main_thread()}
-    assert {one[3] for one in told} == {"EIO"}
+    assert {one[0] for one in reported} == {threading.main_thread()}
+    assert {one[3] for one in reported} == {"EIO"}
     data = (tmp_path / "copy").read_bytes()
     assert data == b"x" * MIB + bytes(MIB) + b"x" * (2 * MIB)
 

@@ -225,7 +225,7 @@ def test_a_client_that_is_dropped_ends_what_would_join() -> None:
 
 
 def test_an_exception_of_prepare_for_another_connection_is_reported(nbdkit: StartServer) -> None:
-    told: list[dict[str, Any]] = []
+    reported: list[dict[str, Any]] = []
     calls: list[nbd.NBD] = []
 
     def prepare(h: nbd.NBD) -> None:
@@ -234,7 +234,9 @@ def test_an_exception_of_prepare_for_another_connection_is_reported(nbdkit: Star
             raise LookupError
 
     async def main() -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: reported.append(context)
+        )
         async with nbd.aio.connect(
             nbdkit("memory", "1M").uri, connections=2, prepare=prepare
         ) as disk:
@@ -242,10 +244,10 @@ def test_an_exception_of_prepare_for_another_connection_is_reported(nbdkit: Star
             assert await disk.pread(512, 0) == bytes(512)
         for _ in range(3):
             gc.collect()
-        await until(lambda: told)
+        await until(lambda: reported)
 
     run(main())
-    assert isinstance(told[0]["exception"], LookupError)
+    assert isinstance(reported[0]["exception"], LookupError)
 
 
 def test_a_command_has_one_connection() -> None:

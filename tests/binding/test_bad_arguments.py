@@ -332,7 +332,7 @@ class Caller:
         self.raised: Counter[str] = Counter()
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT, 0o600)
 
-    def tell(self, text: str) -> None:
+    def record(self, text: str) -> None:
         """Replace the content of the file."""
         os.ftruncate(self._log, 0)
         os.pwrite(self._log, text.encode(errors="backslashreplace"), 0)
@@ -340,7 +340,7 @@ class Caller:
     def call(self, state: str, target: object, call: Call) -> None:
         """Make a call on a target that was in this state before the first call."""
         method, args, options = call
-        self.tell(f"{state}: {method}(*{reprlib.repr(args)}, **{reprlib.repr(options)})")
+        self.record(f"{state}: {method}(*{reprlib.repr(args)}, **{reprlib.repr(options)})")
         try:
             value = getattr(target, method)(*args, **options)
         except (*DOCUMENTED, NoInteger):
@@ -388,7 +388,7 @@ def program(log: Path, wanted: int, seed: int) -> None:
         for call in calls:
             if not would_wait(target, call[0]):
                 caller.call(state, target, call)
-        caller.tell(f"{state}: close()")
+        caller.record(f"{state}: close()")
         close(target)
         close_sockets()
 

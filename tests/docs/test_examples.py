@@ -156,7 +156,7 @@ def test_map_reports_an_error_in_one_line(run: Run, nbdkit: Serve) -> None:
     assert "map.py: nbd.extents: base:allocation was not negotiated" in complaint(failed)
 
 
-def told(copy: subprocess.CompletedProcess[str]) -> tuple[int, int]:
+def reported(copy: subprocess.CompletedProcess[str]) -> tuple[int, int]:
     """Return how many bytes the example copied and zeroed, according to its output."""
     numbers = re.fullmatch(COPIED, copy.stdout)
     assert numbers is not None, copy.stdout
@@ -164,7 +164,7 @@ def told(copy: subprocess.CompletedProcess[str]) -> tuple[int, int]:
 
 
 def test_copy_starts_servers_of_its_own(run: Run) -> None:
-    copied, zeroed = told(run("copy_disk.py"))
+    copied, zeroed = reported(run("copy_disk.py"))
     assert copied + zeroed == 256 * MIB
     assert zeroed > copied > 0
 
@@ -176,7 +176,7 @@ def copied_between_files(run: Run, nbdkit: Serve, folder: Path, *filters: str) -
     (folder / "target").write_bytes(b"old content" * (size // 11 + 1))
     source = nbdkit("file", str(folder / "source"), *filters)
     target = nbdkit("file", str(folder / "target"), *filters)
-    assert sum(told(run("copy_disk.py", source.uri, target.uri))) == size
+    assert sum(reported(run("copy_disk.py", source.uri, target.uri))) == size
     written = (folder / "target").read_bytes()[:size]
     return hashlib.sha256(content).hexdigest(), hashlib.sha256(written).hexdigest()
 
@@ -220,7 +220,7 @@ def test_copy_needs_no_tqdm(
     (tmp_path / "tqdm.py").write_text("raise ImportError\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     done = run("copy_disk.py", nbdkit("pattern", "8M").uri, nbdkit("memory", "8M").uri)
-    assert (told(done), "%" in done.stderr) == ((8 * MIB, 0), False)
+    assert (reported(done), "%" in done.stderr) == ((8 * MIB, 0), False)
 
 
 def test_copy_refuses_a_destination_that_is_too_small(run: Run, nbdkit: Serve) -> None:

@@ -86,7 +86,7 @@ def test_reading_on_without_a_seek_loses_the_bad_ones_only(uri: str, buffering: 
     assert lost == list(BAD)
 
 
-def read_on(disk: Any, method: str, found: list[bytes]) -> None:
+def read_until_error(disk: Any, method: str, found: list[bytes]) -> None:
     """Read until a read fails."""
     while True:
         memory = bytearray(512)
@@ -107,7 +107,7 @@ def test_other_reads_stop_where_the_bad_sector_begins(
         if not hasattr(disk, method):
             return  # an unbuffered file has no read1
         with pytest.raises(nbd.DiskError) as caught:
-            read_on(disk, method, found)
+            read_until_error(disk, method, found)
     assert b"".join(found) == DATA[: 20 * SECTOR + 512]
     assert "offset 82432 failed" in caught.value.string
 

@@ -132,7 +132,7 @@ def test_a_stopped_write_moves_nothing(
     assert image.read_bytes() == DATA[:9000] + data + DATA[9000 + size :]
 
 
-def what_a_destructor_met() -> BaseException | None:
+def exception_of_a_destructor() -> BaseException | None:
     """Return the exception raised inside a destructor, which the next call raises."""
     try:
         with nbd.NBD() as handle:
@@ -167,7 +167,7 @@ def test_a_stopped_open_or_close_leaves_nothing(
 
     def once(injector: Injector) -> None:
         error = injector.run(use)
-        late = what_a_destructor_met()
+        late = exception_of_a_destructor()
         if injector.raised:
             seen = [late, *unraisable]
             assert came_out(error) or any(isinstance(one, KeyboardInterrupt) for one in seen)

@@ -12,7 +12,7 @@ import pytest
 from support.figures import Figure
 from support.forms import SOAK
 from support.programs import run_silently
-from support.servers import StartServer, told_to_answer
+from support.servers import StartServer, answers_on_command
 
 RUNS = 20 if SOAK else 1
 
@@ -143,5 +143,5 @@ def test_child_of_a_connection_with_commands_in_flight(
 def test_child_while_another_thread_is_inside_a_call(
     nbdkit: StartServer, forks: Forks, tmp_path: Path, work: str
 ) -> None:
-    plugin, asked, go = told_to_answer(tmp_path)
+    plugin, asked, go = answers_on_command(tmp_path)
     forks(WAITING, work, nbdkit(*plugin).socket, str(go), str(asked))

@@ -229,10 +229,10 @@ def test_silence_before_the_handshake_ends_with_its_connection(h: nbd.NBD) -> No
 
 def test_flood_of_unknown_information_is_skipped(h: nbd.NBD) -> None:
     noise = [struct.pack(">H", UNKNOWN_INFO) + bytes(1000)] * 2000
-    assert told(h, [*noise, export_info(12345)]).get_size() == 12345
+    assert connect_informed(h, [*noise, export_info(12345)]).get_size() == 12345
 
 
-def told(h: nbd.NBD, info: list[bytes]) -> nbd.NBD:
+def connect_informed(h: nbd.NBD, info: list[bytes]) -> nbd.NBD:
     """Connect to a server that sends this information about its export and disconnects."""
     with Connection(lambda wire: wire.negotiate(info=info)) as peer:
         connect(h, peer)
@@ -240,16 +240,16 @@ def told(h: nbd.NBD, info: list[bytes]) -> nbd.NBD:
 
 
 def test_size_zero_is_a_value(h: nbd.NBD) -> None:
-    assert told(h, [export_info(0)]).get_size() == 0
+    assert connect_informed(h, [export_info(0)]).get_size() == 0
 
 
 def test_largest_size_is_a_value(h: nbd.NBD) -> None:
-    assert told(h, [export_info((1 << 63) - 1)]).get_size() == (1 << 63) - 1
+    assert connect_informed(h, [export_info((1 << 63) - 1)]).get_size() == (1 << 63) - 1
 
 
 @pytest.mark.parametrize("size", [1 << 63, U64_MAX - 3, U64_MAX - 2, U64_MAX - 1, U64_MAX])
 def test_size_that_no_int64_holds_is_an_error(h: nbd.NBD, size: int) -> None:
-    told(h, [export_info(size)])
+    connect_informed(h, [export_info(size)])
     with pytest.raises(nbd.Error, match="get_size"):
         h.get_size()
 
@@ -266,13 +266,13 @@ def test_size_of_an_oldstyle_server_that_no_int64_holds_is_an_error(h: nbd.NBD) 
 def test_block_sizes_that_make_no_sense_are_ignored(
     h: nbd.NBD, sizes: tuple[int, int, int]
 ) -> None:
-    told(h, [export_info(), struct.pack(">HIII", INFO_BLOCK_SIZE, *sizes)])
+    connect_informed(h, [export_info(), struct.pack(">HIII", INFO_BLOCK_SIZE, *sizes)])
     kinds = nbd.SIZE_MINIMUM, nbd.SIZE_PREFERRED, nbd.SIZE_MAXIMUM
     assert [h.get_block_size(kind) for kind in kinds] == [0, 0, 0]
 
 
 def test_an_export_sent_twice_has_the_last_size(h: nbd.NBD) -> None:
-    assert told(h, [export_info(1000), export_info(2000)]).get_size() == 2000
+    assert connect_informed(h, [export_info(1000), export_info(2000)]).get_size() == 2000
 
 
 def test_an_export_without_information_has_a_size_or_is_an_error(h: nbd.NBD) -> None:
@@ -285,7 +285,7 @@ def test_information_that_is_not_utf8_is_text(h: nbd.NBD) -> None:
     h.set_full_info(True)
     name = struct.pack(">H", INFO_NAME) + NOT_UTF8
     description = struct.pack(">H", INFO_DESCRIPTION) + NOT_UTF8
-    told(h, [export_info(), name, description])
+    connect_informed(h, [export_info(), name, description])
     assert h.get_canonical_export_name() == NOT_UTF8_STR
     assert h.get_export_description() == NOT_UTF8_STR
 

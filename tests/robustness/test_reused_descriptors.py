@@ -18,7 +18,7 @@ import pytest
 from support.handles import closed, poll
 from support.hostile import Connection, HungUp, Script, Wire
 from support.programs import run_silently
-from support.servers import TIMEOUT, Server, StartServer, told_to_answer
+from support.servers import TIMEOUT, Server, StartServer, answers_on_command
 from support.usage import collect_garbage, descriptors
 
 import nbd
@@ -200,7 +200,7 @@ def test_close_wakes_a_call_whose_socket_was_not_the_first_that_was_tried(
     nbdkit: StartServer, h: nbd.NBD, tmp_path: Path
 ) -> None:
     # If localhost has an IPv6 address, that is tried first, where no server listens.
-    plugin, asked, go = told_to_answer(tmp_path)
+    plugin, asked, go = answers_on_command(tmp_path)
     server = nbdkit(*plugin, tcp=True)
     h.connect_tcp("localhost", str(server.port))
     raised: list[Exception] = []

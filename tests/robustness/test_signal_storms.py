@@ -235,6 +235,8 @@ def test_a_full_stack_leaves_nothing_behind(
     done = run_program(OPERATIONS + DEEP, nbdkit("memory", "1M").socket, operation)
     assert done.returncode == 0, done.stderr
     # If the stack is too full for a callback and for keeping the exception, it is printed.
-    told = [s for s in done.stderr.splitlines() if re.match(r"\w+(Error|Exception)\b", s)]
-    assert [s for s in told if not s.startswith(("RecursionError", "SystemError: callback"))] == []
+    reported = [s for s in done.stderr.splitlines() if re.match(r"\w+(Error|Exception)\b", s)]
+    assert [
+        s for s in reported if not s.startswith(("RecursionError", "SystemError: callback"))
+    ] == []
     pass_on(done.stdout, figure)

@@ -18,11 +18,11 @@ from support.waits import (
     OTHERS,
     UNTRIED,
     Call,
+    in_this_libnbd,
     interrupt,
     orphans,
     paused,
     reap,
-    those_of_this_libnbd,
     time_out,
 )
 
@@ -81,7 +81,7 @@ def test_every_call_that_waits_is_in_a_table() -> None:
 
 
 @stops
-@pytest.mark.parametrize(("name", "call"), those_of_this_libnbd(COMMANDS))
+@pytest.mark.parametrize(("name", "call"), in_this_libnbd(COMMANDS))
 def test_a_command_is_stopped_and_the_handle_stays_usable(
     nbdkit: StartServer,
     qemu_nbd: StartServer,
@@ -108,7 +108,7 @@ def test_a_command_is_stopped_and_the_handle_stays_usable(
 
 
 @stops
-@pytest.mark.parametrize(("name", "call"), those_of_this_libnbd(OTHERS))
+@pytest.mark.parametrize(("name", "call"), in_this_libnbd(OTHERS))
 def test_what_waits_for_the_connection_is_stopped_and_can_be_called_again(
     server: Server, figure: Figure, stop: Stopping, name: str, call: Call
 ) -> None:
@@ -121,7 +121,7 @@ def test_what_waits_for_the_connection_is_stopped_and_can_be_called_again(
 
 
 @stops
-@pytest.mark.parametrize(("name", "call"), those_of_this_libnbd(OPTIONS))
+@pytest.mark.parametrize(("name", "call"), in_this_libnbd(OPTIONS))
 def test_an_option_is_stopped_and_the_next_finishes_it(
     server: Server, figure: Figure, stop: Stopping, name: str, call: Call
 ) -> None:
@@ -137,7 +137,7 @@ def test_an_option_is_stopped_and_the_next_finishes_it(
 
 
 @stops
-@pytest.mark.parametrize(("name", "connect"), those_of_this_libnbd(CONNECTS))
+@pytest.mark.parametrize(("name", "connect"), in_this_libnbd(CONNECTS))
 def test_a_connect_is_stopped(
     server: Server, figure: Figure, stop: Stopping, name: str, connect: Callable[..., object]
 ) -> None:

@@ -20,7 +20,7 @@ from support.figures import Figure
 from support.forms import SOAK
 from support.handles import drain, finish
 from support.hostile import Connection, Wire
-from support.servers import StartServer, told_to_answer
+from support.servers import StartServer, answers_on_command
 
 import nbd
 
@@ -177,7 +177,7 @@ def test_a_waiting_call_holds_up_no_other_thread(
     nbdkit: StartServer, h: nbd.NBD, tmp_path: Path
 ) -> None:
     # Through two named pipes, this thread lets the server answer the read.
-    plugin, asked, go = told_to_answer(tmp_path)
+    plugin, asked, go = answers_on_command(tmp_path)
     h.connect_unix(nbdkit(*plugin).socket)
     result: list[bytes] = []
     thread = threading.Thread(target=lambda: result.append(bytes(h.pread(512, 0))))

@@ -337,8 +337,8 @@ def errors(place: Place) -> Iterator[Kind]:
     yield Kind("EIO of a read", raising(nbd.Error, d.pread, 512, 0), share=8)
     reads = batch_of_cookies(d, partial(d.aio_pread, room, 0))
     yield Kind("EIO reported to a cookie", reads, BATCH, share=8)
-    told = batch(d, partial(d.aio_pread, room, 0, retire))
-    yield Kind("EIO reported to a completion", told, BATCH, share=8)
+    reported = batch(d, partial(d.aio_pread, room, 0, retire))
+    yield Kind("EIO reported to a completion", reported, BATCH, share=8)
     writes = batch_of_cookies(d, partial(d.aio_pwrite, room, 0, nothing))
     yield Kind("EIO reported to both", writes, BATCH, share=8)
 

@@ -197,7 +197,7 @@ def nbdkit_argv(
     return [program("nbdkit"), *options, *args]
 
 
-def told_to_answer(folder: Path) -> tuple[list[str], Path, Path]:
+def answers_on_command(folder: Path) -> tuple[list[str], Path, Path]:
     """Return an nbdkit plugin that answers reads on command, and two named pipes in a folder.
 
     The server writes a line to the first pipe when it is asked for a read, and then waits for a

@@ -11,11 +11,11 @@ def make(parent: Path) -> Path:
     """Make the folder, with a file for each module on the path."""
     folder = parent / "shadows"
     folder.mkdir()
-    told = parent / "told"
-    told.touch()
+    reported = parent / "told"
+    reported.touch()
     for module in pkgutil.iter_modules(sys.path):
         file = folder / f"{module.name}.py"
-        file.write_text(f"open({str(told)!r}, 'a').write(f'{{__name__}}\\n')\n")
+        file.write_text(f"open({str(reported)!r}, 'a').write(f'{{__name__}}\\n')\n")
     return folder
 
 

@@ -103,7 +103,7 @@ CONNECTS: dict[str, Callable[[nbd.NBD, Server], object]] = {
 }
 
 
-def those_of_this_libnbd(table: dict[str, Any]) -> list[Any]:
+def in_this_libnbd(table: dict[str, Any]) -> list[Any]:
     """Return test parameters for the calls of a table that the libnbd in use has."""
     return [
         pytest.param(*item, id=item[0], marks=pytest.mark.needs(item[0])) for item in table.items()
