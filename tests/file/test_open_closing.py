@@ -322,3 +322,20 @@ def test_a_signal_handler_cannot_close_the_file_of_the_call_it_stopped(nbdkit: S
             assert not disk.closed
             disk.seek(0)
             assert disk.read(10) == bytes(10)
+
+
+def test_closing_waits_for_what_is_read_ahead(nbdkit: StartServer, h: nbd.NBD) -> None:
+    """Otherwise a server may die because it cannot send a reply."""
+    h.connect_uri(nbdkit("--filter=delay", "memory", "4M", "rdelay=50ms").uri)
+    with nbd.open(h) as disk:
+        while not h.aio_in_flight():
+            assert disk.read(100_000)
+    assert h.aio_in_flight() == 0
+
+
+def test_closing_a_file_whose_server_hangs_does_not_wait_for_ever(nbdkit: StartServer) -> None:
+    server = nbdkit("memory", "1M")
+    disk = nbd.open(server.uri)
+    with paused(server):
+        disk.close()
+    assert disk.closed

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Connections that join while work is running: each one is used, and none is waited for."""
+"""Connections made in the background: each one that succeeds is used, none is waited for."""
 
 from __future__ import annotations
 

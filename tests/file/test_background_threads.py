@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Threads that can be started, cancelled and joined in any order, at any moment."""
+"""Background threads can be started, cancelled and joined in any order, at any moment."""
 
 from __future__ import annotations
 
@@ -21,46 +21,46 @@ def test_one_that_works_cannot_be_cancelled() -> None:
         begun.set()
         may_end.wait(BOUND)
 
-    helper = BackgroundThread(work, may_end.set)
-    helper.start()
+    thread = BackgroundThread(work, may_end.set)
+    thread.start()
     assert begun.wait(BOUND)
-    assert not helper.cancel()
-    assert not helper.join(0.01)
-    assert helper in running
+    assert not thread.cancel()
+    assert not thread.join(0.01)
+    assert thread in running
     may_end.set()
-    assert helper.join(BOUND)
-    assert helper.join()  # again
-    assert helper not in running
+    assert thread.join(BOUND)
+    assert thread.join()  # again
+    assert thread not in running
 
 
 def test_one_that_was_cancelled_does_nothing_and_stays_cancelled() -> None:
     works: list[int] = []
-    helper = BackgroundThread(lambda: works.append(1), nothing)
-    assert helper.cancel()
-    helper.start()
-    assert helper.cancel()
+    thread = BackgroundThread(lambda: works.append(1), nothing)
+    assert thread.cancel()
+    thread.start()
+    assert thread.cancel()
     other = BackgroundThread(nothing, nothing)
     other.start()
     assert other.join(BOUND)
     assert works == []
 
 
-def test_a_helper_whose_work_raises_can_be_joined() -> None:
+def test_a_thread_whose_work_raises_can_be_joined() -> None:
     def fail() -> None:
         raise ValueError
 
-    helper = BackgroundThread(fail, nothing)
-    helper.start()
-    assert helper.join(BOUND)
+    thread = BackgroundThread(fail, nothing)
+    thread.start()
+    assert thread.join(BOUND)
 
 
 def test_starting_and_cancelling_at_once_is_one_or_the_other() -> None:
     for _ in range(200):
         works: list[int] = []
-        helper = BackgroundThread(lambda works=works: works.append(1), nothing)  # type: ignore[misc]
-        helper.start()
-        if helper.cancel():
-            assert helper.cancel()
+        thread = BackgroundThread(lambda works=works: works.append(1), nothing)  # type: ignore[misc]
+        thread.start()
+        if thread.cancel():
+            assert thread.cancel()
         else:
-            assert helper.join(BOUND)
+            assert thread.join(BOUND)
             assert works == [1]
