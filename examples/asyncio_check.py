@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Check that many disks can be read, all at once in one event loop, with a line of progress.
+"""Check that disks can be read, all of them concurrently in one event loop, and show the progress.
 
-Holes are not read.  What cannot be read is reported, and the check of the disk goes on.
+Holes are not read.  A range that cannot be read is reported, and the check continues after it.
 
     python asyncio_check.py                   # three disks of nbdkit
     python asyncio_check.py nbd://server/one nbd://server/two
@@ -24,7 +24,7 @@ class Check:
 
     Attributes:
         done, total: Bytes.
-        bad: Where it cannot be read: offset, length.
+        bad: The offset and length of each block that cannot be read.
     """
 
     def __init__(self, where: str | list[str]) -> None:
@@ -46,7 +46,7 @@ class Check:
                     await self.read(disk, offset, offset + length)
 
     async def read(self, disk: nbd.aio.Client, start: int, end: int) -> None:
-        """Read a range, with several tasks that take the next block of it in turn."""
+        """Read a range with several tasks, each of which takes the next block."""
         offsets = iter(range(start, end, BLOCK))
 
         async def worker() -> None:
@@ -63,7 +63,7 @@ class Check:
 
 
 async def show_progress(checks: list[Check]) -> None:
-    """Show how far all of them are, in one line of a terminal."""
+    """Show the total progress, in one line of a terminal."""
     try:
         while sys.stderr.isatty():
             done, total = sum(check.done for check in checks), sum(check.total for check in checks)

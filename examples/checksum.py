@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
 """Print the SHA-256 checksum of a disk, as sha256sum does for a file.
 
-nbd.open reads ahead, so that the server never waits for the program.
+nbd.open reads ahead, so that the server works while the program computes.
 
-    python checksum.py                        # a disk that nbdkit makes up
+    python checksum.py                        # a disk that nbdkit generates
     python checksum.py nbd://localhost
 """
 
@@ -19,7 +19,7 @@ BLOCK = 1024 * 1024  # bytes read at once
 
 
 def main() -> None:
-    """Check the disk at the URI in the argument, or one that is made for it."""
+    """Print the checksum of the disk at the URI in the argument, or of a disk of nbdkit."""
     digest = hashlib.sha256()
     with nbd.open(sys.argv[1] if len(sys.argv) > 1 else SERVER) as disk:
         while data := disk.read(BLOCK):

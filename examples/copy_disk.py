@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Copy a disk: between servers, files and block devices.
+"""Copy a disk between servers, files and block devices.
 
-With tqdm, a bar shows how far it is.
+If tqdm is installed, a bar shows the progress.
 
     python copy_disk.py                       # from one nbdkit to another
     python copy_disk.py nbd://here/disk nbd://there/disk
@@ -34,7 +34,7 @@ def copy(source: str | list[str], target: str | list[str]) -> nbd.Copied:
 
 
 def main() -> None:
-    """Copy what the arguments name, or between two servers that are started for it."""
+    """Copy as the arguments say, or between two servers that are started for it."""
     source, target = sys.argv[1:] or (SOURCE, TARGET)
     done = copy(source, target)
     print(f"copied {done.copied} bytes, zeroed {done.zeroed}")

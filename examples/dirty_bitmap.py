@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Bring a backup up to date: copy only what a dirty bitmap of qemu says was written since.
+"""Update a backup: copy only the parts that a dirty bitmap of qemu reports as written since.
 
-The backup is a raw image.  Of an export of qemu-nbd -B BITMAP, or of a running virtual machine, the
-meta context qemu:dirty-bitmap:BITMAP tells which parts were written after the bitmap was added.
+The backup is a raw image.  The meta context qemu:dirty-bitmap:BITMAP reports which parts were
+written after the bitmap was added.  qemu-nbd -B BITMAP and running virtual machines provide it.
 
     python dirty_bitmap.py                    # makes a disk, writes to it, and backs it up
     python dirty_bitmap.py nbd://localhost/disk BITMAP backup.img
@@ -23,7 +23,7 @@ DIRTY = 1  # the flag of an extent in the meta contexts of dirty bitmaps
 
 
 def back_up(h: nbd.NBD, context: str, target: Path) -> None:
-    """Copy the dirty extents to the same places of the file."""
+    """Copy the dirty extents to the same offsets of the file."""
     with nbd.open(h) as disk, target.open("r+b") as file:
         file.truncate(h.get_size())
         for offset, length, flags in nbd.extents(h, context):
@@ -39,7 +39,7 @@ def back_up(h: nbd.NBD, context: str, target: Path) -> None:
 def demonstrate(folder: Path) -> None:
     """Make a disk and an old backup of it, write to the disk, update the backup, and compare."""
     disk, backup = folder / "disk.qcow2", folder / "backup.img"
-    backup.touch()  # of a disk that was empty
+    backup.touch()  # the disk was empty
     qemu_img("create", "-q", "-f", "qcow2", str(disk), "64M")
     qemu_img("bitmap", "--add", str(disk), "new")
     with nbd.NBD() as h:
@@ -58,12 +58,12 @@ def demonstrate(folder: Path) -> None:
 
 
 def qemu_img(*arguments: str) -> None:
-    """Run qemu-img, which prints what there is to say."""
+    """Run qemu-img, which prints its own messages."""
     subprocess.run(["qemu-img", *arguments], check=True)
 
 
 def main() -> None:
-    """Back up the disk at the URI in the first argument, or show how it goes."""
+    """Back up the disk at the URI in the first argument, or demonstrate it with a new disk."""
     if len(sys.argv) == 1:
         with tempfile.TemporaryDirectory() as folder:
             demonstrate(Path(folder))

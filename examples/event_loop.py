@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Drive several connections from one event loop, here select(), beside whatever else it watches.
+"""Drive several connections from an event loop, which can watch other descriptors: here select().
 
-The loop asks each handle for its descriptor and for what to wait, and tells it when that happened.
-Any loop that can watch a descriptor will do: poll, epoll, that of a GUI.
+The loop asks each handle for its descriptor and for the events to wait for, and notifies the handle
+of them.  Any loop that can watch a descriptor works: poll, epoll, or that of a GUI.
 
     python event_loop.py                      # two disks of nbdkit
     python event_loop.py nbd://localhost/one nbd://localhost/two
@@ -23,7 +23,7 @@ READ, WRITE = nbd.AIO_DIRECTION_READ, nbd.AIO_DIRECTION_WRITE
 
 
 class Reader:
-    """Reads a disk from start to end; step() is called whenever something has happened."""
+    """Reads a disk from start to end; step() is called after every event."""
 
     def __init__(self, name: str, h: nbd.NBD) -> None:
         self.name, self.h = name, h
@@ -31,7 +31,7 @@ class Reader:
         self.cookies: list[int] = []
 
     def step(self) -> bool:
-        """Take what has arrived, ask for more, and return whether there is anything to wait for."""
+        """Retire completed reads, start others, and return whether any are in flight."""
         if self.h.aio_is_connecting():
             return True
         if not self.size:
@@ -53,17 +53,17 @@ def run(readers: list[Reader]) -> None:
         handles = {reader.h.aio_get_fd(): reader.h for reader in readers}
         inputs = [fd for fd, h in handles.items() if h.aio_get_direction() & READ]
         outputs = [fd for fd, h in handles.items() if h.aio_get_direction() & WRITE]
-        # Other descriptors of the program go into the same lists, its next timer into the timeout.
+        # A program would add its other descriptors here, and pass the time to its next timer.
         readable, writable, _ = select.select(inputs, outputs, [])
         for fd in readable:
             handles[fd].aio_notify_read()
-        # What was read may have changed what the handle waits for.
+        # Reading may have changed the events that the handle waits for.
         for fd in set(writable).difference(readable):
             handles[fd].aio_notify_write()
 
 
 def main() -> None:
-    """Read the disks at the URIs in the arguments, or two that are made for it."""
+    """Read the disks at the URIs in the arguments, or two disks of nbdkit."""
     with ExitStack() as stack:
         readers = []
         for number, where in enumerate(sys.argv[1:] or SERVERS, 1):

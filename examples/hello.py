@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Write to a disk in memory, read it back, and look at what the disk is made of.
+"""Write to a disk in memory, read it back, and list the extents of the disk.
 
-Needs nbdkit: the handle starts it, and ends it when it is closed.
+This needs nbdkit.  The handle starts it, and stops it when the handle is closed.
 
     python hello.py
 """
@@ -21,7 +21,7 @@ OFFSETS = (0, 512 * 1024)
 
 
 def describe(h: nbd.NBD) -> None:
-    """Print the size of the export, and which sizes of requests the server wants."""
+    """Print the size of the export, and the sizes of requests that the server accepts."""
     print(f"export: {h.get_size()} bytes")
     print(f"block size: at least {h.get_block_size(nbd.SIZE_MINIMUM)} bytes", end=", ")
     print(f"{h.get_block_size(nbd.SIZE_PREFERRED)} preferred", end=", ")
@@ -35,7 +35,7 @@ def write_and_verify(h: nbd.NBD) -> None:
     h.flush()
     for offset in OFFSETS:
         if h.pread(len(MESSAGE), offset) != MESSAGE:
-            sys.exit(f"what was written at {offset} did not come back")
+            sys.exit(f"other data was read at {offset} than was written")
         print(f"wrote {len(MESSAGE)} bytes at {offset}, read them back, verified")
 
 
@@ -50,7 +50,7 @@ def hexdump(data: bytearray) -> None:
 def extents(h: nbd.NBD) -> list[tuple[int, int, int]]:
     """Return (offset, length, flags) for each extent of the export.
 
-    A server may describe less than it was asked about, so this asks until it is at the end.
+    A reply may cover only the first part of the range, so the rest is requested until the end.
     """
     found: list[tuple[int, int, int]] = []
 

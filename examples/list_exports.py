@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
 """List the exports of a server, with the size and the description of each.
 
-In option mode a connection stops before it opens an export.  The program asks for the names, then
-about each of them, and goes without having opened any.
+In option mode, a connection stops before it opens an export.  The program lists the names, requests
+information about each of them, and disconnects without opening any.
 
     python list_exports.py                    # three files, served by nbdkit
     python list_exports.py nbd://localhost
@@ -18,14 +18,14 @@ import nbd
 
 
 def list_names(h: nbd.NBD) -> list[tuple[str, str]]:
-    """Return the name and the description of every export that the server is willing to name."""
+    """Return the name and the description of every export that the server lists."""
     found: list[tuple[str, str]] = []
     h.opt_list(lambda name, description: found.append((name, description)))
     return found
 
 
 def describe(h: nbd.NBD, name: str) -> str:
-    """Ask about one export, and return what there is to say of it."""
+    """Request information about one export, and return a description of it."""
     h.set_export_name(name)
     try:
         h.opt_info()
@@ -36,15 +36,15 @@ def describe(h: nbd.NBD, name: str) -> str:
 
 
 def list_exports(h: nbd.NBD) -> None:
-    """Print a line for each export of a server to which the handle has connected."""
+    """Print a line for each export of the server that the handle is connected to."""
     for name, description in list_names(h):
-        # A server may send anything as a name: repr() shows it, and leaves the terminal in peace.
+        # A name may contain anything; repr() keeps control characters from the terminal.
         print(f"{name!r}: {describe(h, name)}" + (f": {description!r}" if description else ""))
     h.opt_abort()
 
 
 def main() -> None:
-    """List the exports of the server in the argument, or of one that is started for it."""
+    """List the exports of the server at the URI in the argument, or of nbdkit."""
     with tempfile.TemporaryDirectory() as folder, nbd.NBD() as h:
         h.set_opt_mode(True)
         if len(sys.argv) > 1:

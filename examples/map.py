@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Show which parts of a disk hold data: as a strip on a terminal, as lines of text elsewhere.
+"""Show which parts of a disk hold data: as a strip on a terminal, and as lines of text elsewhere.
 
-A server tells holes from data if the connection negotiated the meta context base:allocation, as
-nbd.connect does.
+A server reports holes and data if the connection has negotiated the meta context base:allocation.
+nbd.connect does that by default.
 
-    python map.py                             # a disk that nbdkit makes up
+    python map.py                             # a disk that nbdkit generates
     python map.py nbd://localhost
     python map.py nbd://localhost | grep data
 """
@@ -24,7 +24,7 @@ SHADES = "·░▒▓█" if sys.stdout.encoding.lower().startswith("utf") else 
 
 
 def strip(found: list[nbd.Extent], size: int, columns: int) -> str:
-    """Draw the disk in one line: the more data there is in a column's bytes, the darker it is."""
+    """Draw the disk in one line; a column is the darker, the more of its bytes are data."""
     data = [0.0] * columns
     for offset, length, flags in found:
         column = offset * columns // size
@@ -36,7 +36,7 @@ def strip(found: list[nbd.Extent], size: int, columns: int) -> str:
 
 
 def main() -> None:
-    """Map the disk at the URI in the argument, or one that is made for it."""
+    """Map the disk at the URI in the argument, or a disk of nbdkit."""
     with nbd.connect(sys.argv[1] if len(sys.argv) > 1 else [*SERVER, CONTENT]) as h:
         found, size = list(nbd.extents(h)), h.get_size()
     if sys.stdout.isatty() and size:

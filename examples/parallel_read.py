@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Read a disk over several connections at a time, one thread for each: count its zero bytes.
+"""Count the zero bytes of a disk over several connections, with a thread for each.
 
-More than one connection is safe where the server says so, with can_multi_conn: what was written and
-flushed over one is then seen by all.  While a thread waits for the server the others run.
+Several connections are consistent if the server promises it (can_multi_conn): data that was written
+and flushed over one is then visible to all.  While one thread waits for the server, the others run.
 
-    python parallel_read.py                   # a disk that nbdkit makes up
+    python parallel_read.py                   # a disk that nbdkit generates
     python parallel_read.py nbd://localhost
 """
 
@@ -22,7 +22,7 @@ BLOCK = 4 * 1024 * 1024  # bytes read at once
 
 
 def connect_all(stack: ExitStack) -> list[nbd.NBD]:
-    """Return the connections; the stack closes them, the first one last."""
+    """Connect, and let the stack close the connections, the first one last."""
     if len(sys.argv) > 1:
         uri, first = sys.argv[1], stack.enter_context(nbd.connect(sys.argv[1]))
     else:
@@ -34,17 +34,17 @@ def connect_all(stack: ExitStack) -> list[nbd.NBD]:
 
 
 def count_zeroes(h: nbd.NBD, start: int, end: int) -> int:
-    """Return how many bytes from start to end are zero."""
+    """Count the zero bytes from start to end."""
     offsets = range(start, end, BLOCK)
     return sum(h.pread(min(BLOCK, end - offset), offset).count(0) for offset in offsets)
 
 
 def main() -> None:
-    """Give each connection an equal share of the disk."""
+    """Divide the disk equally among the connections."""
     with ExitStack() as stack:
         handles = connect_all(stack)
         size = handles[0].get_size()
-        # Whole sectors: a server may refuse to read less.
+        # Whole sectors, because a server may refuse smaller reads.
         cuts = [size * i // len(handles) // 4096 * 4096 for i in range(len(handles))] + [size]
         with ThreadPoolExecutor(len(handles)) as pool:
             counts = list(pool.map(count_zeroes, handles, cuts[:-1], cuts[1:]))

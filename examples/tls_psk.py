@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Connect with TLS and a pre-shared key: nobody on the way can read along or take part.
+"""Connect with TLS and a pre-shared key, so that nobody on the network can read or change the data.
 
-Both sides have a file with the same line "name:key in hexadecimal digits", such as psktool writes.
-TLS_REQUIRE is what keeps the connection safe: with TLS_ALLOW a man in the middle who says that the
-server knows no TLS gets plain text.
+Both sides have a file with the same line "name:key in hexadecimal digits", as psktool writes it.
+TLS_REQUIRE is needed for security: with TLS_ALLOW, an attacker on the network can claim that the
+server does not support TLS, and gets plain text.
 
     python tls_psk.py                         # nbdkit with a key made for it
     python tls_psk.py "nbds://alice@localhost/?tls-psk-file=keys.psk"
@@ -20,13 +20,13 @@ import nbd
 
 
 def write_key(path: Path, user: str) -> None:
-    """Write a new key for a user, to a file that nobody else can read."""
+    """Write a new key for a user to a file that only the owner can read."""
     path.touch(mode=0o600)
     path.write_text(f"{user}:{secrets.token_hex(32)}\n")
 
 
 def connect(h: nbd.NBD, server_keys: Path, client_keys: Path) -> None:
-    """Start nbdkit with the keys of one file and connect to it with those of another."""
+    """Start nbdkit with the keys in one file and connect to it with those in another."""
     h.set_tls(nbd.TLS_REQUIRE)
     h.set_tls_username("alice")
     h.set_tls_psk_file(client_keys)
@@ -35,16 +35,16 @@ def connect(h: nbd.NBD, server_keys: Path, client_keys: Path) -> None:
 
 
 def report(h: nbd.NBD) -> None:
-    """Print what is known of a connection, and end it in good order."""
+    """Print the state of a connection, and shut it down."""
     print(f"{h.get_size()} bytes, TLS: {h.get_tls_negotiated()}, as {h.get_tls_username()}")
     h.shutdown()
 
 
 def main() -> None:
-    """Connect to the URI in the argument, or to a server that is started with a key of its own."""
+    """Connect to the URI in the argument, or to an nbdkit with a new key."""
     if len(sys.argv) > 1:
         with nbd.NBD() as h:
-            h.set_tls(nbd.TLS_REQUIRE)  # also if the URI says nbd:// and not nbds://
+            h.set_tls(nbd.TLS_REQUIRE)  # even if the URI begins with nbd:// and not nbds://
             h.set_uri_allow_local_file(True)  # the name of the key file comes from the user
             h.connect_uri(sys.argv[1])
             report(h)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Read a disk in trio: nbd.queue has what any event loop needs, a descriptor and a step.
+"""Read a disk in trio, with the two things that any event loop needs: a descriptor and a step.
 
-The connection is made in a thread.  Then one task waits until the descriptor of the queue can be
-read, steps, and wakes the tasks whose requests are done.  (pip install trio)
+The connection is made in a thread.  Then one task waits until the descriptor of the queue is
+readable, calls step, and wakes the tasks whose requests are done.  (pip install trio)
 
     python trio_read.py                       # a disk of nbdkit
     python trio_read.py nbd://localhost
@@ -22,7 +22,7 @@ DEPTH = 16  # reads in flight
 
 
 class Disk:
-    """A disk whose reads are awaited."""
+    """A disk with awaitable reads."""
 
     def __init__(self, h: nbd.NBD) -> None:
         self.size = h.get_size()
@@ -30,7 +30,7 @@ class Disk:
         self._waiting: dict[nbd.queue.Request, trio.Event] = {}
 
     async def serve(self) -> None:
-        """Move the connection: run this beside the tasks that read."""
+        """Send and receive; this has to run while other tasks read."""
         while True:
             await trio.lowlevel.wait_readable(self._queue)
             for request in self._queue.step():
@@ -39,7 +39,7 @@ class Disk:
                     event.set()
 
     async def read(self, count: int, offset: int) -> nbd.Buffer:
-        """Read bytes.  If it is cancelled, the request goes on, and keeps its buffer."""
+        """Read bytes.  If the task is cancelled, the request continues, and keeps its buffer."""
         buffer = nbd.Buffer(count)
         request = self._queue.read(buffer, offset)
         event = self._waiting[request] = trio.Event()
@@ -52,12 +52,12 @@ class Disk:
         return buffer
 
     def close(self) -> None:
-        """Give up what is in flight."""
+        """Close the queue, and drop requests that are in flight."""
         self._queue.close()
 
 
 async def count_zeroes(disk: Disk) -> int:
-    """Return how many bytes of the disk are zero."""
+    """Count the zero bytes of the disk."""
     counts: list[int] = []
     offsets = iter(range(0, disk.size, BLOCK))
 
@@ -73,7 +73,7 @@ async def count_zeroes(disk: Disk) -> int:
 
 
 async def main() -> None:
-    """Read the disk at the URI in the argument."""
+    """Read the disk at the URI in the argument, or a disk of nbdkit."""
     where = sys.argv[1] if len(sys.argv) > 1 else SERVER
     with await trio.to_thread.run_sync(nbd.connect, where) as h:
         disk = Disk(h)
