@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import atexit
-import gc
-import os
 from sys import is_finalizing
 
 from nbd._binding.convert import as_seconds
@@ -17,8 +15,11 @@ from nbd._binding.errors import (
     raise_pending,
     report_pending,
 )
-from nbd._binding.lifetime import owned
+from nbd._binding.finalize import owned
 from nbd._binding.shim import IS_CPYTHON, ffi, lib
+
+if not IS_CPYTHON:
+    from nbd._binding import pypy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,13 +36,6 @@ nbdshim_destroy = lib.nbdshim_destroy
 # The shim's handles that are open.  They are closed at exit, when PyPy runs no destructors.
 _open: set[Any] = set()
 _is_exiting = False
-
-#: PyPy finds out late which handles were dropped.  Each has some KiB of memory and, if connected,
-#: two descriptors.  So garbage is collected when this many more handles are open than after the
-#: last collection.
-_MOST_DROPPED = 128
-_collect_at = 8
-
 
 # The shim's handles on which files of nbd.open are open.  If one is dropped meanwhile, the last of
 # its files closes it, whatever the order in which a garbage collector finalizes them.
@@ -66,8 +60,8 @@ class Handle:
         """
         if self._h:  # __init__ was called before
             _close_quietly(self._h)
-        if not IS_CPYTHON and len(_open) >= _collect_at:
-            _collect_dropped()
+        if not IS_CPYTHON:
+            pypy.collect_dropped(_open)
         made = nbdshim_create()
         if not made:
             raise MemoryError("no memory for a handle")
@@ -213,15 +207,6 @@ def _close_quietly(h: Any) -> None:
         _open.discard(h)
     if pending:
         report_pending(h)
-
-
-def _collect_dropped() -> None:
-    """Collect garbage, which closes the handles that were dropped."""
-    global _collect_at
-    gc.collect()
-    descriptors = os.sysconf("SC_OPEN_MAX")  # -1 if there is no bound
-    few = descriptors // 8 if descriptors > 0 else _MOST_DROPPED
-    _collect_at = len(_open) + max(1, min(_MOST_DROPPED, few))
 
 
 @atexit.register

@@ -18,13 +18,15 @@ read is copied from it to the object.
 
 from __future__ import annotations
 
-import gc
 import sys
 from errno import ERANGE
 
 from nbd._binding.convert import as_number
 from nbd._binding.errors import Error
 from nbd._binding.shim import IS_CPYTHON, ffi, lib, one_for_all_imports
+
+if not IS_CPYTHON:
+    from nbd._binding import pypy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,22 +46,20 @@ _HUGE = 4 * 1024 * 1024
 #: The pool has blocks of so many sizes at once, and looks at so many for one that is not in use.
 _POOL_SIZES = 4
 _POOL_LOOKS = 4
-#: On PyPy, garbage is not collected more often than once for so many bytes allocated.
-_LEAST_LIMIT = 8 * 1024 * 1024
 
 _SIZE_MAX = 2 ** (8 * ffi.sizeof("size_t")) - 1
 _CHARS = ffi.typeof("char[]")
 _CLEAN, _STALE = lib.NBDSHIM_CLEAN, lib.NBDSHIM_STALE
 
 _new = ffi.new
-_new_uncleared = ffi.new_allocator(should_clear_after_alloc=False)
 #: The pin of an object whose memory is used as it is.
 from_buffer = ffi.from_buffer
+#: Frees a bounce buffer at once.
+free = ffi.release if IS_CPYTHON else pypy.free
 #: The state of memory of the caller's, which holds nothing that nobody may see.
 NEVER_STALE = _new("int *", _CLEAN)
 
-#: On PyPy half, since malloc gives memory back to the kernel when 62 MiB are freed at once.
-_pool_limit = (64 if IS_CPYTHON else 32) * 1024 * 1024
+_pool_limit = 64 * 1024 * 1024
 
 
 @one_for_all_imports
@@ -134,6 +134,8 @@ def set_pool_limit(size: int) -> None:
         raise ValueError(f"size: {size} is negative; 0 keeps no memory")
     _pool_limit = size
     _pool.clear()
+    if not IS_CPYTHON:
+        pypy.set_limit(size)
 
 
 def new_block(size: int) -> Block:
@@ -169,7 +171,7 @@ def _unused_block(size: int) -> Block | None:
 
 def _new_block(size: int) -> Block:
     if not IS_CPYTHON:
-        pin = allocate(size)
+        pin = pypy.allocate(size)
         return Block(memoryview(ffi.buffer(pin)), pin, _STALE)
     storage, is_clean = _new_bytearray(size)
     block = Block(storage, from_buffer(_CHARS, storage, True), _CLEAN if is_clean else _STALE)
@@ -225,7 +227,7 @@ def new_shown_result(size: int) -> tuple[bytearray, Any]:
         return new_result(size)
     if not 0 <= size <= _MOST_READ:
         raise _refused_size(size)
-    return _copy_of_zeroes(size), allocate(size, clear=True)
+    return pypy.zeroed(size), pypy.allocate(size, clear=True)
 
 
 def shown_result_of(result: bytearray, pin: Any) -> bytearray:
@@ -252,7 +254,7 @@ def _refused_size(size: int) -> Exception:
 def _new_bytearray(size: int) -> tuple[bytearray, bool]:
     """A bytearray, and whether its bytes are zeroes.  On CPython a large one has any bytes."""
     if not IS_CPYTHON:
-        return _copy_of_zeroes(size), True
+        return pypy.zeroed(size), True
     if size < _HUGE:
         return bytearray(size), True
     import ctypes
@@ -322,7 +324,7 @@ def bounce_buffer(buffer: Any) -> Any:
         if view.readonly or not view.c_contiguous:
             raise BufferError
         size = view.nbytes
-    return allocate(size, clear=True) if BOUNCES else _new(_CHARS, size)
+    return pypy.allocate(size, clear=True) if BOUNCES else _new(_CHARS, size)
 
 
 def copy_back(target: Any, pin: Any) -> None:
@@ -365,62 +367,14 @@ def part(target: Any, pin: Any, start: int, count: int) -> memoryview:
     return view.toreadonly()
 
 
-# The rest is PyPy's alone.  It frees memory when it collects garbage.  By itself it would do that
-# for every 8 MiB that are allocated, which takes as long as a hundred reads of 64 KiB; or, where
-# the processor's cache is large, only for every GiB.  So PyPy is told that this memory is none of
-# its business (add_memory_pressure), and we collect garbage when _pool_limit bytes were allocated.
-# That halves the time of reads of 64 KiB into new Buffers.
-_allocated = 0
-_zeroes = bytearray(0 if IS_CPYTHON else 64 * 1024)
-
-
-def allocate(size: int, clear: bool = False) -> Any:
-    """C memory for a block, or in place of an object; if it is not cleared, with any bytes."""
-    _count(size)
-    return (_new if clear else _new_uncleared)(_CHARS, size)
-
-
-def free(pin: Any) -> None:
-    """Free at once what `allocate` has returned, if nobody can see it any more."""
-    global _allocated
-    _allocated -= len(pin)
-    ffi.release(pin)
-
-
-def _count(size: int) -> None:
-    """Collect garbage, if it is time, before size bytes are allocated."""
-    global _allocated
-    add_memory_pressure(-size)
-    if _allocated > max(_pool_limit, _LEAST_LIMIT) and gc.isenabled():
-        _allocated = 0
-        gc.collect()
-    _allocated += size
-
-
-def _copy_of_zeroes(size: int) -> bytearray:
-    """A bytearray of zeroes.  PyPy's bytearray(size) takes reads of 64 KiB 1.4 times as long."""
-    _count(size)
-    if size <= len(_zeroes):
-        return _zeroes[:size]
-    copy = _zeroes * -(-size // len(_zeroes))
-    del copy[size:]
-    return copy
-
-
 if IS_CPYTHON:
     from sys import getrefcount
 
     def _references(kept: tuple[Block]) -> tuple[int, int, int]:
-        """How often a block, its pin and its storage are referred to."""
+        """The reference counts of a block, its pin and its storage."""
         return getrefcount(kept[0]), getrefcount(kept[0].pin), getrefcount(kept[0].storage)
 
     #: The same where only the pool refers to the block.  Then no Buffer has it, no command in
     #: flight uses it, and nobody sees its bytes.  A finalizer could tell the same, but what a
     #: signal handler raises inside a finalizer is printed and lost.
     _UNUSED = _references((_new_block(0),))
-else:
-    from __pypy__ import add_memory_pressure  # type: ignore[import-not-found]
-
-    # glibc's malloc gives freed memory back to the kernel, until it has seen memory as large freed.
-    # 31 MiB is the most that it learns from.  Without this, reads of 1 MiB take 2.8 times as long.
-    ffi.release(_new_uncleared(_CHARS, 31 * 1024 * 1024))

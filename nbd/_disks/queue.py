@@ -25,7 +25,7 @@ from nbd._binding.errors import (
     raise_pending,
     report_pending,
 )
-from nbd._binding.lifetime import is_owned, owned
+from nbd._binding.finalize import is_owned, owned
 from nbd._binding.memory import BOUNCES, NEVER_STALE, copy_back, free, from_buffer, is_unowned
 from nbd._binding.methods import NBD
 from nbd._binding.shim import ffi, lib
