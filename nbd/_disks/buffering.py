@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
 """Read-ahead and write-behind of a file.
 
-Reading ahead keeps a window of pieces in front of the reader, which grows while the reader has to
-wait.  It is bounded by how much was read in order since the last jump, so that a program that jumps
-fetches at most twice what it uses.
+ReadAhead keeps a window of pieces in front of the reader, and enlarges it whenever the reader has
+to wait.  It never reads further ahead than the reader has read sequentially since the last jump, so
+a program that jumps fetches at most twice what it uses.
 
-Writing behind sends copies of what is written, and keeps the first error for a later call.
+WriteBehind copies the data of each write, sends it without waiting, and keeps the first error for a
+later call.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ if TYPE_CHECKING:
     from nbd._disks.connections import Connections
     from nbd._disks.queue import Queue, Request
 
-#: The smallest unit that a disk fails to read.
+#: The smallest unit that a disk can fail to read, in bytes.
 SECTOR = 512
-#: The window has at most this many pieces: 8 MiB.
+#: The maximum number of pieces in the window: 8 MiB.
 _MAX_PIECES = 32
-#: At most this many writes are in flight: 8 MiB.
-DEPTH = 32
+#: The maximum number of writes in flight: 8 MiB.
+_MAX_WRITES = 32
 
 
 def new_memory(size: int) -> tuple[Any, memoryview]:
-    """Memory that a queue reads into without a copy, and a view of it."""
+    """Return memory that a queue can read into without a copy, and a view of it."""
     if BOUNCES:
         memory = Buffer(size)
         return memory, memoryview(memory.to_buffer())
@@ -43,27 +44,27 @@ def new_memory(size: int) -> tuple[Any, memoryview]:
 
 
 class Piece:
-    """A part of the window: which bytes are read into which memory."""
+    """A part of the window: a range of the disk, its request, and the memory it is read into."""
 
-    __slots__ = ("end", "memory", "request", "start", "view")
+    __slots__ = ("memory", "request", "start", "stop", "view")
 
     def __init__(
-        self, start: int, end: int, memory: tuple[Any, memoryview], request: Request
+        self, start: int, stop: int, memory: tuple[Any, memoryview], request: Request
     ) -> None:
         self.start = start
-        self.end = end
+        self.stop = stop
         self.memory, self.view = memory
         self.request = request
 
 
 class ReadAhead:
-    """The window of one file: pieces that follow each other.  It waits for nothing.
+    """The window of one file: adjacent pieces in front of the reader.  It never waits.
 
-    Memory goes to the next piece only after its own was read to the end.  The memory of a piece
-    that is forgotten is not used again: the server may still answer.
+    The memory of a piece is reused when the reader has consumed the whole piece.  The memory of a
+    piece that is dropped earlier is not reused, because the server may still write to it.
 
     Attributes:
-        in_order: How many bytes were read in order since the last jump.
+        in_order: The number of bytes that were read sequentially since the last jump.
     """
 
     def __init__(self, queue: Queue, size: int) -> None:
@@ -71,55 +72,55 @@ class ReadAhead:
         self._queue = queue
         self._size = size
         self._pieces: deque[Piece] = deque()
-        self._most = 1
+        self._limit = 1
         self._free: list[tuple[Any, memoryview]] = []
 
     def __len__(self) -> int:
-        """How many pieces it has."""
+        """The number of pieces in the window."""
         return len(self._pieces)
 
     def covers(self, at: int) -> bool:
-        """Whether the window has a place."""
-        return bool(self._pieces) and self._pieces[0].start <= at < self._pieces[-1].end
+        """Return whether the window contains a position."""
+        return bool(self._pieces) and self._pieces[0].start <= at < self._pieces[-1].stop
 
-    def stop(self) -> None:
-        """Forget the window: the reader has jumped, or a part cannot be read."""
+    def reset(self) -> None:
+        """Drop the window, because the reader has jumped, or a part cannot be read."""
         self._pieces.clear()
-        self._most = 1
+        self._limit = 1
         self.in_order = 0
 
-    def forget(self, start: int, end: int) -> None:
-        """Forget the window if it has a part of a range, which will be written."""
-        if self._pieces and self._pieces[0].start < end and start < self._pieces[-1].end:
+    def forget(self, start: int, stop: int) -> None:
+        """Drop the window if it overlaps a range that will be written."""
+        if self._pieces and self._pieces[0].start < stop and start < self._pieces[-1].stop:
             self._pieces.clear()
 
     def reach(self, at: int) -> int:
-        """Where the window ends at most, if it is asked for a place now."""
+        """Return a bound for where the window can end when `piece_at` is called now."""
         return min(at + self.in_order + PIECE, self._size)
 
     def grow(self, at: int) -> None:
-        """Read further ahead from now on: the reader has to wait."""
-        self._most = min(2 * self._most, _MAX_PIECES)
+        """Enlarge the window, because the reader has to wait."""
+        self._limit = min(2 * self._limit, _MAX_PIECES)
         self._fill_up(at)
 
     def piece_at(self, at: int) -> Piece:
-        """The piece with a place, which is asked for if it is not in the window."""
+        """Return the piece that contains a position; submit it if it is not in the window."""
         if not self.covers(at):
             self._pieces.clear()
-            end = at + max(self.in_order, 1)
-            self._add(at, end + -end % SECTOR)
-        while self._pieces[0].end <= at:
+            stop = at + max(self.in_order, 1)
+            self._add(at, stop + -stop % SECTOR)
+        while self._pieces[0].stop <= at:
             self._pieces.popleft()
         self._fill_up(at)
         return self._pieces[0]
 
     def take(self, piece: Piece, view: memoryview, at: int) -> int:
-        """Copy what a piece has from a place on, as far as view has room; returns how much."""
+        """Copy bytes of a piece, starting at a position, into a view; returns how many."""
         start = at - piece.start
-        count = min(len(view), piece.end - at)
+        count = min(len(view), piece.stop - at)
         view[:count] = piece.view[start : start + count]
         self.in_order += count
-        if at + count == piece.end:
+        if at + count == piece.stop:
             self._pieces.popleft()
             self._keep(piece)
             if self._pieces:
@@ -127,33 +128,33 @@ class ReadAhead:
         return count
 
     def _keep(self, piece: Piece) -> None:
-        """Keep the memory of a piece that was read, for another one."""
+        """Keep the memory of a consumed piece for another one."""
         if len(piece.view) == PIECE and len(self._free) < _MAX_PIECES:
             self._free.append((piece.memory, piece.view))
 
     def _fill_up(self, at: int) -> None:
-        """Ask for more pieces, as far ahead as what was read in order allows."""
-        while len(self._pieces) < self._most:
-            start = self._pieces[-1].end
-            end = self._end_of_piece(start)
-            if start == end or end > at + self.in_order:
+        """Submit more pieces, within the bounds of the window."""
+        while len(self._pieces) < self._limit:
+            start = self._pieces[-1].stop
+            stop = self._stop_of_piece(start)
+            if start == stop or stop > at + self.in_order:
                 break
-            self._add(start, end)
+            self._add(start, stop)
 
-    def _end_of_piece(self, start: int) -> int:
+    def _stop_of_piece(self, start: int) -> int:
         return min(start - start % PIECE + PIECE, self._size)
 
-    def _add(self, start: int, end: int) -> None:
-        end = min(end, self._end_of_piece(start))
-        if end - start == PIECE and self._free:
+    def _add(self, start: int, stop: int) -> None:
+        stop = min(stop, self._stop_of_piece(start))
+        if stop - start == PIECE and self._free:
             memory = self._free.pop()
         else:
-            memory = new_memory(end - start)
-        self._pieces.append(Piece(start, end, memory, self._queue.read(memory[0], start)))
+            memory = new_memory(stop - start)
+        self._pieces.append(Piece(start, stop, memory, self._queue.read(memory[0], start)))
 
 
 class _Write:
-    """A write in flight, the memory it is written from, and what the program has written."""
+    """A write in flight, its memory, and the range of the program's call that it is a part of."""
 
     __slots__ = ("length", "memory", "offset", "request")
 
@@ -164,7 +165,7 @@ class _Write:
         self.offset = offset
 
     def error(self) -> Error | None:
-        """Why it has failed, in terms of what the program has written; None if it has not."""
+        """Return the error for the whole call of the program; None if the write succeeded."""
         error = self.request.error
         if error is None:
             return None
@@ -182,26 +183,26 @@ class WriteBehind:
         self._connections = connections
         self._flying: list[_Write] = []
         self._free: list[bytearray] = []
-        self._failure: Error | None = None  # the first that was not raised yet
+        self._failure: Error | None = None  # the first error that was not raised yet
 
     def add(self, data: memoryview, at: int) -> None:
-        """Copy data and send it, in pieces; waits while too many writes are in flight."""
+        """Copy data and send it in pieces; waits while _MAX_WRITES writes are in flight."""
         for start in range(0, len(data), PIECE):
-            if len(self._flying) >= DEPTH:
-                self._connections.wait_until(self._has_room)
+            if len(self._flying) >= _MAX_WRITES:
+                self._connections.wait_until(self._has_capacity)
             with data[start : start + PIECE] as piece:
                 self._send(piece, at + start, len(data), at)
 
-    def finish(self, start: int, end: int) -> None:
-        """Wait for the writes to a range: NBD does not order commands."""
+    def drain(self, start: int, stop: int) -> None:
+        """Wait for the writes that overlap a range, as NBD does not order commands."""
         for write in self._flying:
             request = write.request
-            if request.offset < end and start < request.offset + request.length:
+            if request.offset < stop and start < request.offset + request.length:
                 self._connections.wait_for(request)
         self._reap()
 
     def raise_failure(self) -> None:
-        """Raise the first error of the writes that are done, once."""
+        """Raise the first error of the writes that are done; each is raised once."""
         self._reap()
         failed = self._failure
         if failed is None:
@@ -219,22 +220,23 @@ class WriteBehind:
             memory = self._free.pop() if self._free else bytearray(PIECE)
             with memoryview(memory) as view:
                 view[: len(piece)] = piece
-        # Not a memoryview: until CPython 3.12.7 the garbage collector may clear one that is pinned,
-        # and crash (gh-77894), if an exception comes in the middle of a call.
+        # Do not pin a memoryview: until CPython 3.12.7 the garbage collector may clear one that is
+        # pinned and crash (gh-77894), if an exception interrupts the call.
         pin = from_buffer(memory)
         request = self._connections.queue._submit(WRITE, len(piece), at, 0, pin, pin)
         self._flying.append(_Write(request, memory, length, offset))
 
-    def _has_room(self) -> bool:
+    def _has_capacity(self) -> bool:
         self._reap()
-        return len(self._flying) < DEPTH
+        return len(self._flying) < _MAX_WRITES
 
     def _reap(self) -> None:
-        """Forget the writes that are done, and note the first error."""
+        """Remove the writes that are done, and store their first error."""
         for write in [one for one in self._flying if one.request.is_done]:
             if self._failure is None:
                 self._failure = write.error()
-            # In this order: memory that is in both lists would be given to two writes.
+            # The order matters: memory in both lists would be used by two writes, if a signal
+            # handler raised in between.
             self._flying.remove(write)
             if not BOUNCES:
                 self._free.append(write.memory)

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""The connections of a file, its queue, and the waits on them.
+"""The connections of a file, its queue, and its waits.
 
-The file is usable on its first connection.  More of them are an optimisation: they are made while
-the file waits, or is used, and join the queue when they are ready.  No thread runs for that.
+A file can be used as soon as its first connection is made.  Further connections are an
+optimisation: they are made while the file waits or is used, and join the queue when they are ready.
+No thread is needed for that.
 
-The connections of every open file are kept here until it is closed.  So a finalizer can still use
-them: when the garbage collector finds a file and its handles at once, it finalizes them in any
-order, and a handle that is finalized is closed.  Under a buffer, the file is kept as well.  Nothing
-that is kept refers to the program's own objects, which would never be collected.
+This module refers to the connections of every open file until the file is closed, so that the
+file's finalizer can still use them.  Otherwise the garbage collector could find a file and its
+handles together, finalize a handle first, and thereby close it.  A file under a buffer is referred
+to as well.  Nothing that is kept here may refer to objects of the program: they would never be
+collected.
 """
 
 from __future__ import annotations
@@ -40,12 +42,12 @@ if TYPE_CHECKING:
 #: none of them makes progress.
 _MIN_CHECK_INTERVAL, _MAX_CHECK_INTERVAL = 0.001, 0.5
 
-#: The connections of the files that are open, each with the file if that is under a buffer.
+#: The connections of all open files, each with the file if that is under a buffer.
 _kept: dict[Connections, Any] = {}
 
 
 class _Borrowed(NBD):
-    """A handle of the caller's, without what the program has attached to it."""
+    """The caller's handle, without the attributes that the program has set on it."""
 
     def __init__(self, handle: NBD) -> None:
         self._h = handle._h
@@ -58,17 +60,17 @@ class Connections:
     """The connections of one file.
 
     Attributes:
-        ours: The handles that are closed with the file; those that are being made are among them.
+        ours: The handles that are closed with the file, including those that are being connected.
         queue: The queue over all connections.
-        can_flush: Whether the server has a flush.
-        is_stalled: Whether an exception has stopped a wait, and the server has done nothing since.
-        is_hurried: Whether the file is about to be closed, so that waits are short.
+        can_flush: Whether the server supports flush.
+        is_stalled: Whether the last wait was stopped by an exception.
+        is_hurried: Whether the file is about to be closed, so that its waits are short.
     """
 
     def __init__(
         self, handle: NBD, ours: list[NBD], timeout: float | None, depth: int, piece: int
     ) -> None:
-        handle.get_size()  # raises an error for a size that is too large for Python's files
+        handle.get_size()  # raises if the size is too large for a file of Python's
         self.can_flush = handle.can_flush()
         self.ours = ours
         self._borrowed = None if ours else _Borrowed(handle)
@@ -88,7 +90,7 @@ class Connections:
         _kept[self] = file
 
     def add(self, uri: str, count: int) -> None:
-        """Begin to make more connections; those that fail are left out."""
+        """Begin to make further connections; those that fail are left out."""
         uri = agreed(uri, "", {})
         for _ in range(count):
             try:
@@ -104,7 +106,7 @@ class Connections:
                 return
 
     def let_join(self) -> None:
-        """Make progress with the connections that are being made, unless it was tried just now."""
+        """Advance the connections that are being made, unless that was tried a moment ago."""
         if not self._joining or monotonic() < self._check_at:
             return
         has_moved = False
@@ -116,64 +118,65 @@ class Connections:
         self._check_at = monotonic() + self._interval
 
     def wait_until(self, is_over: Callable[[], bool]) -> None:
-        """Wait until something is so, as the answers of the server will make it.
+        """Wait until a condition is met that depends on replies of the server.
 
         Raises:
-            nbd.Timeout: Nothing has moved on the connections for as long as the timeout says.
+            nbd.Timeout: Nothing has moved on the connections for the whole timeout.
         """
         if is_over():
             return
-        self.is_stalled = True  # if an exception comes out of this
+        self.is_stalled = True  # this stays if an exception stops the wait
         queue, shim_queue = self.queue, self.queue._shim_queue
         timer = IdleTimer(shim_queue, self._timeout)
         while True:
             self.let_join()
             count = queue._finish(*shim_queue.wait(1, self._slice(timer.remaining())))
-            queue._finished.clear()  # each request knows that it is done
+            queue._finished.clear()  # Request.is_done is enough
             if is_over():
                 break
             if not count and timer.is_over():
                 self._is_late = self.is_hurried
-                raise self._late()
+                raise self._timeout_error()
         self.is_stalled = False
 
     def wait_for(self, request: Request) -> None:
-        """Wait for a request, as `wait_until` does."""
+        """Wait until a request is done, as `wait_until` does."""
         self.wait_until(lambda: request.is_done)
 
     def hurry(self) -> None:
-        """Wait for a short time only from now on: the file is about to be closed."""
+        """Shorten the timeout, as the file is about to be closed."""
         self.is_hurried = True
-        self._timeout = self.grace
+        self._timeout = self.close_timeout
 
     @property
-    def grace(self) -> float:
-        """For how many seconds without progress a file waits while it is closed."""
+    def close_timeout(self) -> float:
+        """How many seconds without progress a file that is being closed waits."""
         return CLOSE_TIMEOUT if self._timeout is None else min(CLOSE_TIMEOUT, self._timeout)
 
     def close(self) -> None:
-        """Close the connections, and say goodbye to the server if it answers.
+        """Close the connections; if the server responds, shut them down first.
 
-        The answers to reads get a moment to come: nbdkit 1.32 can abort if it cannot send them.
+        Outstanding replies to reads are awaited for a moment: nbdkit 1.32 can abort if it cannot
+        send them.
         """
         queue, was_hurried = self.queue, self.is_hurried
         is_over = False
         try:
             self.hurry()
             with suppress(Timeout):
-                if not self._is_late:  # else it has waited already
+                if not self._is_late:  # otherwise it has waited already
                     self.wait_until(lambda: not len(queue))
                     is_over = self._shut_down() or not was_hurried
             if not is_over:
                 self._kill()
-        except BaseException:  # Ctrl-C: nobody wants to wait any longer
+        except BaseException:  # such as Ctrl-C: do not wait any longer
             self._kill()
             raise
         finally:
             self.abandon()
 
     def abandon(self) -> None:
-        """Close the connections at once.  May be called again."""
+        """Close the connections at once.  A second call does nothing."""
         try:
             self.queue.close()
             close_all(self.ours)
@@ -186,14 +189,14 @@ class Connections:
         _kept.pop(self, None)
 
     def _slice(self, seconds: float) -> float:
-        """How long to wait at once; connections that are being made have to be looked at."""
+        """Shorten a wait so that the connections that are being made are checked in time."""
         if self._joining:
             pause = max(0.0, self._check_at - monotonic())
             return pause if seconds < 0 else min(pause, seconds)
         return seconds
 
     def _advance(self, handle: NBD) -> bool:
-        """Advance a connection that is being made; returns whether something has happened."""
+        """Advance a connection that is being made; returns whether it made progress."""
         try:
             if handle.aio_is_connecting():
                 if not handle.poll(0):
@@ -201,42 +204,42 @@ class Connections:
                 while handle.aio_is_connecting() and handle.poll(0):
                     pass
             if not handle.aio_is_connecting():
-                # Before its first request a queue would take an export of another size.
+                # A queue without requests yet would accept an export of another size.
                 if handle.get_size() == self.queue.size:
                     self.queue._shim_queue.add(TARGET, handle)
                 self._joining.remove(handle)
         except Error:
             self._leave_out(handle)
-        except ValueError:  # it is in the queue already, or its block sizes are other ones by now
+        except ValueError:  # it is in the queue already, or its export has other block sizes
             self._joining.remove(handle)
         return True
 
     def _leave_out(self, handle: NBD) -> None:
-        """Do without one of the connections that are being made."""
+        """Close a connection that could not be made."""
         handle.__exit__(None, None, None)
         for handles in (self._joining, self.ours):
             if handle in handles:
                 handles.remove(handle)
 
     def _shut_down(self) -> bool:
-        """End the connections in order; all of them together have `grace` seconds.
+        """Shut down all connections, within `close_timeout` seconds altogether.
 
         Returns:
             Whether the server has ended them all in time.
         """
-        until = monotonic() + self.grace
+        until = monotonic() + self.close_timeout
         ready = [handle for handle in self.ours if handle not in self._joining]
         begin_shutdown(ready)  # everything was written and flushed
         finish_shutdown(ready, until)
         return all(_has_ended(handle) for handle in ready)
 
     def _kill(self) -> None:
-        """End a server that the program has started, and that hangs: closing would wait for it."""
+        """Kill the server if a handle has started it: it hangs, and closing would wait for it."""
         for handle in self.ours:
             with suppress(Error, ClosedHandle):
                 handle.kill_subprocess(signal.SIGKILL)
 
-    def _late(self) -> Timeout:
+    def _timeout_error(self) -> Timeout:
         if self.is_hurried:
             advice = "the disk is closed, and what was written to it last may be lost"
         else:
@@ -245,7 +248,7 @@ class Connections:
 
 
 def _has_ended(handle: NBD) -> bool:
-    """Whether the server has closed a connection, or the connection is lost."""
+    """Return whether the server has closed a connection, or the connection is lost."""
     try:
         return handle.aio_is_closed() or handle.aio_is_dead()
     except (Error, ClosedHandle):

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""nbd.open: a disk as a binary file.
+"""nbd.open: a disk as a binary file, buffered by io.
 
-The buffers of io over a DiskFile, with what io's own lack: a flush reaches the disk.  A write past
-its end is refused before io has it in its buffer, which it would try to write again each time.  A
-call that an exception has stopped moves nothing, so that it can be made again.  A file on a server
-that hangs can be closed, by several threads at once too.
+The buffers here are io's with these additions.  A flush reaches the server's disk.  A write past
+the end of the disk is refused before it is in io's buffer; io would try to write it again with each
+flush.  A call that an exception interrupts does not move the position, so that it can be repeated.
+A file whose server hangs can be closed, also by several threads at once.
 
-The locks inside io's buffers are unknown here.  In the child of a fork a thread of the parent may
-have one for ever, so a file that is inherited is closed without them.
+The locks inside io's buffers cannot be reached from here.  In the child of a fork, a thread of the
+parent may hold one for ever; so an inherited file is closed without them.
 
-When the program ends, open files are closed before the handles are: atexit runs first what was
-registered last.  io would flush them only when the handles are closed already.
+When the program ends, open files are closed here before handles are closed: atexit runs last what
+was registered first, and this module is imported after the one that closes handles.  io itself
+would flush the files too late.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ if TYPE_CHECKING:
 
     Class = TypeVar("Class", bound=type)
 
-#: How many commands are in flight at most: writes, what is read ahead, and the read that a program
-#: waits for, which must not stand in line behind them.
+#: The maximum number of commands in flight.  Writes and read-ahead never use all of them, so that a
+#: read that the program waits for need not queue behind them.
 _DEPTH = 64
 _READS = ("read", "read1", "readinto", "readinto1", "readline", "readlines", "peek")
 _WRITES = ("write", "writelines")
@@ -64,41 +65,44 @@ def open(
 ) -> BinaryIO:
     """Open a disk as a binary file, as the built-in open does for files.
 
-    With a buffer, reading in order reads ahead, up to as many bytes as were read in order, and at
-    most 8 MiB.  A seek outside of the buffer reads anew.  Without a buffer, each read sees the disk
-    as it is at that moment.
+    With a buffer, sequential reads read ahead: as many bytes as were read sequentially so far, and
+    at most 8 MiB.  A seek outside of the buffer reads from the server again.  Without a buffer,
+    each read returns what is on the disk at that moment.
 
-    Writing does not wait for the server, up to 8 MiB: an error comes out of the next write, flush
-    or close.  A disk has a fixed size: a write past its end is refused with ENOSPC, and there is no
-    truncate.
+    Up to 8 MiB, a write does not wait for the server; if it fails, the next write, flush or close
+    raises the error.  A disk has a fixed size: a write past its end is refused with ENOSPC, and
+    truncate is not supported.
 
     Where a part of the disk cannot be read, only reads of that part fail.
 
-    A file that is dropped without being closed is closed, with a ResourceWarning.  What was written
-    is finished first, but a server that makes no progress is given only a second.  So is it where
-    an exception such as Ctrl-C has stopped a call and then leaves the `with` block of the file:
-    then nothing is flushed.
+    A file that is dropped without being closed is closed, with a ResourceWarning.  Its writes are
+    finished first, but only as long as the server makes progress within a second.  The same limit
+    applies when an exception such as Ctrl-C interrupts a call and then leaves the `with` block of
+    the file; in that case nothing is flushed.
 
     Args:
         source: A URI; the command line of a server, as a list of str; or a connected nbd.NBD, which
             stays open.
-        mode: "rb"; "r+b" to read and write; "wb" to write, which does not empty the disk.
-        buffering: The size of the buffer in bytes; -1 chooses one.  0 is none: reads and writes
-            may be short then, as those of io.RawIOBase.
-        connections: How many connections to make to a URI, at most 64; one if the server does not
-            allow several.  The file is usable on the first; the others join when they are ready.
-        timeout: Raise nbd.Timeout when no byte has moved for this many seconds.  None is for ever;
-            with an nbd.NBD, it is the handle's own timeout.
-        retry_for: How many seconds to wait for a server that is not there yet.  See nbd.connect.
+        mode: "rb" to read; "r+b" to read and write; "wb" to write, which does not empty the disk.
+        buffering: The size of the buffer in bytes; -1 chooses a size.  With 0 the file has no
+            buffer, and reads and writes may be short, as with io.RawIOBase.
+        connections: How many connections to make to a URI, at most 64.  If the server does not
+            allow several, only one is made.  The file can be used as soon as the first is
+            connected; the others join when they are ready.
+        timeout: Raise nbd.Timeout when no byte has moved for this many seconds.  None waits for
+            ever or, with an nbd.NBD, uses the handle's own timeout.
+        retry_for: How many seconds to keep trying while the server is not listening.  See
+            nbd.connect.
 
     Returns:
-        A file of the module io.  Its errors are nbd.DiskError, an OSError and nbd.Error.  flush()
-        is NBD's flush, where the server has one: what was written is on the disk then.
+        A file of the module io.  Its errors are nbd.DiskError, which is an OSError and an
+        nbd.Error.  Its flush sends NBD's flush, if the server supports it: afterwards everything
+        that was written is on stable storage.
 
     Raises:
         nbd.Error: The server cannot be reached, or the export has 2**63 bytes or more (EOVERFLOW).
-        nbd.DiskError: It is opened for writing, and the export is read-only (EROFS).
-        ValueError: mode, buffering or connections is none of those above.
+        nbd.DiskError: The mode is for writing, and the export is read-only (EROFS).
+        ValueError: mode, buffering or connections has another value than those above.
 
     Example:
         >>> with nbd.open(["nbdkit", "-s", "memory", "1M"], "r+b") as disk:
@@ -139,7 +143,7 @@ def _opened(
     size: int,
     more: int = 0,
 ) -> BinaryIO:
-    """A file on a connected handle; if it cannot be made, the handles that are ours are closed."""
+    """Make a file on a connected handle; if that fails, the handles in `ours` are closed."""
     if can[1] and handle.is_read_only():
         raise DiskError("the export is read-only; open it with mode 'rb'", errno.EROFS)
     connections = Connections(handle, ours, timeout, _DEPTH, PIECE)
@@ -148,7 +152,7 @@ def _opened(
         if more:
             connections.add(str(source), more)
         file = _buffered(raw, *can, size)
-        _look_after(raw, file)
+        _close_at_exit(raw, file)
         connections.keep(raw if size else None)
         return file
     except BaseException:
@@ -157,7 +161,7 @@ def _opened(
 
 
 def _parsed(mode: object) -> tuple[bool, bool]:
-    """Whether a file is to be read, and whether it is to be written."""
+    """Return whether a mode is for reading, and whether it is for writing."""
     if not isinstance(mode, str):
         raise TypeError(f"mode: str is needed, not {type(mode).__name__}")
     letters = sorted(mode)
@@ -170,17 +174,17 @@ def _parsed(mode: object) -> tuple[bool, bool]:
 
 
 def _number(connections: object, source: object) -> int:
-    """How many connections to make."""
+    """Return how many connections to make."""
     number = as_count("connections", connections, MAX_CONNECTIONS)
     if number > 1 and not isinstance(source, str):
-        raise ValueError(f"connections: {number} need a URI; a command or a handle is only one")
+        raise ValueError(f"connections: {number} need a URI; a command or a handle has only one")
     return number
 
 
 def _buffered(raw: DiskFile, readable: bool, writable: bool, size: int) -> BinaryIO:
     file: object = raw
-    # io asks for the position, and drops what a signal handler raises meanwhile.  So it calls int,
-    # which returns 0 and during which no handler runs.
+    # io calls tell, and would discard an exception of a signal handler that runs meanwhile.  So it
+    # gets int instead, which returns 0, and during which no handler can run.
     raw.__dict__["tell"] = int
     try:
         if size and not writable:
@@ -193,7 +197,7 @@ def _buffered(raw: DiskFile, readable: bool, writable: bool, size: int) -> Binar
 
 
 def _moving_together(*names: str) -> Callable[[Class], Class]:
-    """Have methods of a class go back to the old position if an exception stops them."""
+    """Let methods of a class restore the position if an exception interrupts them."""
 
     def decorate(cls: Class) -> Class:
         for name in names:
@@ -204,7 +208,7 @@ def _moving_together(*names: str) -> Callable[[Class], Class]:
 
 
 def _alone(method: Any) -> Any:
-    """Have one thread at a time in a method on PyPy, whose io crashes in seek beside a close."""
+    """On PyPy, let only one thread at a time into a method: its io crashes in seek beside close."""
     if IS_CPYTHON:
         return method
 
@@ -239,14 +243,14 @@ def _go_back(file: Any, start: int) -> None:
 
 
 class _Buffer:
-    """What the buffers have in common; io's class follows it."""
+    """What the buffers have in common.  It comes before io's class in their base classes."""
 
     raw: DiskFile
 
     @_alone
     def flush(self) -> None:
         raw = self._raw()
-        # What is in an inherited buffer is the parent's.
+        # The content of an inherited buffer is for the parent to write.
         if raw.closed or not (raw.is_inherited or raw.has_given_up):
             try:
                 super().flush()  # type: ignore[misc]  # of io
@@ -275,7 +279,7 @@ class _Buffer:
         self._close_after(exc_value)
 
     def _close_after(self, error: BaseException | None) -> None:
-        """Close it while an exception is on its way, or none."""
+        """Close the file; `error` is the exception that the program is handling, or None."""
         raw = self._raw()
         if raw.is_inherited:
             raw.close()
@@ -288,11 +292,11 @@ class _Buffer:
             is_in_call = False
             try:
                 self.flush()
-            except RuntimeError:  # this is a signal handler that has stopped a call of io's
+            except RuntimeError:  # a signal handler calls this, and has interrupted a call of io's
                 is_in_call = True
                 raise
             except BaseException as failed:
-                # With a plain ValueError io has no buffer left: an exception has stopped its close.
+                # After a plain ValueError io has no buffer any more: its close was interrupted.
                 if type(failed) is not ValueError and not raw.give_up(failed, error):
                     raise
             finally:
@@ -300,7 +304,7 @@ class _Buffer:
                     self._close_both(error)
 
     def _close_both(self, error: BaseException | None) -> None:
-        """Close io's buffer, and what is below it even if an exception has stopped that."""
+        """Close io's buffer, and the DiskFile below it even if that fails."""
         try:
             super().close()  # type: ignore[misc]  # of io
         finally:
@@ -312,22 +316,22 @@ class _Buffer:
         return raw
 
     def _explain(self) -> None:
-        """Raise a better ValueError, if another thread has closed the file during a call.
+        """Raise a better ValueError than io's, if another thread has closed the file.
 
-        CPython's io complains of its own buffer then.
+        CPython's io complains about its own buffer then.
         """
         if self.raw is not None and self.raw.closed:
             raise ValueError("I/O operation on closed file") from None
 
     def _raw(self) -> DiskFile:
-        if self.raw is None:  # CPython has None there, PyPy raises the same
+        if self.raw is None:  # PyPy raises the same error here by itself
             raise ValueError("raw stream has been detached")
         return self.raw
 
     def __del__(self) -> None:
         try:
             raw = self._raw()
-        except ValueError:  # it was detached, or not made
+        except ValueError:  # the buffer was detached, or __init__ failed
             return
         if not raw.closed:
             try:
@@ -338,40 +342,43 @@ class _Buffer:
 
 @_moving_together(*_READS)
 class BufferedDiskReader(_Buffer, io.BufferedReader):
-    """A buffer for reading."""
+    """A disk that is read through a buffer."""
 
     raw: DiskFile
 
 
 @_moving_together(*_WRITES)
 class BufferedDiskWriter(_Buffer, io.BufferedWriter):
-    """A buffer for writing."""
+    """A disk that is written through a buffer."""
 
     raw: DiskFile
 
     def write(self, data: ReadableBuffer, /) -> int:
-        self.raw.check_room(self.tell(), data)
+        self.raw.check_fits(self.tell(), data)
         return super().write(data)
 
 
 @_moving_together(*_READS, *_WRITES)
 class BufferedDisk(_Buffer, io.BufferedRandom):
-    """A buffer for both.  The methods here lose bytes in io.BufferedRandom."""
+    """A disk that is read and written through a buffer.
+
+    The methods that are replaced here lose bytes in io.BufferedRandom.
+    """
 
     raw: DiskFile
 
     def write(self, data: ReadableBuffer, /) -> int:
-        self.raw.check_room(self.tell(), data)
+        self.raw.check_fits(self.tell(), data)
         return super().write(data)
 
     def read1(self, size: int = -1, /) -> bytes:
-        # CPython 3.11 drops what was written to the buffer, and 3.13 does not.  This seek writes it
-        # to the disk, and does nothing if there is something to read in the buffer.
+        # CPython 3.11 drops what was written to the buffer; 3.13 does not.  This seek writes it to
+        # the disk.  It does nothing if the buffer has bytes to read.
         self.seek(0, io.SEEK_CUR)
         return super().read1(size)
 
     if not IS_CPYTHON:
-        # PyPy 3.11 reads once more from the disk what it has had from the buffer.
+        # PyPy 3.11 reads bytes from the disk that it has already taken from its buffer.
 
         def readinto(self, buffer: WriteableBuffer, /) -> int:
             return _copy_into(buffer, self.read)
@@ -381,7 +388,7 @@ class BufferedDisk(_Buffer, io.BufferedRandom):
 
 
 def _copy_into(buffer: WriteableBuffer, read: Callable[[int], bytes]) -> int:
-    """Read into writable memory by a method that returns bytes; returns how many."""
+    """Fill writable memory by a method that returns bytes; returns how many were read."""
     with as_bytes(buffer) as view:
         if view.readonly:
             raise TypeError("buffer: writable memory is needed, as a bytearray has")
@@ -390,15 +397,15 @@ def _copy_into(buffer: WriteableBuffer, read: Callable[[int], bytes]) -> int:
         return len(data)
 
 
-def _look_after(raw: DiskFile, file: Any) -> None:
-    """Look after a file: the unbuffered one, and what the program has, which may be the same."""
+def _close_at_exit(raw: DiskFile, file: Any) -> None:
+    """Close a file when the program ends; `file` is its buffer, or `raw` again if it has none."""
     _raws.add(raw)
     if file is not raw:
         _buffers.add(file)
 
 
 def _mark_inherited() -> None:
-    """In the child of a fork: the connections are the parent's."""
+    """Called in the child of a fork: the connections belong to the parent."""
     for raw in list(_raws):
         raw.become_inherited()
 
@@ -408,7 +415,7 @@ os.register_at_fork(after_in_child=_mark_inherited)
 
 @atexit.register
 def _close_all() -> None:
-    with ExitStack() as stack:  # it runs all of them, and raises the last error
+    with ExitStack() as stack:  # it runs all callbacks, and raises the last error
         for raw in list(_raws):
             stack.callback(_close, raw)
         for file in list(_buffers):
@@ -416,7 +423,7 @@ def _close_all() -> None:
 
 
 def _close(file: Any) -> None:
-    """Close a file that the program has left open, unless another thread uses it."""
+    """Close a file that the program left open, unless another thread is using it."""
     try:
         raw = file if isinstance(file, DiskFile) else file.raw
     except ValueError:  # the buffer has been detached

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""DiskFile: a disk as an unbuffered binary file, over the shim's queue.
+"""DiskFile: a disk as an unbuffered binary file, over nbd.queue.Queue.
 
-It is thin: it returns what it has, and leaves buffering to io.  Nothing runs beside the program:
-commands in flight make progress only while a call waits, as far as the sockets take what comes.
+It is a thin layer: it returns what is available, and leaves buffering to io.  No thread runs beside
+the program, so commands in flight make progress only while a call waits; in between, the sockets
+buffer what arrives.
 
-Without a buffer, every read asks the server.  Under a buffer of io's, reads in order read ahead,
-and a seek forgets that: io seeks here only where its own buffer does not have the place.
+Without a buffer, every read asks the server.  Under a buffer of io's, sequential reads read ahead.
+A seek drops what was read ahead: io passes a seek on only if its own buffer does not contain the
+position.
 
-A call that an exception has stopped (Ctrl-C, a timeout) leaves commands in flight.  Those of the
-window and of the writes are known.  A call that sends others notes that before, in _is_stopped, and
-takes the note back at its end.  The next call that finds the note waits for everything first.
+A call that an exception interrupts (Ctrl-C, a timeout) leaves commands in flight.  ReadAhead and
+WriteBehind keep track of theirs.  A call that sends other commands sets _is_stopped before, and
+clears it at its end.  The next call that finds it set waits until no command is in flight.
 
-Every view of the caller's memory is released at once: memory that has one cannot be resized.
+Every view of the caller's memory is released at once, as memory with a view cannot be resized.
 
-The memory that io's buffers read into has no owner who could keep it: it may be gone when a late
-answer comes.  So the server's answers only go to memory with an owner, else to memory of our own.
+The memory that io's buffers pass to readinto has no owner that could be kept alive: it may be freed
+before a late reply arrives.  So replies go only to memory with an owner, or else to memory of our
+own, from which they are copied.
 """
 
 from __future__ import annotations
@@ -45,18 +48,20 @@ if TYPE_CHECKING:
     from nbd._disks.connections import Connections
     from nbd._disks.queue import Request
 
-#: A read of this many bytes goes straight into the caller's memory.
-_LARGE = 1024 * 1024
-#: This many bytes are read to fill io's buffer where the reader has jumped to.
+#: A read of at least this many bytes goes directly into the caller's memory.
+_MIN_DIRECT = 1024 * 1024
+#: The exceptions with which a call fails by itself; others interrupt it.
+_OWN_ERRORS = (DiskError, TypeError, ValueError)
+#: How many bytes are read into io's buffer after the reader has jumped.
 _AFTER_JUMP = 32 * 1024
-#: How many contexts of an exception are followed; a program may have made a ring of them.
+#: How many contexts of an exception are followed: a program can make a cycle of them.
 _MAX_CONTEXTS = 100
 
 
 class _Turns:
-    """A lock for one call at a time, which no exception leaves locked.
+    """A lock that lets one call run at a time, and that no exception leaves locked.
 
-    Only `run` acquires it, and never twice in one thread.  So if the current thread owns it, then a
+    Only `run` keeps it, and never twice in one thread.  So if the current thread owns the lock, a
     call of this thread is running, and the code that asks is a signal handler that interrupted it.
     """
 
@@ -64,13 +69,13 @@ class _Turns:
         self._lock: Any = RLock()  # Any: typeshed does not know _is_owned
 
     def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Call something when no other thread has its turn."""
+        """Call `work` when no other thread is in its turn."""
         lock = self._lock
         try:
             with lock:
                 return work(*arguments)
         except BaseException:
-            # A signal handler may have raised in the `with` statement, just before it releases.
+            # A signal handler may raise inside the `with` statement, just before it releases.
             while lock._is_owned():
                 lock.release()
             raise
@@ -96,21 +101,21 @@ class _Turns:
 
 
 class DiskFile(io.RawIOBase):
-    """A disk as an unbuffered binary file; nbd.open makes it.
+    """A disk as an unbuffered binary file, which nbd.open returns.
 
-    A call that Ctrl-C or a timeout has stopped can be made again.  A write that was stopped may
-    have happened, wholly or in part.  A large read that was stopped may still change its buffer
-    until the next call returns.
+    A call that Ctrl-C or a timeout has interrupted can be repeated.  A write that was interrupted
+    may have happened, completely or in part.  A large read that was interrupted may still change
+    its buffer until the next call returns.
 
-    Where a part of the disk cannot be read, a read returns what is good before that part.
+    Where a part of the disk cannot be read, a read returns the bytes before that part.
 
-    Threads take turns.  A signal handler cannot use the file while a call of the same thread runs:
-    it gets a RuntimeError, as with the files of io.
+    Threads take turns.  A signal handler cannot use the file while a call of the same thread is
+    running: it gets a RuntimeError, as with the files of io.
 
     Attributes:
-        name: What was opened: the URI, or the repr of a command line or a handle.
+        name: What was opened: the URI, or the repr of the command line or of the handle.
         mode: The mode it was opened with.
-        is_inherited: Whether a parent process has opened it: then it can only be closed.
+        is_inherited: Whether a parent process opened it; then it can only be closed.
         has_given_up: Whether it is being closed without being flushed.
         closing: The lock of the thread that closes it.
     """
@@ -142,39 +147,39 @@ class DiskFile(io.RawIOBase):
         self._ahead = ReadAhead(queue, self._size)
         self._behind = WriteBehind(connections)
         self._at = 0
-        self._read_to = -1  # where the last read has ended
-        # Each call that moves the position has a list, in which it notes where it has begun.
+        self._read_to = -1  # where the last read stopped
+        # Each call that moves the position has a list, into which it puts the old position.
         self._last_move: list[int] = []
-        self._is_stopped = False  # perhaps: an exception has stopped the last call
-        # The id of the exception that has stopped the last call, if it is no error of the disk.
-        self._stopped_by = 0
-        self._is_dirty = False  # it was written to, and not flushed since
-        # None when it is closed.
+        self._is_stopped = False  # whether commands of an interrupted call may be in flight
+        # The id of the exception that interrupted the last call; 0 if it failed by itself.
+        self._interrupted_by = 0
+        self._is_dirty = False  # whether it was written to since the last flush
+        # None when the file is closed.
         self._connections: Connections | None = connections
 
     def readable(self) -> bool:
-        """Whether it was opened for reading."""
+        """Return whether the file was opened for reading."""
         self._check_open()
         return self._readable
 
     def writable(self) -> bool:
-        """Whether it was opened for writing."""
+        """Return whether the file was opened for writing."""
         self._check_open()
         return self._writable
 
     def seekable(self) -> bool:
-        """True."""
+        """Return True."""
         self._check_open()
         return True
 
     def tell(self) -> int:
-        """The position, in bytes from the start of the disk."""
-        if self._connections is None or self.is_inherited:  # a buffer asks before each small read
+        """Return the position, in bytes from the start of the disk."""
+        if self._connections is None or self.is_inherited:  # a shortcut: buffers call this often
             self._check_ours()
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Move the position, also past the end; returns the new one."""
+        """Move the position, which may be past the end; returns the new one."""
         self._check_ours()
         origins = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}
         if whence not in origins:
@@ -182,7 +187,7 @@ class DiskFile(io.RawIOBase):
         position = origins[whence] + as_number("offset", offset)
         if position < 0:
             raise DiskError(f"seeking to {position}, before the start of the disk", errno.EINVAL)
-        if whence != os.SEEK_CUR or position != self._at:  # else it only asks for the position
+        if whence != os.SEEK_CUR or position != self._at:  # else io only asks for the position
             self._read_to = -1  # what was read ahead may be old
         self._at = position
         return position
@@ -196,7 +201,7 @@ class DiskFile(io.RawIOBase):
     # last line.  Then the caller gets no result, and the position has to be the old one.
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read at most `size` bytes, with at most one wait; without a size, all to the end."""
+        """Read at most `size` bytes, with at most one wait; without a size, read to the end."""
         count = -1 if size is None else as_number("size", size)
         self._check_read()
         move: list[int] = []
@@ -207,7 +212,7 @@ class DiskFile(io.RawIOBase):
             raise
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
-        """Read into writable memory what can be had with at most one wait; 0 is the end."""
+        """Read into writable memory, with at most one wait; returns 0 at the end of the disk."""
         self._check_read()
         move: list[int] = []
         try:
@@ -217,11 +222,11 @@ class DiskFile(io.RawIOBase):
             raise
 
     def readall(self) -> bytes:
-        """Everything from the position to the end."""
+        """Read from the position to the end."""
         return self.read(-1)
 
     def readline(self, size: int | None = -1, /) -> bytes:
-        """Read to the end of the line, byte by byte; a buffer does it faster."""
+        """Read to the end of the line, byte by byte; buffered files are faster."""
         start = self.tell()
         try:
             return super().readline(size)
@@ -230,7 +235,7 @@ class DiskFile(io.RawIOBase):
             raise
 
     def write(self, data: ReadableBuffer, /) -> int:
-        """Write all of the data; returns its size.  Does not wait for the server, if it can."""
+        """Write all of the data; returns its size.  It waits for the server only if it has to."""
         self._check_open()
         if not self._writable:
             raise io.UnsupportedOperation("write: the disk was opened for reading; use mode 'r+b'")
@@ -243,10 +248,10 @@ class DiskFile(io.RawIOBase):
             raise
 
     def flush(self) -> None:
-        """Wait for all writes, and have the server put them on its disk.
+        """Wait for all writes, and have the server put them on stable storage.
 
         Raises:
-            nbd.DiskError: A write has failed; it is raised once.
+            nbd.DiskError: A write failed; each failure is raised once.
         """
         self._check_open()
         if not self._writable or self.is_inherited or self.has_given_up:
@@ -259,9 +264,9 @@ class DiskFile(io.RawIOBase):
             raise
 
     def close(self) -> None:
-        """Flush, and close whatever happens; a handle that nbd.open was given stays open.
+        """Flush, and close even if that fails.  A handle that was passed to nbd.open stays open.
 
-        While a program handles the exception that has stopped the last wait, nothing is flushed.
+        Nothing is flushed while the program handles the exception that stopped the last wait.
         """
         self.close_after(self.reason_to_hurry())
 
@@ -274,10 +279,13 @@ class DiskFile(io.RawIOBase):
         self.close_after(exc_value)
 
     def close_after(self, error: BaseException | None) -> None:
-        """Close the file while an exception is on its way, or none.
+        """Close the file.
+
+        Args:
+            error: The exception that the program is handling, or None.
 
         Raises:
-            RuntimeError: A call of the same thread runs: this is its signal handler.
+            RuntimeError: A signal handler calls this, and has interrupted a call of the file.
         """
         if self._connections is None:
             return
@@ -289,7 +297,7 @@ class DiskFile(io.RawIOBase):
             self._turns.run(self._close_in_turn, error)
 
     def _close_in_turn(self, error: BaseException | None) -> None:
-        if self._connections is None:  # another thread has closed it
+        if self._connections is None:  # another thread has closed it meanwhile
             return
         self.prepare_to_close(error)
         try:
@@ -299,21 +307,21 @@ class DiskFile(io.RawIOBase):
             self._release()
 
     def reason_to_hurry(self) -> BaseException | None:
-        """The exception that the program handles, if it follows the one that stopped the last call.
+        """Return the exception that the program is handling, if it follows from an interrupted call.
 
-        An exception that is older than the call says nothing: the program may read and close files
-        in its handler.
+        An exception that is older than the call does not count: the program may read and close
+        files in its handler.
         """
         handled = error = sys.exc_info()[1]
         for _ in range(_MAX_CONTEXTS):
             if error is None:
                 break
-            if id(error) == self._stopped_by:
+            if id(error) == self._interrupted_by:
                 return handled
             error = error.__context__
         return None
 
-    def check_room(self, at: int, data: ReadableBuffer) -> None:
+    def check_fits(self, at: int, data: ReadableBuffer) -> None:
         """Refuse to write past the end of the disk."""
         with memoryview(data) as view:
             count = view.nbytes
@@ -322,7 +330,7 @@ class DiskFile(io.RawIOBase):
             raise DiskError(text, errno.ENOSPC)
 
     def prepare_to_close(self, error: BaseException | None) -> None:
-        """Decide how long to wait for the server while the file is closed, and whether to flush.
+        """Decide how long closing may wait for the server, and whether it flushes.
 
         One Ctrl-C is enough to leave a file whose server hangs.
         """
@@ -332,18 +340,18 @@ class DiskFile(io.RawIOBase):
         if connections.is_stalled:
             connections.hurry()
             self.has_given_up |= error is not None
-        elif isinstance(error, KeyboardInterrupt) or (error is not None and self._stopped_by):
+        elif isinstance(error, KeyboardInterrupt) or (error is not None and self._interrupted_by):
             connections.hurry()
 
     def give_up(self, failed: BaseException, error: BaseException | None) -> bool:
-        """Note that it cannot be flushed while it is closed.
+        """Close without flushing, because flushing failed.
 
         Args:
-            failed: Why.
-            error: The exception that was on its way before, or None.
+            failed: The exception of the flush.
+            error: The exception that the program is handling, or None.
 
         Returns:
-            Whether `failed` is less than that exception.
+            Whether `failed` need not be raised, because `error` is more important.
         """
         return self._give_up(failed, error, lambda: self._turns.run(self._flush_others))
 
@@ -360,22 +368,23 @@ class DiskFile(io.RawIOBase):
         return error is not None and is_hurried and isinstance(failed, Timeout)
 
     def detached(self) -> None:
-        """Note that there is no buffer over it any more."""
+        """Continue without a buffer, which was detached."""
         self._buffering = 0
         self._reads_ahead = False
         if self._connections is not None:
             self._connections.keep(None)
 
     def become_inherited(self) -> None:
-        """Note that this process is the child of a fork: the connections are the parent's.
+        """Allow only closing, because this process is the child of a fork.
 
-        Threads of the parent may have had its locks, and they are not here to release them.
+        The connections are the parent's.  The locks are replaced, as a thread of the parent may
+        have held them during the fork, and no thread here would release them.
         """
         self.is_inherited = True
         self._turns, self.closing = _Turns(), RLock()
 
     def is_idle(self) -> bool:
-        """Whether no call of it runs in another thread."""
+        """Return whether no call of another thread is running."""
         return not self._turns.is_others()
 
     def __repr__(self) -> str:
@@ -388,16 +397,16 @@ class DiskFile(io.RawIOBase):
         raise TypeError("a file on a connection cannot be copied or pickled; open it again")
 
     def __del__(self) -> None:
-        if self.__dict__.get("_connections") is not None:  # it may have been made only in part
+        if self.__dict__.get("_connections") is not None:  # __init__ may have failed
             try:
                 self._dealloc_warn(self)
             finally:
                 self.close_after(None)
 
     def _dealloc_warn(self, source: object) -> None:
-        """Warn of a file that is dropped without being closed; the buffers of io call this.
+        """Warn about a file that was not closed; io's buffers call this.
 
-        What was written is finished, but the program does not wait for long.
+        Closing then finishes the writes, but does not wait for long.
         """
         if self._connections is None or self.is_inherited:
             return
@@ -406,16 +415,16 @@ class DiskFile(io.RawIOBase):
 
     @property
     def _ours(self) -> list[Any]:
-        """The handles that are closed with it."""
+        """The handles that are closed with the file."""
         return self._opened().ours
 
     @property
     def _can_flush(self) -> bool:
-        """Whether the server has a flush."""
+        """Whether the server supports flush."""
         return self._opened().can_flush
 
     def _opened(self) -> Connections:
-        """The connections of a file that is open."""
+        """Return the connections of an open file."""
         if self._connections is None:
             raise ValueError("I/O operation on closed file")
         return self._connections
@@ -447,24 +456,32 @@ class DiskFile(io.RawIOBase):
     def _in_turn(
         self, move: list[int], work: Callable[[Any, int], tuple[Any, int]], argument: Any
     ) -> Any:
-        """Do something at the position, which it moves; returns its result."""
+        """Call `work` with the position, and move the position to where it stopped.
+
+        Args:
+            move: Receives the old position, for `_undo`.
+            work: Called with `argument` and the position; returns a result and the new position.
+
+        Returns:
+            The result of `work`.
+        """
         return self._turns.run(self._at_position, move, work, argument)
 
     def _at_position(
         self, move: list[int], work: Callable[[Any, int], tuple[Any, int]], argument: Any
     ) -> Any:
         at = self._begin()
-        result, end = work(argument, at)
+        result, stop = work(argument, at)
         move.append(at)
         self._last_move = move
-        self._at = end
-        self._stopped_by = 0
+        self._at = stop
+        self._interrupted_by = 0
         return result
 
     def _begin(self) -> int:
-        """Begin a call, which has its turn; returns the position.
+        """Begin a call in its turn; returns the position.
 
-        If an exception has stopped the last call, wait for everything in flight.
+        If an exception interrupted the last call, wait until no command is in flight.
         """
         connections = self._opened()
         connections.let_join()
@@ -475,11 +492,11 @@ class DiskFile(io.RawIOBase):
         return self._at
 
     def _undo(self, move: list[int]) -> None:
-        """Go back to where a call has begun, if it was the last one to move the position."""
+        """Restore the position after a failed call, if no other call has moved it since."""
         error = sys.exc_info()[1]
-        is_plain = isinstance(error, (DiskError, TypeError, ValueError))
+        is_own = isinstance(error, _OWN_ERRORS)
         is_stalled = self._connections is not None and self._connections.is_stalled
-        self._stopped_by = 0 if is_plain and not is_stalled else id(error)
+        self._interrupted_by = 0 if is_own and not is_stalled else id(error)
         if move and self._last_move is move:
             self._at = move[0]
 
@@ -490,7 +507,7 @@ class DiskFile(io.RawIOBase):
     def _flush(self) -> None:
         if not self._is_dirty:
             return
-        self._behind.finish(0, self._size)
+        self._behind.drain(0, self._size)
         self._behind.raise_failure()
         connections = self._opened()
         if connections.can_flush:
@@ -503,7 +520,7 @@ class DiskFile(io.RawIOBase):
             self._flush()
 
     def _flush_at_last(self, error: BaseException | None) -> None:
-        """Flush before the file is closed."""
+        """Flush before the file is closed, unless that was given up."""
         if self.has_given_up:
             return
         try:
@@ -514,9 +531,9 @@ class DiskFile(io.RawIOBase):
                 raise
 
     def _release(self) -> None:
-        """Let go of the connections and of all memory."""
+        """Close the connections, and release all memory."""
         connections = self._opened()
-        self.has_given_up = True  # super would flush
+        self.has_given_up = True  # super().close() would flush
         try:
             if not self.is_inherited:
                 connections.close()
@@ -533,18 +550,18 @@ class DiskFile(io.RawIOBase):
             return len(view), at + len(view)
 
     def _write_all(self, view: memoryview, at: int) -> None:
-        """Write a view, which may not end on the disk."""
+        """Write a view, unless it is too large for the rest of the disk."""
         count = len(view)
-        self._behind.finish(at, at + count)
+        self._behind.drain(at, at + count)
         self._behind.raise_failure()
-        self.check_room(at, view)
+        self.check_fits(at, view)
         self._ahead.forget(at, at + count)
         self._is_stopped = self._is_dirty = True
         self._behind.add(view, at)
         self._is_stopped = False
 
     def _read_new(self, count: int, at: int) -> tuple[bytes, int]:
-        """Read into new memory; all to the end if count is negative."""
+        """Read into new memory; read to the end if count is negative."""
         rest = max(0, self._size - at)
         memory = bytearray(rest if count < 0 else min(count, rest))
         with memoryview(memory) as view:
@@ -558,7 +575,7 @@ class DiskFile(io.RawIOBase):
             return count, at + count
 
     def _read_all(self, view: memoryview, at: int) -> int:
-        """Fill a view, which ends on the disk."""
+        """Fill a view that is not larger than the rest of the disk."""
         filled = 0
         while filled < len(view):
             with view[filled:] as rest:
@@ -566,69 +583,70 @@ class DiskFile(io.RawIOBase):
         return filled
 
     def _read(self, view: memoryview, at: int) -> int:
-        """Read into a view, which ends on the disk; at least one byte, if it has room.
+        """Read at least one byte into a view that is not larger than the rest of the disk.
 
-        What the program has asked for may be less than the view, which may be io's buffer.  And
-        more may have been read ahead.  So if that fails, the start of it is read by itself.
+        The view may be io's buffer, and so larger than what the program wants; and more may have
+        been read ahead.  So after a failure the first sector is read separately.
         """
         if not view:
             return 0
-        is_next = self._reads_ahead and at == self._read_to
-        if not is_next:
-            self._ahead.stop()
-        end_of_sector = at - at % self._sector + self._sector
+        is_sequential = self._reads_ahead and at == self._read_to
+        if not is_sequential:
+            self._ahead.reset()
+        next_sector = at - at % self._sector + self._sector
+        read = self._read_sequential if is_sequential else self._read_random
         try:
-            count = self._read_ahead(view, at) if is_next else self._read_there(view, at)
+            count = read(view, at)
         except DiskError:
-            if not is_next and at + len(view) <= end_of_sector:
-                raise  # it has been read by itself
+            if not is_sequential and at + len(view) <= next_sector:
+                raise  # only the first sector was read
             count = 0
         if not count:
-            self._ahead.stop()
-            count = self._read_good(view, at, end_of_sector - at)
-        if not is_next or not self._ahead.in_order:
+            self._ahead.reset()
+            count = self._read_readable(view, at, next_sector - at)
+        if not is_sequential or not self._ahead.in_order:
             self._ahead.in_order = count
         self._read_to = at + count
         return count
 
-    def _read_there(self, view: memoryview, at: int) -> int:
-        """Read what is wanted, and no more: the reader has jumped, or reads without a buffer."""
+    def _read_random(self, view: memoryview, at: int) -> int:
+        """Read only what was asked for: the reader has jumped, or reads without a buffer."""
         count = len(view)
-        if count >= _LARGE and not BOUNCES and not is_unowned(view):
+        if _can_be_direct(view):
             self._read_direct(view, at)
             return count
-        count = min(count, _AFTER_JUMP if count <= self._buffering else _LARGE)
+        count = min(count, _AFTER_JUMP if count <= self._buffering else _MIN_DIRECT)
         with view[:count] as part:
-            self._read_exactly(part, at)
+            self._read_copied(part, at)
         return count
 
     def _read_direct(self, view: memoryview, at: int) -> None:
-        """Read into the caller's memory."""
-        self._behind.finish(at, at + len(view))
+        """Read directly into the caller's memory."""
+        self._behind.drain(at, at + len(view))
         self._is_stopped = True
         request = self._opened().queue.read(_whole(view), at)
         self._opened().wait_for(request)
         self._is_stopped = False
         _raise_error(request)
 
-    def _read_exactly(self, view: memoryview, at: int) -> None:
-        """Read into memory of our own, and copy it."""
-        self._behind.finish(at, at + len(view))
+    def _read_copied(self, view: memoryview, at: int) -> None:
+        """Read into memory of our own, and copy from there."""
+        self._behind.drain(at, at + len(view))
         memory, whole = new_memory(len(view))
         self._finish(self._opened().queue.read(memory, at))
         view[:] = whole
 
-    def _read_good(self, view: memoryview, at: int, count: int) -> int:
-        """Read what is good before a bad place: `count` bytes, and then more of them each time.
+    def _read_readable(self, view: memoryview, at: int, count: int) -> int:
+        """Read what is readable before a bad sector: `count` bytes first, then twice as many, ...
 
-        Under a buffer only the first bytes: more may not be wanted, and a disk may take long to
-        find that it cannot read.
+        Under a buffer only the first bytes are read: the program may not want more, and a disk may
+        take long to find out that it cannot read a sector.
         """
         filled = 0
         while filled < len(view):
             with view[filled : filled + count] as part:
                 try:
-                    self._read_exactly(part, at + filled)
+                    self._read_copied(part, at + filled)
                 except DiskError as reason:
                     if filled:
                         break
@@ -641,14 +659,14 @@ class DiskFile(io.RawIOBase):
             count *= 2
         return filled
 
-    def _read_ahead(self, view: memoryview, at: int) -> int:
-        """Read on from the window: what has arrived, after a wait if that is nothing."""
+    def _read_sequential(self, view: memoryview, at: int) -> int:
+        """Read what has arrived in the window; wait if nothing has."""
         ahead = self._ahead
-        if len(view) >= _LARGE and not ahead.covers(at) and not BOUNCES and not is_unowned(view):
+        if not ahead.covers(at) and _can_be_direct(view):
             ahead.in_order += len(view)
             self._read_direct(view, at)
             return len(view)
-        self._behind.finish(at, ahead.reach(at))
+        self._behind.drain(at, ahead.reach(at))
         filled = 0
         while filled < len(view):
             piece = ahead.piece_at(at + filled)
@@ -668,11 +686,16 @@ class DiskFile(io.RawIOBase):
         _raise_error(request)
 
 
-def _whole(view: memoryview) -> Any:
-    """The object under a view of all of it, else the view.
+def _can_be_direct(view: memoryview) -> bool:
+    """Return whether replies can go directly into the caller's memory, and that is worth it."""
+    return len(view) >= _MIN_DIRECT and not BOUNCES and not is_unowned(view)
 
-    Until CPython 3.12.7 the garbage collector may clear a memoryview that is pinned, and crash
-    (gh-77894), if an exception comes while it is being pinned.
+
+def _whole(view: memoryview) -> Any:
+    """Return the object under a view that covers all of it; otherwise the view.
+
+    Until CPython 3.12.7 the garbage collector may clear a pinned memoryview and crash (gh-77894),
+    if an exception interrupts the pinning.
     """
     owner = view.obj
     return owner if type(owner) is bytearray and len(owner) == len(view) else view
