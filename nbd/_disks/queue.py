@@ -512,8 +512,7 @@ class Queue:
             buf: Contiguous bytes-like object or nbd.Buffer.  It must not change until the request
                 is done.
             offset: Where to start, in bytes from the start of the export.
-            flags: 0, or nbd.CMD_FLAG_FUA to have the data on stable storage when the request is
-                done.
+            flags: As for nbd.NBD.pwrite.
 
         Returns:
             The request, which `wait` returns when it is done.  A range past the end fails with
@@ -532,8 +531,7 @@ class Queue:
 
         Args:
             count: The number of bytes.
-            offset: Where to start, in bytes from the start of the export.
-            flags: 0, or nbd.CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, CMD_FLAG_FAST_ZERO.
+            offset, flags: As for nbd.NBD.zero.
 
         Returns:
             The request, which `wait` returns when it is done.
@@ -547,8 +545,7 @@ class Queue:
 
         Args:
             count: The number of bytes.
-            offset: Where to start, in bytes from the start of the export.
-            flags: 0, or nbd.CMD_FLAG_FUA.
+            offset, flags: As for nbd.NBD.trim.
 
         Returns:
             The request, which `wait` returns when it is done.

@@ -307,7 +307,7 @@ class DiskFile(io.RawIOBase):
             self._release()
 
     def reason_to_hurry(self) -> BaseException | None:
-        """Return the exception that the program is handling, if it follows from an interrupted call.
+        """Return the exception being handled, if it follows from an interrupted call.
 
         An exception that is older than the call does not count: the program may read and close
         files in its handler.

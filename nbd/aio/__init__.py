@@ -8,18 +8,17 @@
     >>> asyncio.run(main())
     bytearray(b'hello')
 
-Any number of tasks may use one client at once.  So many commands as its depth are in flight; the
-other callers wait in line.
+Any number of tasks may use one client at once.  Its depth limits the commands in flight; further
+callers wait in line.
 
-A task that is cancelled ends at once.  Its command may still happen: NBD cannot take it back.  The
-command keeps its memory until the server answers, and its place among those in flight.
+A task that is cancelled ends at once.  Its command may still be executed, as NBD cannot revoke it.
+The command keeps its memory, and its place among the commands in flight, until the server replies.
 
-A client belongs to the event loop in which it was connected: any loop of asyncio's, such as
-uvloop's.  Nothing runs in a thread but the look-up of a host's name (loop.getaddrinfo); the begin
-of a connection over TLS to a host that has a name; the end of a server that was started by a
-command line; and nbd.aio.copy.
+A client belongs to the event loop in which it was connected: any loop for asyncio, such as uvloop.
+Threads are used only to look up host names (loop.getaddrinfo), to begin TLS connections to a host
+name, to wait for the end of a server that was started by a command line, and for nbd.aio.copy.
 
-For trio and other loops, nbd.queue.Queue has what this module is built on: fileno and step.
+For trio and other loops, use nbd.queue.Queue, whose fileno and step this module is built on.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
 """nbd.aio.Client: a disk whose commands are awaited.
 
-The way of a command: it gets a place among those in flight, or waits in line for one; the queue
-sends it; its task awaits a future.  The event loop watches the descriptor of the queue.  When that
-is ready, one step of the queue tells of all commands that are done, and their futures end.
+A command reserves a place among the commands in flight, or waits in line for one.  The queue sends
+it, and its task awaits a future.  The event loop watches the descriptor of the queue.  When that is
+readable, one step of the queue reports all commands that are done, and sets their futures.
 """
 
 from __future__ import annotations
@@ -60,21 +60,20 @@ if TYPE_CHECKING:
     Result = TypeVar("Result")
     Self = TypeVar("Self", bound="Client")
 
-#: What a future has instead of an errno when the client was closed.
+#: The result of a future, instead of an errno, when the client was closed.
 _CLOSED = -1
-#: A timer of a loop that is late by more seconds than this tells that the process was suspended, or
-#: that the loop stood still.
-_LATENESS = 0.1
-#: More seconds than this, three years, are for ever: the timers of some loops take no more.
+#: If a timer fires more than this many seconds late, the process was suspended or the loop blocked.
+_MAX_TIMER_DELAY = 0.1
+#: A longer timeout than this many seconds, three years, is for ever: some loops limit their timers.
 _MAX_TIMEOUT = 1e8
 
 nbdqueue_submit = lib.nbdqueue_submit
 
 
-def _question(
+def _delegate(
     ask: Callable[Concatenate[NBD, Parameters], Result],
 ) -> Callable[Concatenate[Client, Parameters], Result]:
-    """A method of the client for one of nbd.NBD that does not wait for the server."""
+    """Make a method of the client from a method of nbd.NBD that does not wait for the server."""
 
     def method(self: Client, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         return ask(self.handles[0], *args, **kwargs)
@@ -84,23 +83,24 @@ def _question(
 
 
 class Client:
-    """A disk in an event loop of asyncio's; nbd.aio.connect makes one.
+    """A disk in an event loop of asyncio; nbd.aio.connect makes one.
 
-    The methods have the names of nbd.NBD's.  Those that wait for the server are coroutines.  They
-    raise nbd.Error if the server refuses or is lost, nbd.Timeout after the client's timeout, and
-    nbd.ClosedHandle if the client is closed.
+    The methods have the names of those of nbd.NBD.  Methods that wait for the server are
+    coroutines.  They raise nbd.Error if the command fails or the connection is lost, nbd.Timeout
+    after the client's timeout, and nbd.ClosedHandle if the client is closed.
 
-    A request may be any range of the disk: it is cut into commands as the server's block size
-    constraints ask for.  Commands are not ordered: where the order matters, await in between.
+    A request may cover any range of the disk: it is cut into commands that fit the server's block
+    size constraints.  Commands are not ordered: where the order matters, await in between.
 
     Attributes:
-        handles: The connections, one nbd.NBD each, for what has no method here.  Their calls that
-            wait would hold up the whole loop.  At first it is one; it grows when others join.
+        handles: The connections, one nbd.NBD each, for calls that have no method here.  Those that
+            wait would block the whole loop.  At first there is one; others are appended when they
+            have joined.
     """
 
     __module__ = "nbd.aio"
 
-    _is_closed = True  # until it is made
+    _is_closed = True  # until __init__ has succeeded
 
     def __init__(
         self, handles: list[NBD], depth: int, timeout: float | None, is_command: bool
@@ -111,7 +111,7 @@ class Client:
                 queue.add(TARGET, handle)
             self._fd = queue.fileno()
         except BaseException:
-            queue.close()  # its descriptors are closed now, not when garbage is collected
+            queue.close()  # closes the descriptors now, not when garbage is collected
             raise
         self._loop = asyncio.get_running_loop()
         self._process = os.getpid()
@@ -125,7 +125,7 @@ class Client:
         self._waiting: dict[int, Future[Any] | None] = {}
         self._line: OrderedDict[Future[int], None] = OrderedDict()
         self._turn = 0
-        #: The tasks that make more connections.  They do not refer to this client.
+        #: The tasks that make further connections.  They do not refer to this client.
         self._joining: set[asyncio.Task[None]] = set()
         self.handles = tuple(handles)
         self._loop.add_reader(self._fd, _step, ref(self))
@@ -139,7 +139,7 @@ class Client:
         """Read bytes of the disk.
 
         Args:
-            count: How many bytes, up to 128 MiB.
+            count: The number of bytes, at most 128 MiB.
             offset: Where to start, in bytes from the start of the export.
             flags: 0, or nbd.CMD_FLAG_DF.
 
@@ -147,7 +147,7 @@ class Client:
             A new bytearray.
 
         Raises:
-            nbd.Error: The read has failed; a range past the end with EINVAL.
+            nbd.Error: The read failed; EINVAL if the range passes the end.
             ValueError: A number is out of range.
 
         C: nbd_aio_pread.
@@ -165,17 +165,16 @@ class Client:
     async def pread_into(self, buf: WriteableBuffer | Buffer, offset: int, flags: int = 0) -> None:
         """Read bytes of the disk into memory of the caller.
 
-        A read that was cancelled keeps the memory until the server answers.  Until then it cannot
-        be resized, and may be written.
+        A read that was cancelled keeps the memory until the server replies.  Until then the memory
+        cannot be resized, and may be overwritten.
 
         Args:
-            buf: Writable contiguous bytes-like object or nbd.Buffer; all of it is filled.  On PyPy
-                pass an nbd.Buffer: what is read into other objects has to be copied to them.
-            offset: Where to start, in bytes from the start of the export.
-            flags: 0, or nbd.CMD_FLAG_DF.
+            buf: Writable contiguous bytes-like object or nbd.Buffer, which is filled completely.
+                On PyPy pass an nbd.Buffer; other objects cost a copy.
+            offset, flags: As for pread.
 
         Raises:
-            nbd.Error: The read has failed; a range past the end with EINVAL.
+            nbd.Error: As for pread.
             BufferError: buf is read-only or not contiguous.
 
         C: nbd_aio_pread.
@@ -192,19 +191,18 @@ class Client:
                 if BOUNCES:
                     free(pin)
         finally:
-            del pointer, pin  # who keeps an exception keeps its frames, but not the buffer pinned
+            del pointer, pin  # an exception keeps its frames alive, but must not keep the pin
 
     async def pwrite(self, buf: ReadableBuffer | Buffer, offset: int, flags: int = 0) -> None:
         """Write bytes to the disk.
 
         Args:
             buf: Contiguous bytes-like object or nbd.Buffer.  It must not change until the write is
-                done; that of a write that was cancelled may be sent later.
-            offset: Where to start, in bytes from the start of the export.
-            flags: 0, or nbd.CMD_FLAG_FUA: done means that it is on the disk.
+                done.  A write that was cancelled may still send it later.
+            offset, flags: As for nbd.NBD.pwrite.
 
         Raises:
-            nbd.Error: The write has failed; a range past the end with ENOSPC.
+            nbd.Error: The write failed; ENOSPC if the range passes the end.
 
         C: nbd_aio_pwrite; nbd_aio_pread too where a block has to be merged.
         """
@@ -217,58 +215,55 @@ class Client:
             del pointer, pin
 
     async def zero(self, count: int, offset: int, flags: int = 0) -> None:
-        """Write zeroes; where the server has no command for that, they are sent.
+        """Write zeroes; if the server has no command for that, zeroes are sent.
 
         Args:
-            count: How many bytes.
-            offset: Where to start, in bytes from the start of the export.
-            flags: 0, or nbd.CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, CMD_FLAG_FAST_ZERO.
+            count: The number of bytes.
+            offset, flags: As for nbd.NBD.zero.
 
         Raises:
-            nbd.Error: It has failed.
+            nbd.Error: The command failed.
 
         C: nbd_aio_zero, or nbd_aio_pwrite.
         """
         await self._command(ZERO, count, offset, flags)
 
     async def trim(self, count: int, offset: int, flags: int = 0) -> None:
-        """Tell the server that whole blocks of a range are not needed any more.
+        """Tell the server that the whole blocks of a range are not needed any more.
 
         Args:
-            count: How many bytes.
-            offset: Where to start, in bytes from the start of the export.
-            flags: 0, or nbd.CMD_FLAG_FUA.
+            count: The number of bytes.
+            offset, flags: As for nbd.NBD.trim.
 
         Raises:
-            nbd.Error: It has failed.
+            nbd.Error: The command failed.
 
         C: nbd_aio_trim.
         """
         await self._command(TRIM, count, offset, flags)
 
     async def cache(self, count: int, offset: int, flags: int = 0) -> None:
-        """Ask the server to have a range ready.
+        """Ask the server to load a range into its cache.
 
         Args:
-            count: How many bytes.
-            offset: Where to start, in bytes from the start of the export.
-            flags: Must be 0.
+            count: The number of bytes.
+            offset, flags: As for nbd.NBD.cache.
 
         Raises:
-            nbd.Error: It has failed.
+            nbd.Error: The command failed.
 
         C: nbd_aio_cache.
         """
         await self._command(CACHE, count, offset, flags)
 
     async def flush(self, flags: int = 0) -> None:
-        """Have what was written on the disk: of the writes that are done already.
+        """Put the writes that are done already on stable storage.
 
         Args:
-            flags: Must be 0.
+            flags: As for nbd.NBD.flush.
 
         Raises:
-            nbd.Error: It has failed.
+            nbd.Error: The command failed.
 
         C: nbd_aio_flush.
         """
@@ -277,19 +272,18 @@ class Client:
     async def block_status(
         self, count: int, offset: int, extent: ExtentCallback, flags: int = 0
     ) -> None:
-        """Ask which parts of a range are allocated, zeroes, or whatever the contexts tell.
+        """Ask for the status of a range in each negotiated context.
 
-        `extents` asks for any range, and merges what it is told.
+        `extents` is easier to use: it covers any range, and merges adjacent extents.
 
         Args:
-            count: How many bytes; the reply may end earlier, or later.
-            offset: Where to start, in bytes from the start of the export.
-            extent: Called in the event loop, for each context, as extent(context, offset, entries,
-                error): see nbd.NBD.block_status.
-            flags: 0, or nbd.CMD_FLAG_REQ_ONE.
+            count: The number of bytes; the reply may cover less, or more.
+            offset, flags: As for nbd.NBD.block_status.
+            extent: Called in the event loop, once for each context, as extent(context, offset,
+                entries, error); see nbd.NBD.block_status.
 
         Raises:
-            nbd.Error: It has failed.  What extent has raised is its cause.
+            nbd.Error: The command failed.  If extent raised, its exception is the cause.
 
         C: nbd_aio_block_status.
         """
@@ -298,7 +292,7 @@ class Client:
     async def block_status_64(
         self, count: int, offset: int, extent64: Extent64Callback, flags: int = 0
     ) -> None:
-        """The same with entries of tuples, whose numbers have 64 bits; since libnbd 1.20.
+        """As block_status, with (length, flags) tuples of 64-bit numbers; since libnbd 1.20.
 
         C: nbd_aio_block_status_64.
         """
@@ -331,23 +325,18 @@ class Client:
         start: int = 0,
         end: int | None = None,
     ) -> AsyncIterator[Any]:
-        """Go through the extents of the disk, or of a part of it, with `async for`.
+        """Iterate over the extents of the disk, or of a part of it, with `async for`.
 
-        The whole range is covered, in order.  Two extents next to each other differ.
+        The extents cover the whole range, in order.  Adjacent extents differ in their flags.
 
         Args:
-            context: The name of a meta context.  With a list of names, each extent has a tuple of
-                flags, one for each name.
-            start: Where to begin, in bytes from the start of the export.
-            end: Where to end; None is the end of the export.
+            context, start, end: As for nbd.extents.
 
         Returns:
             An asynchronous iterator of tuples (offset, length, flags).
 
         Raises:
-            nbd.Error: A context was not negotiated (ENOTSUP); a command has failed; or the server's
-                answer has no extent for a place (EPROTO).
-            ValueError: start or end is outside the export.
+            nbd.Error, ValueError: As for nbd.extents.
 
         C: nbd_aio_block_status_64, or nbd_aio_block_status.
         """
@@ -361,33 +350,33 @@ class Client:
             for extent in survey.learn(question):
                 yield extent
 
-    get_size = _question(NBD.get_size)
-    get_block_size = _question(NBD.get_block_size)
-    get_export_name = _question(NBD.get_export_name)
-    get_export_description = _question(NBD.get_export_description)
-    get_canonical_export_name = _question(NBD.get_canonical_export_name)
-    get_uri = _question(NBD.get_uri)
-    get_protocol = _question(NBD.get_protocol)
-    get_tls_negotiated = _question(NBD.get_tls_negotiated)
-    get_structured_replies_negotiated = _question(NBD.get_structured_replies_negotiated)
-    is_read_only = _question(NBD.is_read_only)
-    is_rotational = _question(NBD.is_rotational)
-    can_cache = _question(NBD.can_cache)
-    can_df = _question(NBD.can_df)
-    can_fast_zero = _question(NBD.can_fast_zero)
-    can_flush = _question(NBD.can_flush)
-    can_fua = _question(NBD.can_fua)
-    can_meta_context = _question(NBD.can_meta_context)
-    can_multi_conn = _question(NBD.can_multi_conn)
-    can_trim = _question(NBD.can_trim)
-    can_zero = _question(NBD.can_zero)
+    get_size = _delegate(NBD.get_size)
+    get_block_size = _delegate(NBD.get_block_size)
+    get_export_name = _delegate(NBD.get_export_name)
+    get_export_description = _delegate(NBD.get_export_description)
+    get_canonical_export_name = _delegate(NBD.get_canonical_export_name)
+    get_uri = _delegate(NBD.get_uri)
+    get_protocol = _delegate(NBD.get_protocol)
+    get_tls_negotiated = _delegate(NBD.get_tls_negotiated)
+    get_structured_replies_negotiated = _delegate(NBD.get_structured_replies_negotiated)
+    is_read_only = _delegate(NBD.is_read_only)
+    is_rotational = _delegate(NBD.is_rotational)
+    can_cache = _delegate(NBD.can_cache)
+    can_df = _delegate(NBD.can_df)
+    can_fast_zero = _delegate(NBD.can_fast_zero)
+    can_flush = _delegate(NBD.can_flush)
+    can_fua = _delegate(NBD.can_fua)
+    can_meta_context = _delegate(NBD.can_meta_context)
+    can_multi_conn = _delegate(NBD.can_multi_conn)
+    can_trim = _delegate(NBD.can_trim)
+    can_zero = _delegate(NBD.can_zero)
 
     async def close(self) -> None:
         """Close the connections.  A second close does nothing.
 
-        What still waits for the server fails with nbd.ClosedHandle.  Commands that were sent may
-        still happen: flush first, if what was written has to be on the disk.  A server that was
-        started by a command line is waited for, at most for the timeout.
+        Calls that are waiting for the server fail with nbd.ClosedHandle.  Commands that were sent
+        may still be executed.  Flush first if the data has to be on stable storage.  If the server
+        was started by a command line, this waits for its end, at most for the timeout.
 
         C: nbd_aio_disconnect, nbd_close.
         """
@@ -441,14 +430,14 @@ class Client:
     def _is_usable(self) -> bool:
         return not self._is_closed and not self._loop.is_closed()
 
-    def _begin_to_join(self, joining: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine that makes one more connection, until the client is closed."""
+    def _start_joining(self, joining: Coroutine[Any, Any, None]) -> None:
+        """Start a task that makes a further connection; closing the client cancels it."""
         task = self._loop.create_task(joining)
         self._joining.add(task)
         task.add_done_callback(self._joining.discard)
 
     def _join(self, handle: NBD) -> None:
-        """Use one more connection, which the client closes from then on."""
+        """Add a further connection, which the client will close."""
         self._check()
         self._queue.add(TARGET, handle)
         self.handles += (handle,)
@@ -494,7 +483,7 @@ class Client:
         return token
 
     def _admit(self) -> None:
-        """Give free places to those in line."""
+        """Give free places to the callers in line."""
         while self._line and len(self._waiting) < self._depth:
             future, _ = self._line.popitem(last=False)
             if not future.done():
@@ -503,7 +492,7 @@ class Client:
                 future.set_result(token)
 
     def _give_back(self, token: int) -> None:
-        """A place is not needed after all."""
+        """Free a reserved place."""
         self._waiting.pop(token, None)
         self._queue.kept.pop(token, None)
         self._admit()
@@ -523,9 +512,9 @@ class Client:
         flags: int,
         pin: Any = None,
     ) -> None:
-        """Send a request, and wait for the answer."""
+        """Submit a request, and wait until it is done."""
         queue = self._queue
-        # Its result is 0, the errno and the place of a failure, or _CLOSED.
+        # Its result is 0, _CLOSED, or the errno and the offset of a failure.
         future: Future[Any] = self._loop.create_future()
         self._waiting[token] = future
         if pin is not None:
@@ -550,47 +539,50 @@ class Client:
             raise failure(operation, length, offset, *ended)
 
     async def _by_timeout(self, future: Future[Result], late: str) -> Result:
-        """The result of a future; nbd.Timeout if it is too late."""
+        """Return the result of a future; raise nbd.Timeout if that takes too long.
+
+        `late` begins the message: what has not happened within the timeout.
+        """
         if self._timeout is None:
             return await future
-        alarm = _Alarm(ref(self), future, late, self._timeout)
+        timer = _Timer(ref(self), future, late, self._timeout)
         try:
             return await future
         finally:
-            alarm.cancel()
+            timer.cancel()
 
     async def _ask(self, method: str, count: int, offset: int, extent: Any, flags: int) -> None:
-        """Send a command that has no place in the queue, but in its connection."""
+        """Send a command that the shim's queue does not know, over one of the connections."""
         if not callable(extent):
             raise TypeError(f"extent: a callable is needed, not {type(extent).__name__}")
         token = await self._reserve()
         future: Future[int] = self._loop.create_future()
         self._waiting[token] = future
-        answer = _Answer(self, token, future, extent)
+        callbacks = _StatusCallbacks(self, token, future, extent)
         try:
             handle = self._next_handle(method)
             send = getattr(handle, f"aio_{method}")
-            send(count, offset, answer.extent, answer.completion, flags)
-            self._queue.wake()  # it looks which way libnbd waits now
+            send(count, offset, callbacks.extent, callbacks.completion, flags)
+            self._queue.wake()  # makes it watch the socket in the direction libnbd needs now
         except BaseException:
             self._give_back(token)
             raise
         try:
             errnum = await self._by_timeout(future, "the server has not answered")
         except BaseException:
-            answer.is_wanted = False
+            callbacks.is_wanted = False
             raise
         if errnum == _CLOSED:
             raise _closed()
         if errnum:
-            if answer.raised is not None and is_by_handler(answer.raised.__traceback__):
-                raise answer.raised
+            if callbacks.raised is not None and is_by_handler(callbacks.raised.__traceback__):
+                raise callbacks.raised
             errnum = self._queue.error_of(handle) or errnum
             reason = f"{count} bytes at offset {offset} failed: {os.strerror(errnum)}"
-            raise Error(f"nbd_{method}: {reason}", errnum) from answer.raised
+            raise Error(f"nbd_{method}: {reason}", errnum) from callbacks.raised
 
     def _next_handle(self, method: str) -> NBD:
-        """The connections in turn, as long as they live."""
+        """Return the next connection that is alive."""
         errnum = 0
         for _ in self.handles:
             self._turn = (self._turn + 1) % len(self.handles)
@@ -601,8 +593,8 @@ class Client:
         raise Error(f"nbd_{method}: the connection was lost: {os.strerror(errnum)}", errnum)
 
 
-class _Answer:
-    """The callbacks of a command, which libnbd calls."""
+class _StatusCallbacks:
+    """The callbacks of a block_status command, which libnbd calls."""
 
     def __init__(self, client: Client, token: int, future: Future[int], extent: Any) -> None:
         self._client = ref(client)
@@ -613,7 +605,7 @@ class _Answer:
         self.is_wanted = True
 
     def extent(self, context: str, offset: int, entries: list[Any], error: Any) -> int:
-        """Tell the caller's callable, unless the caller was cancelled."""
+        """Call the caller's function, unless the caller was cancelled."""
         if not self.is_wanted:
             return 0
         extent = self._extent
@@ -625,7 +617,7 @@ class _Answer:
         return result if isinstance(result, int) else 0
 
     def completion(self, error: Any) -> int:
-        """Give the place back, and wake the caller; 1 retires the command."""
+        """Free the place, and wake the caller; the result 1 retires the command."""
         if not self._future.done():
             self._future.set_result(error.value)
         client = self._client()
@@ -635,7 +627,7 @@ class _Answer:
 
 
 def _step(client: ref[Client]) -> None:
-    """Called by the event loop when the queue has something to do."""
+    """Called by the event loop when the queue has work: set the futures of what is done."""
     self = client()
     if self is None or self._is_closed:
         return
@@ -652,7 +644,7 @@ def _step(client: ref[Client]) -> None:
             kept.pop(token, None)
         queue.take(done, count)
     except BaseException:
-        queue.wake()  # it tells again of what it has told
+        queue.wake()  # the next step reports the same requests again
         raise
     if self._line:
         self._admit()
@@ -661,9 +653,9 @@ def _step(client: ref[Client]) -> None:
 def _unwatch_later(
     loop: AbstractEventLoop, fd: int, queue: ShimQueue, joining: set[asyncio.Task[None]]
 ) -> None:
-    """Have the loop forget a client that was dropped, perhaps in another thread.
+    """Make the loop stop watching a client that was dropped, perhaps in another thread.
 
-    The queue, which closes the descriptor, lives until then.
+    The queue has to live until then, because it closes the descriptor.
     """
     try:
         loop.call_soon_threadsafe(partial(_unwatch, loop, fd, queue, joining))
@@ -680,11 +672,11 @@ def _unwatch(
     queue.close()
 
 
-class _Alarm:
-    """The end of a call's time.
+class _Timer:
+    """The timer of a call's timeout.
 
-    The answer may be there already: after a process was suspended, timers come before descriptors.
-    So the queue is looked at once more.
+    When it fires, the reply may be there already: after the process was suspended, loops run timers
+    before they look at descriptors.  So the queue makes one more step first.
     """
 
     __slots__ = ("_client", "_future", "_late", "_seconds", "_timer", "_until")
@@ -696,40 +688,40 @@ class _Alarm:
         self._seconds = seconds
         loop = future.get_loop()
         self._until = loop.time() + seconds
-        self._timer = loop.call_at(self._until, self._ring)
+        self._timer = loop.call_at(self._until, self._expire)
 
     def cancel(self) -> None:
         self._timer.cancel()
 
-    def _ring(self) -> None:
+    def _expire(self) -> None:
         """Called by the event loop."""
         future = self._future
         if future.done():
             return
         loop = future.get_loop()
-        until = prolonged(self._until, loop.time(), self._seconds)
+        until = extended(self._until, loop.time(), self._seconds)
         try:
             _step(self._client)
         finally:
             if until > self._until:
                 self._until = until
-                self._timer = loop.call_at(until, self._ring)
+                self._timer = loop.call_at(until, self._expire)
             elif not future.done():
                 future.set_exception(timeout_error(f"nbd.aio: {self._late} within", self._seconds))
 
 
-def prolonged(until: float, now: float, seconds: float) -> float:
-    """Until when a call may take `seconds`, if its timer should have come at `until`.
+def extended(until: float, now: float, seconds: float) -> float:
+    """Extend the deadline `until` of a timeout of `seconds`, if its timer fired too late.
 
-    If it comes much later, the process was suspended, or the loop stood still.  Then the server is
-    given as much time again.
+    A timer fires late if the process was suspended or the loop was blocked.  The server then gets
+    that time again, at most the whole timeout.
     """
     behind = now - until
-    return now + min(behind, seconds) if behind > _LATENESS else until
+    return now + min(behind, seconds) if behind > _MAX_TIMER_DELAY else until
 
 
 def limited(seconds: float) -> float | None:
-    """A number of seconds as the timers of every loop take it; None is for ever."""
+    """Return a timeout that the timers of every loop accept; None is for ever."""
     return seconds if seconds <= _MAX_TIMEOUT else None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""nbd.aio.connect: connections that are made while the event loop goes on."""
+"""nbd.aio.connect: make connections without blocking the event loop."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nbd._binding.methods import NBD
 from nbd._binding.shim import lib
 from nbd._disks.connect import NOT_LISTENING, close_all, context_names, prepared, retry_intervals
 from nbd._disks.queue import MAX_CONNECTIONS, as_count, timeout_error
-from nbd.aio._client import Client, limited, prolonged
+from nbd.aio._client import Client, extended, limited
 from nbd.aio._threads import close_in_thread, in_thread
 
 TYPE_CHECKING = False
@@ -58,29 +58,25 @@ def connect(
     """Connect a disk: `async with nbd.aio.connect(uri) as disk`, or `disk = await ...`.
 
     Args:
-        uri: The URI of a server; or the command line of one, as a list of str, which is started and
-            spoken to over its standard input and output, as `nbdkit -s` does.
-        connections: How many connections to make, up to 64, if the server allows several
-            (nbd.NBD.can_multi_conn); else one is made.  The disk can be used as soon as the first
-            is there.  The others join when they are made; one that cannot be made is left out.
-        depth: How many commands may be in flight at once; other callers wait in line.
-        timeout: How many seconds each call may wait, the connecting first; None is for ever.
-        retry_for: How many seconds to go on trying while the server is not there yet: while
-            connections are refused, or its Unix socket does not exist.  None tries once.
-        contexts: The meta contexts to ask for; base:allocation is what `extents` needs.
-        prepare: Called with each new handle before it is connected: for TLS, for an export name.
-            What it sets counts: a URI may not say something else.
+        uri: A URI or a command line, as for nbd.connect.
+        connections: How many connections to make, at most 64.  If the server does not allow several
+            (nbd.NBD.can_multi_conn), only one is made.  The disk can be used as soon as the first
+            is connected.  The others join when they are ready; one that fails is left out.
+        depth: The maximum number of commands in flight; further callers wait in line.
+        timeout: How many seconds each call may wait, including the connecting.  None waits for
+            ever.
+        retry_for, contexts, prepare: As for nbd.connect.
 
     Returns:
-        What is awaited, or used with `async with`; the result is an nbd.aio.Client.  It can be used
-        again when that client is closed.
+        An object to await, or to use with `async with`, which gives an nbd.aio.Client.  When that
+        client is closed, it can be used again.
 
     Raises:
-        nbd.Error: The server cannot be reached, or refuses.
-        nbd.Timeout: The server does not answer.
-        RuntimeError: What is returned is used while its last client is open.
-        ValueError: A number is out of range; prepare has set an export name, or something of TLS,
-            and the URI has another; or prepare has set the option mode.
+        nbd.Error: The server cannot be reached, or it refuses the connection.
+        nbd.Timeout: The server does not answer in time.
+        RuntimeError: The returned object is used again while its last client is open.
+        ValueError: A number is out of range; the URI contradicts the export name or the TLS
+            settings that prepare has set; or prepare has set the option mode.
 
     Example:
         >>> async def size_of(uri):
@@ -103,7 +99,7 @@ def connect(
 
 
 class Connecting:
-    """What nbd.aio.connect returns: a connection to be made."""
+    """What nbd.aio.connect returns: await it, or use it with `async with`, to connect."""
 
     __module__ = "nbd.aio"
 
@@ -133,7 +129,7 @@ class Connecting:
             await entered.close()
 
     async def _client(self) -> Client:
-        """A new client, one at a time: of two that were entered, the first would not be closed."""
+        """Connect a client, one at a time: `async with` could close only the last of several."""
         last = self._made()
         if self._is_connecting or (last is not None and last._is_usable()):
             raise RuntimeError(
@@ -158,7 +154,7 @@ class Connecting:
             raise
         if self._connections > 1 and not plan.is_command and first.can_multi_conn():
             for _ in range(self._connections - 1):
-                client._begin_to_join(_join(ref(client), plan))
+                client._start_joining(_join(ref(client), plan))
         return client
 
 
@@ -174,8 +170,8 @@ class Plan:
         is_command: Whether it is a command line.
         contexts: The names of meta contexts.
         prepare: The caller's function, or None.
-        timeout: Seconds for one connection, or None.
-        retry_for: Seconds in which to try again.
+        timeout: How many seconds one attempt may take, or None.
+        retry_for: For how many seconds to retry.
     """
 
     def __init__(
@@ -195,7 +191,7 @@ class Plan:
 
 
 async def connected(plan: Plan) -> NBD:
-    """A connected handle, after as many tries as the plan allows."""
+    """Connect a handle, and retry as long as the plan allows."""
     loop = asyncio.get_running_loop()
     intervals = retry_intervals(plan.retry_for)
     while True:
@@ -209,12 +205,12 @@ async def connected(plan: Plan) -> NBD:
 
 
 async def _join(client: ref[Client], plan: Plan) -> None:
-    """Make one more connection for a client.  If that fails, the client has one fewer."""
+    """Make a further connection for a client, which works without it if that fails."""
     with suppress(Error, OSError):
         handle = await connected(plan)
         try:
             self = client()
-            if self is not None and _is_alike(self.handles[0], handle, plan):
+            if self is not None and _is_same_export(self.handles[0], handle, plan):
                 self._join(handle)
                 return
         except (ClosedHandle, ValueError):  # the client is closed, or it is another export
@@ -225,13 +221,13 @@ async def _join(client: ref[Client], plan: Plan) -> None:
         close_soon([handle], plan)
 
 
-def _is_alike(first: NBD, other: NBD, plan: Plan) -> bool:
-    """Whether two connections are to the same export, as far as they tell."""
-    return _told(first, plan) == _told(other, plan)
+def _is_same_export(first: NBD, other: NBD, plan: Plan) -> bool:
+    """Return whether two connections seem to be to the same export."""
+    return _properties(first, plan) == _properties(other, plan)
 
 
-def _told(handle: NBD, plan: Plan) -> list[int]:
-    """What is the same on all connections to an export."""
+def _properties(handle: NBD, plan: Plan) -> list[int]:
+    """Return what is the same for all connections to an export."""
     return [
         handle.get_size(),
         handle.is_read_only(),
@@ -241,7 +237,7 @@ def _told(handle: NBD, plan: Plan) -> list[int]:
 
 
 def close_soon(handles: list[NBD], plan: Plan) -> None:
-    """Close handles; those of a command in threads, as libnbd waits for the end of its process."""
+    """Close handles without blocking the loop: libnbd waits for a command's process to end."""
     if not plan.is_command:
         close_all(handles)
         return
@@ -250,7 +246,7 @@ def close_soon(handles: list[NBD], plan: Plan) -> None:
 
 
 class _Attempt:
-    """One try to connect, within the timeout."""
+    """One attempt to connect, within the timeout."""
 
     def __init__(self, plan: Plan, loop: AbstractEventLoop) -> None:
         self._plan = plan
@@ -265,7 +261,7 @@ class _Attempt:
         if host is None:
             return await self._connected(handle, "connect_uri", uri)
         if uri.startswith("nbds") or handle.get_tls() != TLS_DISABLE:
-            # The name has to be that of the server's certificate: so libnbd looks it up.
+            # libnbd has to get the name, which it compares with the server's certificate.
             return await self._connected(handle, "connect_uri", uri, is_slow=True)
         handle.__exit__(None, None, None)
         *others, last = await self._look_up(*host)
@@ -275,7 +271,7 @@ class _Attempt:
         return await self._connected_to(last)
 
     def _new_handle(self) -> tuple[NBD, Uri]:
-        """A handle of its own, as one that has failed cannot be used again; and its URI."""
+        """Return a new handle, as one that failed to connect cannot be used again, and its URI."""
         plan = self._plan
         handle, uri = prepared(plan.uri, plan.contexts, plan.prepare)
         if handle.get_opt_mode():
@@ -287,7 +283,7 @@ class _Attempt:
         return handle, uri
 
     async def _look_up(self, host: str, port: int) -> list[str]:
-        """The addresses of a host; at least one."""
+        """Return the addresses of a host; at least one."""
         try:
             found = await self._in_time(self._loop.getaddrinfo(host, port, type=SOCK_STREAM))
         except (OSError, UnicodeError) as reason:
@@ -315,7 +311,7 @@ class _Attempt:
         return handle
 
     async def _finish(self, handle: NBD, method: str) -> None:
-        """Let libnbd go on until the handle is connected."""
+        """Let libnbd continue until the handle is connected."""
         while handle.aio_is_connecting():
             is_late = not await self._ready(handle)
             result = lib.nbdcall_poll(handle._h, 0)
@@ -324,14 +320,14 @@ class _Attempt:
             if pending:
                 raise_pending(handle._h)
             if is_late and handle.aio_is_connecting():
-                raise self._late()
+                raise self._timeout_error()
         if not handle.aio_is_ready() and not handle.aio_is_negotiating():
             raise Error(f"nbd_{method}: the server has closed the connection", errno.ECONNRESET)
 
     async def _ready(self, handle: NBD) -> bool:
-        """Wait until the socket is ready for what libnbd waits for; returns whether it is in time.
+        """Wait until the socket is ready for libnbd; returns whether that was in time.
 
-        libnbd may go on to another socket in its next step, so the loop forgets this one.
+        libnbd may use another socket in its next step, so the loop stops watching this one.
         """
         fd, direction = handle.aio_get_fd(), handle.aio_get_direction()
         ready: Future[None] = self._loop.create_future()
@@ -350,23 +346,23 @@ class _Attempt:
         if self._until is None or self._plan.timeout is None:
             return True
         now = self._loop.time()
-        self._until = prolonged(self._until, now, self._plan.timeout)
+        self._until = extended(self._until, now, self._plan.timeout)
         return now < self._until
 
     async def _in_time(self, awaited: Future[Result] | Coroutine[Any, Any, Result]) -> Result:
-        """The result of a future or coroutine; nbd.Timeout if it is too late."""
+        """Return the result of a future or coroutine; raise nbd.Timeout if it takes too long."""
         if self._until is None:
             return await awaited
         future = asyncio.ensure_future(awaited)
         try:
             await asyncio.wait({future}, timeout=max(0.0, self._until - self._loop.time()))
             if not future.done():
-                raise self._late()
+                raise self._timeout_error()
             return future.result()
         finally:
             future.cancel()
 
-    def _late(self) -> Timeout:
+    def _timeout_error(self) -> Timeout:
         return timeout_error("nbd.aio: the connection was not made within", self._plan.timeout)
 
 
@@ -376,19 +372,19 @@ def _wake(ready: Future[None]) -> None:
 
 
 def _host_to_look_up(uri: str) -> tuple[str, int] | None:
-    """The host and port of a URI over TCP, if the host is a name."""
+    """Return the host and port of a URI over TCP, if the host is a name."""
     try:
         parts = urlsplit(uri)
         host, port = parts.hostname or "localhost", parts.port or _PORT
     except (AttributeError, TypeError, ValueError):
-        return None  # libnbd says what is wrong with it
+        return None  # libnbd raises an error that says what is wrong
     if parts.scheme not in ("nbd", "nbds") or ":" in host or host.replace(".", "").isdigit():
         return None
     return host, port
 
 
 def _with_host(uri: str, address: str) -> str:
-    """A URI with an address in place of its host's name."""
+    """Replace the host's name in a URI by an address."""
     parts = urlsplit(uri)
     user, at, _ = parts.netloc.rpartition("@")
     host = f"[{address.replace('%', '%25')}]" if ":" in address else address

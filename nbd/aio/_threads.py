@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Threads for what an event loop cannot wait for; none of them holds up the end of the program."""
+"""Threads for calls that an event loop cannot await; none of them delays the program's end."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
     from nbd._binding.methods import NBD
 
-#: How many seconds a loop that ends waits for a server's process, if the caller has no timeout.
+#: How many seconds asyncio.run waits at its end for a server's process, if no timeout is set.
 _MAX_END = 10.0
-#: How many seconds the end of the program waits for threads that are stopped.
+#: How many seconds the end of the program waits for threads that were stopped.
 AT_EXIT = 0.5
 _running: set[Thread] = set()
 
 
 def in_thread(loop: AbstractEventLoop, function: Callable[[], Any]) -> Future[Any]:
-    """Call a function in a thread of its own; returns a future for its result.
+    """Call a function in a new thread; returns a future for its result.
 
-    Not in an executor: asyncio.run, and the end of the program, wait for the threads of those.
+    An executor is not used, because asyncio.run and the end of the program wait for its threads.
     """
     future: Future[Any] = loop.create_future()
     _start(_call, loop, future, function)
@@ -34,20 +34,20 @@ def in_thread(loop: AbstractEventLoop, function: Callable[[], Any]) -> Future[An
 
 
 def close_in_thread(loop: AbstractEventLoop, handle: NBD, timeout: float | None) -> None:
-    """Close a handle whose server is a process of ours: libnbd waits until that has ended.
+    """Close a handle that has started its server, in a thread: libnbd waits for that process.
 
-    Nobody waits for it but asyncio.run, at its end, for at most `timeout` seconds.
+    Only asyncio.run waits for the thread, at its end, and for at most `timeout` seconds.
     """
     thread = _start(handle.__exit__, None, None, None)
-    with suppress(RuntimeError):  # the loop takes no more: it ends
+    with suppress(RuntimeError):  # the loop is ending and accepts no work
         loop.run_in_executor(None, thread.join, _MAX_END if timeout is None else timeout)
 
 
 def end_future(future: Future[Any], result: Any, failure: BaseException | None) -> None:
-    """Give a future its result or exception; called by the event loop."""
+    """Set the result or the exception of a future; called by the event loop."""
     if future.done():  # the caller was cancelled
         return
-    if isinstance(failure, StopIteration):  # no future takes that
+    if isinstance(failure, StopIteration):  # futures refuse it
         failure = RuntimeError(f"StopIteration was raised: {failure}")
     if failure is None:
         future.set_result(result)
@@ -79,12 +79,12 @@ def _call(loop: AbstractEventLoop, future: Future[Any], function: Callable[[], A
         failure = raised
     with suppress(RuntimeError):  # the loop was closed
         loop.call_soon_threadsafe(end_future, future, result, failure)
-    del failure  # its traceback refers to this frame
+    del failure  # breaks the cycle: its traceback refers to this frame
 
 
 @atexit.register
 def _join_all() -> None:
-    """Let threads come out of libnbd, which ends with the process; but do not wait long."""
+    """Give threads a moment to leave libnbd before the process ends."""
     until = monotonic() + AT_EXIT
     for thread in list(_running):
         thread.join(max(0.0, until - monotonic()))
