@@ -41,7 +41,7 @@ class BackgroundThread:
         self.stop = stop
         self._work = work
         # Either the thread or `cancel` stores its name here, whichever comes first.  setdefault is
-        # atomic, and unlike a lock it cannot be left taken by an exception of a signal handler.
+        # atomic, and can be repeated if a signal handler's exception has hidden its result.
         self._decided: dict[str, str] = {}
         self._process = os.getpid()
         self._has_ended = False

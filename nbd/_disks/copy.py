@@ -192,15 +192,18 @@ class Copy:
         ranges = -(-self._size // _MIN_RANGE)  # more workers would have nothing to do
         limits = processors(), source.max_workers, target.max_workers, ranges
         self._max_workers = max(1, min(limits))
-        self._lock = allocate_lock()  # protects the next range, and the start of workers
+        # Protects the next range, and the start of workers.  The lists of workers and of failures
+        # are read without it: they only grow, and each loop goes over a copy.
+        self._lock = allocate_lock()
         self._has_workers = False
         self._workers: list[_Worker] = []
         self._failures: list[BaseException] = []
         # After a failure: until when to wait for replies, and for how many seconds without any.
         self._drain_deadline = 0.0
         self._drain_idle = DRAIN_TIMEOUT
-        # What could not be read; and what has to be copied again because of that: the rest of the
-        # requests to which it belongs.
+        # What could not be read, which any worker appends; and what has to be copied again because
+        # of that: the rest of the requests to which it belongs.  Only the first worker removes
+        # anything, so it alone calls on_error.
         self._unread: deque[_Unread] = deque()
         self._again: deque[Task] = deque()
         self._adjustment = 0  # corrects the number of bytes that the queues have counted as copied
@@ -335,13 +338,15 @@ class Copy:
         self._stop_joining()  # from now on no thread is started
         threads = [worker.thread for worker in self._workers if worker.thread is not None]
         while True:
+            # In this order: a worker appends what it could not read before it ends, so nothing
+            # follows this call if all had ended before it.
             have_ended = all(thread.cancel() or thread.join(0) for thread in threads)
             self._work(first)  # what the others could not read
             if have_ended:
                 return
             for thread in threads:
                 if not thread.cancel() and not thread.join(TICK):
-                    break
+                    break  # it may have found more that cannot be read
             self._report()
 
     def _stop_joining(self) -> None:
@@ -367,6 +372,7 @@ class Copy:
         self._wake()
 
     def _stop_and_drain(self, raised: BaseException) -> None:
+        """The same, of the first worker; the others drain their queues by themselves."""
         self._stop_workers(raised)
         if self._workers:
             self._drain(self._workers[0])
