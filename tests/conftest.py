@@ -17,9 +17,11 @@ import pytest
 pytest.register_assert_rewrite("support")  # before it is imported: its assertions show values
 
 from support import figures, servers  # noqa: E402
-from support.sizes import MIB  # noqa: E402
+from support.sizes import KIB, MIB  # noqa: E402
+from support.usage import registered  # noqa: E402
 
 import nbd  # noqa: E402
+from nbd.queue import Queue  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -117,6 +119,12 @@ def nbdkit() -> Iterator[servers.StartServer]:
 
 
 @pytest.fixture
+def server(nbdkit: servers.StartServer) -> servers.Server:
+    """Return a server with an empty disk of 1 MiB."""
+    return nbdkit("memory", "1M")
+
+
+@pytest.fixture
 def qemu_nbd() -> Iterator[servers.StartServer]:
     """Start qemu-nbd: qemu_nbd(image, "--format=qcow2", "--bitmap=bitmap0"), or with tcp=True."""
     started: list[servers.Server] = []
@@ -186,11 +194,25 @@ def disk(nbdkit: servers.StartServer, h: nbd.NBD) -> nbd.NBD:
 
 
 @pytest.fixture
+def queue(disk: nbd.NBD) -> Iterator[Queue]:
+    """Return a queue over an empty disk of 1 MiB."""
+    with Queue(disk, depth=4, piece=64 * KIB) as made:
+        yield made
+
+
+@pytest.fixture
 def opt(nbdkit: servers.StartServer, h: nbd.NBD) -> nbd.NBD:
     """Return a handle that is negotiating with an nbdkit that has a disk of 1 MiB."""
     h.set_opt_mode(True)
     h.connect_unix(nbdkit("memory", "1M").socket)
     return h
+
+
+@pytest.fixture
+def nothing_stays_registered() -> Iterator[None]:
+    """Fail if a callable or a buffer is registered for libnbd after the test."""
+    yield
+    assert registered() == 0
 
 
 @pytest.fixture

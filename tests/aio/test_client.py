@@ -21,12 +21,6 @@ import nbd
 Client = nbd.aio.Client
 
 
-@pytest.fixture
-def server(nbdkit: StartServer) -> Server:
-    """Return a server with an empty disk of 1 MiB."""
-    return nbdkit("memory", "1M")
-
-
 def test_what_was_written_is_read(server: Server) -> None:
     data = os.urandom(100_000)
 

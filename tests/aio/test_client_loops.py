@@ -23,12 +23,6 @@ Client = nbd.aio.Client
 LOST = {"ENOTCONN", "ECONNRESET", "EPIPE", "ESHUTDOWN"}
 
 
-@pytest.fixture
-def server(nbdkit: StartServer) -> Server:
-    """Return a server with an empty disk of 1 MiB."""
-    return nbdkit("memory", "1M")
-
-
 class Subclass(asyncio.SelectorEventLoop):
     """A program's own event loop, over select()."""
 

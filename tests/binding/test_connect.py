@@ -21,12 +21,6 @@ MEMORY = ["--exit-with-parent", "memory", "1M"]
 
 
 @pytest.fixture
-def server(nbdkit: StartServer) -> Server:
-    """Return an nbdkit with an empty disk of 1 MiB on a Unix socket."""
-    return nbdkit("memory", "1M")
-
-
-@pytest.fixture
 def tcp_server(nbdkit: StartServer) -> Server:
     """Return an nbdkit with an empty disk of 1 MiB on a TCP port of 127.0.0.1."""
     return nbdkit("memory", "1M", tcp=True)

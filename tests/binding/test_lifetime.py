@@ -15,9 +15,11 @@ import pytest
 from support.handles import closed, drain, drain_dying, finish
 from support.servers import StartServer
 from support.sizes import MIB
-from support.usage import registered
+from support.usage import Bytes, registered
 
 import nbd
+
+pytestmark = pytest.mark.usefixtures("nothing_stays_registered")
 
 refuses_to_resize = pytest.mark.skipif(
     sys.implementation.name == "pypy",
@@ -33,17 +35,6 @@ class Completion:
 
     def __call__(self, *arguments: Any) -> int:
         return self.result
-
-
-class Room(bytearray):
-    """A bytearray that supports weak references."""
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
-    """Assert that the registry is empty after each of these tests."""
-    yield
-    assert registered() == 0
 
 
 def alive(reference: weakref.ref[Any]) -> bool:
@@ -240,7 +231,7 @@ def test_an_exception_of_a_callback_is_released_with_the_error(disk: nbd.NBD) ->
 
 
 def test_a_buffer_lives_while_its_command_is_in_flight(stuck: nbd.NBD) -> None:
-    room = Room(512)
+    room = Bytes(512)
     reference = weakref.ref(room)
     stuck.aio_pread(room, 0)
     del room
@@ -248,7 +239,7 @@ def test_a_buffer_lives_while_its_command_is_in_flight(stuck: nbd.NBD) -> None:
 
 
 def test_a_buffer_is_released_when_its_command_is_retired(disk: nbd.NBD) -> None:
-    room = Room(512)
+    room = Bytes(512)
     reference = weakref.ref(room)
     finish(disk, disk.aio_pread(room, 0))
     del room
@@ -256,7 +247,7 @@ def test_a_buffer_is_released_when_its_command_is_retired(disk: nbd.NBD) -> None
 
 
 def test_a_buffer_is_released_when_a_completion_retired_its_command(disk: nbd.NBD) -> None:
-    room = Room(512)
+    room = Bytes(512)
     reference = weakref.ref(room)
     disk.aio_pread(room, 0, lambda error: 1)
     del room

@@ -20,6 +20,7 @@ from support.hostile import Request, Wire
 from support.servers import StartServer
 from support.signals import Stop, alarm
 from support.sizes import KIB, MIB
+from support.usage import descriptors
 
 import nbd
 from nbd._disks.background import running
@@ -121,11 +122,6 @@ def threads_of_copies() -> int:
     while running and time.monotonic() < until:
         time.sleep(0.001)
     return len(running)
-
-
-def descriptors() -> int:
-    """Return how many descriptors this process has."""
-    return len(os.listdir("/proc/self/fd"))
 
 
 @contextmanager

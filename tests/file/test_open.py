@@ -32,12 +32,6 @@ POLICY = (
 
 
 @pytest.fixture
-def server(nbdkit: StartServer) -> Server:
-    """Return an nbdkit with an empty disk of 1 MiB."""
-    return nbdkit("memory", "1M")
-
-
-@pytest.fixture
 def image(tmp_path: Path) -> Path:
     """Return a file of 3 MiB and some bytes, so that its size is no multiple of 512."""
     path = tmp_path / "image"

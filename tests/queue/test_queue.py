@@ -9,42 +9,22 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, cast
 
 import pytest
+from support.queues import finished
 from support.servers import StartServer
 from support.signals import Stop, alarm
 from support.sizes import KIB, MIB
+from support.waits import orphans
 
 import nbd
 import nbd.queue
 from nbd._binding.callbacks import registry
-from nbd._binding.shim import lib
 
 Queue = nbd.queue.Queue
 LOST = {"ENOTCONN", "ECONNRESET", "EPIPE", "ESHUTDOWN"}
-
-
-@pytest.fixture
-def queue(disk: nbd.NBD) -> Iterator[Queue]:
-    """Return a queue over a disk of 1 MiB."""
-    with Queue(disk, depth=4, piece=64 * KIB) as made:
-        yield made
-
-
-def finished(queue: Queue, least: int = 1) -> list[nbd.queue.Request]:
-    """Wait for all requests, and return them."""
-    found = []
-    while len(queue):
-        found += queue.wait(least)
-    return found
-
-
-def orphans(h: nbd.NBD) -> int:
-    """Return how many commands of a handle were abandoned by their caller."""
-    return int(lib.nbdshim_orphans(h._h))
 
 
 def test_what_was_written_is_read(queue: Queue) -> None:

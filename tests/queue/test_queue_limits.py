@@ -25,6 +25,7 @@ from support.hostile import (
     Wire,
     export_info,
 )
+from support.queues import finished
 from support.servers import StartServer
 from support.signals import handling
 from support.sizes import KIB, MIB
@@ -43,14 +44,6 @@ def connected(h: nbd.NBD, script: Callable[[Wire], None]) -> Iterator[nbd.NBD]:
         h.connect_socket(connection.fileno())
         yield h
         h.close()
-
-
-def finished(queue: Queue) -> list[nbd.queue.Request]:
-    """Wait for all requests, and return them."""
-    found = []
-    while len(queue):
-        found += queue.wait()
-    return found
 
 
 class SmallServer:

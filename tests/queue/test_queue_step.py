@@ -5,24 +5,16 @@ from __future__ import annotations
 import errno
 import select
 import selectors
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from support.servers import TIMEOUT, StartServer
-from support.sizes import KIB, MIB
+from support.sizes import MIB
 
 import nbd
 import nbd.queue
 
 Queue = nbd.queue.Queue
-
-
-@pytest.fixture
-def queue(disk: nbd.NBD) -> Iterator[Queue]:
-    """Return a queue over a disk of 1 MiB."""
-    with Queue(disk, depth=4, piece=64 * KIB) as made:
-        yield made
 
 
 def is_ready(queue: Queue, seconds: float = 0) -> bool:

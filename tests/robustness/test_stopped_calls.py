@@ -47,12 +47,6 @@ def forget(name: str, value: object) -> None:
     """Record no figure."""
 
 
-@pytest.fixture
-def server(nbdkit: StartServer) -> Server:
-    """Return an nbdkit with a disk of 1 MiB."""
-    return nbdkit("memory", "1M")
-
-
 def connected(server: Server) -> nbd.NBD:
     """Return a handle whose disk begins with DATA."""
     h = nbd.NBD()

@@ -36,3 +36,7 @@ def registered() -> int:
     if nbd._binding.callbacks.registry:
         collect_garbage()
     return len(nbd._binding.callbacks.registry)
+
+
+class Bytes(bytearray):
+    """A bytearray that supports weak references."""
