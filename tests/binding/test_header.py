@@ -71,7 +71,7 @@ def ignore(*arguments: Any) -> int:
     return 0
 
 
-def room() -> nbd.Buffer:
+def read_buffer() -> nbd.Buffer:
     """Return memory for a read."""
     return nbd.Buffer(512)
 
@@ -204,8 +204,8 @@ READY: dict[str, Call] = {
     "zero": lambda h: h.zero(512, 0),
     "block_status": lambda h: h.block_status(512, 0, ignore),
     "block_status_64": lambda h: h.block_status_64(512, 0, ignore),
-    "aio_pread": lambda h: h.aio_pread(room(), 0),
-    "aio_pread_structured": lambda h: h.aio_pread_structured(room(), 0, ignore),
+    "aio_pread": lambda h: h.aio_pread(read_buffer(), 0),
+    "aio_pread_structured": lambda h: h.aio_pread_structured(read_buffer(), 0, ignore),
     "aio_pwrite": lambda h: h.aio_pwrite(bytes(512), 0),
     "aio_disconnect": lambda h: h.aio_disconnect(),
     "aio_flush": lambda h: h.aio_flush(),

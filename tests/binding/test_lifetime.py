@@ -231,26 +231,26 @@ def test_an_exception_of_a_callback_is_released_with_the_error(disk: nbd.NBD) ->
 
 
 def test_a_buffer_lives_while_its_command_is_in_flight(stuck: nbd.NBD) -> None:
-    room = Bytes(512)
-    reference = weakref.ref(room)
-    stuck.aio_pread(room, 0)
-    del room
+    buffer = Bytes(512)
+    reference = weakref.ref(buffer)
+    stuck.aio_pread(buffer, 0)
+    del buffer
     assert alive(reference)
 
 
 def test_a_buffer_is_released_when_its_command_is_retired(disk: nbd.NBD) -> None:
-    room = Bytes(512)
-    reference = weakref.ref(room)
-    finish(disk, disk.aio_pread(room, 0))
-    del room
+    buffer = Bytes(512)
+    reference = weakref.ref(buffer)
+    finish(disk, disk.aio_pread(buffer, 0))
+    del buffer
     assert gone(reference)
 
 
 def test_a_buffer_is_released_when_a_completion_retired_its_command(disk: nbd.NBD) -> None:
-    room = Bytes(512)
-    reference = weakref.ref(room)
-    disk.aio_pread(room, 0, lambda error: 1)
-    del room
+    buffer = Bytes(512)
+    reference = weakref.ref(buffer)
+    disk.aio_pread(buffer, 0, lambda error: 1)
+    del buffer
     drain(disk)
     assert gone(reference)
 

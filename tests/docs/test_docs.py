@@ -233,8 +233,8 @@ def test_every_callback_is_documented_where_it_is_passed() -> None:
 
 
 def test_every_method_fits_the_width_of_a_terminal_in_the_help_of_its_class() -> None:
-    room = COLUMNS - len(" |      ")
-    assert [name for name in TEXTS if max(map(len, TEXTS[name].splitlines())) > room] == []
+    width = COLUMNS - len(" |      ")
+    assert [name for name in TEXTS if max(map(len, TEXTS[name].splitlines())) > width] == []
 
 
 def test_every_method_that_is_referred_to_exists() -> None:

@@ -89,30 +89,30 @@ def one_call(rand: random.Random, disk: Any, memory: io.BytesIO) -> None:
     """Call a method of the disk, chosen by rand, and do the same to a bytearray."""
     count = rand.choice(COUNTS)
     method = rand.choice(["read", "read1", "readinto", "readinto1", "peek", "seek", "write"])
-    room = min(count, SIZE - memory.tell())
+    available = min(count, SIZE - memory.tell())
     if method == "write":
-        written = rand.randbytes(room)
+        written = rand.randbytes(available)
         assert disk.write(written) == memory.write(written)
     elif method == "seek":
-        place, whence = rand.choice([(rand.randrange(SIZE), os.SEEK_SET), (room, os.SEEK_CUR)])
+        place, whence = rand.choice([(rand.randrange(SIZE), os.SEEK_SET), (available, os.SEEK_CUR)])
         assert disk.seek(place, whence) == memory.seek(place, whence)
     elif method.startswith("readinto"):
         buffer = bytearray(count)
         filled = getattr(disk, method)(buffer)
         assert buffer[:filled] == memory.read(filled)
-        check_length(method, filled, room)
+        check_length(method, filled, available)
     else:
         found = getattr(disk, method)(count)
         assert found == memory.read(len(found))
         if method == "peek":
             memory.seek(-len(found), os.SEEK_CUR)
         else:
-            check_length(method, len(found), room)
+            check_length(method, len(found), available)
 
 
-def check_length(method: str, count: int, room: int) -> None:
+def check_length(method: str, count: int, available: int) -> None:
     """Check that a read was complete; a method whose name ends in 1 must only read something."""
     if method.endswith("1"):
-        assert min(1, room) <= count <= room
+        assert min(1, available) <= count <= available
     else:
-        assert count == room
+        assert count == available

@@ -65,8 +65,8 @@ class Model:
 
     def check(self, found: bytes, wanted: int, *, is_whole: bool) -> None:
         """Check the result of a read at the position, and advance the position."""
-        room = max(0, min(wanted, len(self.now) - self.at))
-        assert len(found) == room if is_whole else min(1, room) <= len(found) <= room
+        available = max(0, min(wanted, len(self.now) - self.at))
+        assert len(found) == available if is_whole else min(1, available) <= len(found) <= available
         if self.now[self.at : self.at + len(found)] != found:
             for place, value in enumerate(found, self.at):
                 assert value in {self.now[place], *self._older.get(place, ())}, place
@@ -200,8 +200,8 @@ class Round:
         most = self.rand.choice([10, 100])
         found = self.disk.readline(most)
         assert b"\n" not in found[:-1]
-        room = max(0, self.size - self.model.at)
-        assert len(found) == min(most, room) or found.endswith(b"\n")
+        available = max(0, self.size - self.model.at)
+        assert len(found) == min(most, available) or found.endswith(b"\n")
         self.model.check(found, len(found), is_whole=True)
 
     def peek(self) -> None:

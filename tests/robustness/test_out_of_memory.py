@@ -77,20 +77,20 @@ def read_structured(h: nbd.NBD, _room: object) -> None:
     h.pread_structured(512, 0, nothing)
 
 
-def read_later(h: nbd.NBD, room: bytearray) -> None:
-    h.aio_pread(room, 0, retire)
+def read_later(h: nbd.NBD, buffer: bytearray) -> None:
+    h.aio_pread(buffer, 0, retire)
 
 
-def read_later_without_callback(h: nbd.NBD, room: bytearray) -> None:
-    h.aio_pread(room, 0)
+def read_later_without_callback(h: nbd.NBD, buffer: bytearray) -> None:
+    h.aio_pread(buffer, 0)
 
 
-def read_structured_later(h: nbd.NBD, room: bytearray) -> None:
-    h.aio_pread_structured(room, 0, nothing, retire)
+def read_structured_later(h: nbd.NBD, buffer: bytearray) -> None:
+    h.aio_pread_structured(buffer, 0, nothing, retire)
 
 
-def write_later(h: nbd.NBD, room: bytearray) -> None:
-    h.aio_pwrite(room, 0, retire)
+def write_later(h: nbd.NBD, buffer: bytearray) -> None:
+    h.aio_pwrite(buffer, 0, retire)
 
 
 def extents(h: nbd.NBD, _room: object) -> None:
@@ -113,9 +113,9 @@ def list_contexts_later(h: nbd.NBD, _room: object) -> None:
     h.aio_opt_list_meta_context(nothing, retire)
 
 
-def close(h: nbd.NBD, room: bytearray) -> None:
+def close(h: nbd.NBD, buffer: bytearray) -> None:
     h.aio_flush(retire)
-    h.aio_pread_structured(room, 0, nothing, retire)
+    h.aio_pread_structured(buffer, 0, nothing, retire)
     h.close()
 
 
@@ -152,11 +152,11 @@ def fail_each(scenario: Scenario) -> int:
     while not is_untouched:
         failing += 1
         h = scenario.make() if scenario.make else None
-        room = bytearray(512)
+        buffer = bytearray(512)
         raised = None
         fail_malloc.fail_malloc_at(failing)
         try:
-            scenario.run(h, room)
+            scenario.run(h, buffer)
         except (MemoryError, nbd.Error) as reason:
             raised = reason.with_traceback(None)  # its frames refer to the buffer
         is_untouched = fail_malloc.fail_malloc_at(0) < failing
@@ -164,7 +164,7 @@ def fail_each(scenario: Scenario) -> int:
         if h is not None:
             finish(h)
         gc.collect()
-        room.extend(b"can be resized")
+        buffer.extend(b"can be resized")
         assert not callbacks.registry
     return failing - 1
 
