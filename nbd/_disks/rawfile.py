@@ -307,10 +307,10 @@ class DiskFile(io.RawIOBase):
             self._release()
 
     def reason_to_hurry(self) -> BaseException | None:
-        """Return the exception being handled, if it follows from an interrupted call.
+        """Return the exception that the program is handling, if it interrupted the last call.
 
-        An exception that is older than the call does not count: the program may read and close
-        files in its handler.
+        An exception that was raised while that one was handled counts too.  One that is older than
+        the call does not: a program may read and close files while it handles it.
         """
         handled = error = sys.exc_info()[1]
         for _ in range(_MAX_CONTEXTS):
