@@ -57,13 +57,14 @@ COPY = lib.NBDQUEUE_COPY
 
 #: The size of the largest command in bytes, unless the caller asks for another.
 PIECE = 256 * 1024
-#: The most handles that one side of a queue can have, and so the most connections to a disk.
+#: The maximum number of handles on one side of a queue, and so of connections to a disk.
 MAX_CONNECTIONS: int = lib.NBDQUEUE_MAX_HANDLES
+#: The maximum number of commands in flight.
 MAX_DEPTH = 4096
 _MAX_PIECE = 32 * 1024 * 1024  # NBD's specification asks every server to accept this much
 _MAX_OFFSET = 2**64 - 1
 _MAX_INT = 2**31 - 1
-#: The most requests that one call of the shim reports as done.
+#: The maximum number of requests that one call of the shim reports.
 _MAX_REPORTED = 256
 _NAMES = {
     READ: "reading",

@@ -188,7 +188,7 @@ class DiskFile(io.RawIOBase):
         if position < 0:
             raise DiskError(f"seeking to {position}, before the start of the disk", errno.EINVAL)
         if whence != os.SEEK_CUR or position != self._at:  # else io only asks for the position
-            self._read_to = -1  # what was read ahead may be old
+            self._read_to = -1  # what was read ahead may be outdated
         self._at = position
         return position
 
@@ -197,8 +197,8 @@ class DiskFile(io.RawIOBase):
         self._check_open()
         raise io.UnsupportedOperation("truncate: a disk has a fixed size")
 
-    # In the calls that move the position an exception may come at any bytecode, also behind the
-    # last line.  Then the caller gets no result, and the position has to be the old one.
+    # A signal handler can raise at any bytecode of a call that moves the position, even after its
+    # last line.  Then the caller gets no result, and the position has to be the old one again.
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Read at most `size` bytes, with at most one wait; without a size, read to the end."""
