@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""The cffi build script: finds libnbd, runs the generator, hands cffi the cdef and the shim.
+"""The cffi build script: finds libnbd, runs the generator, passes the cdef and the shim to cffi.
 
-setup.py calls it; by hand, `python build_nbd.py FOLDER` writes what is generated into a folder.
+setup.py calls it.  By hand, `python build_nbd.py FOLDER` writes the generated files into a folder.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ LINKED_AT_ONCE = "-Wl,-z,now"  # a function that libnbd lacks is an error at imp
 
 
 class Build(NamedTuple):
-    """What one build works with."""
+    """The inputs of one build."""
 
     mode: str
     library: Library
     header: Header
     folder: Path
-    bundled: bool  # libnbd and what it needs will be put into the wheel
+    bundled: bool  # the wheel will contain libnbd and the libraries that it needs
 
     @property
     def sources(self) -> list[str]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
 """The command nbdsh, in a module whose name no other package has.
 
-Two others provide a module `nbd`: libnbd's own Python module, and a package on PyPI that has
-nothing to do with block devices.  If Python finds one of them in place of ours, this says so.
+Two other packages provide a module `nbd`: libnbd's own Python module, and one on PyPI that has
+nothing to do with block devices.  If Python finds one of them instead of ours, this says so.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ REINSTALL = "pip install --force-reinstall --no-deps libnbd-cffi"
 
 
 def stranger(folder: str) -> str | None:
-    """Say which other `nbd` is imported in place of the one in a folder, and what to type."""
+    """Explain which `nbd` is imported instead of the one in a folder, and what to type."""
     import nbd
 
     ours = os.path.join(folder, "nbd")
@@ -27,19 +27,19 @@ def stranger(folder: str) -> str | None:
     where = os.path.dirname(os.path.abspath(found))
     if os.path.realpath(where) != os.path.realpath(ours):
         return (
-            f"Python finds another nbd, {found}, before libnbd-cffi's, {ours}. Take {where} out of "
-            "PYTHONPATH, and out of what else adds to sys.path"
+            f"Python finds another nbd, {found}, before libnbd-cffi's, {ours}. Remove {where} from "
+            "PYTHONPATH, or from wherever else it is added to sys.path"
         )
     if not hasattr(nbd, "NBD"):
         return (
-            f"{found} is of PyPI's unrelated package nbd, which was installed over libnbd-cffi. "
+            f"{found} belongs to PyPI's unrelated package nbd, installed over libnbd-cffi. "
             f"Type: pip uninstall nbd; {REINSTALL}"
         )
     return None
 
 
 def main() -> None:
-    """Run nbdsh, with our nbd or not at all."""
+    """Run nbdsh with our nbd; exit with an explanation if another one is imported."""
     try:
         reason = stranger(os.path.dirname(os.path.abspath(__file__)))
     except ImportError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""The name under which libnbd's own shell is imported: `import nbdsh; nbdsh.shell()`."""
+"""The module name of libnbd's own shell, for programs with `import nbdsh; nbdsh.shell()`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Build what setup.cfg describes: the generated modules, and the shim in a mode of cffi."""
+"""Build the package of setup.cfg: the generated modules, and the shim for one mode of cffi."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class BuildModules(build_py):
 
 
 class BuildShim(build_ext):
-    """ABI mode's shim is a plain shared library: no Python in its name, none of its headers."""
+    """ABI mode's shim is a plain shared library: its file name has no tag of a Python version."""
 
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.endswith("nbdshim"):
@@ -44,7 +44,7 @@ class BuildShim(build_ext):
 
 
 class AnyPythonWheel(bdist_wheel):
-    """ABI mode's wheel is for one platform, and for every Python there."""
+    """ABI mode's wheel works with every Python of one platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", super().get_tag()[2])

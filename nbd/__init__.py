@@ -17,14 +17,14 @@ Where things are:
 
     nbd.NBD           the handle: one method for each call of libnbd (help(nbd.NBD))
     nbd.Error         a call failed: string, errnum and errno say why
-    nbd.Timeout       a call has waited longer than nbd.NBD.settimeout allows
+    nbd.Timeout       a call did not finish within the timeout of nbd.NBD.settimeout
     nbd.ClosedHandle  a method was called on a closed handle
     nbd.Buffer        memory for the asynchronous calls, aio_*
     nbd.CMD_FLAG_FUA, nbd.TLS_REQUIRE, ...  the constants of libnbd
     nbd.open          a disk as a binary file
     nbd.copy          copy a disk, a file or a stream to another
-    nbd.extents       where a disk has data, holes, or what has changed
-    nbd.connect       a connected handle, also of a server that is still starting
+    nbd.extents       where a disk has data or holes, and which parts have changed
+    nbd.connect       a connected handle, also to a server that is still starting
     nbd.aio           disks for asyncio
     nbd.queue         many commands in flight, over one handle or several
     nbd.memory        how much memory is kept for new nbd.Buffers
@@ -33,18 +33,18 @@ Where things are:
 
 Timeouts and Ctrl-C:
 
-    A call that waits is ended at once by Ctrl-C, or by any signal whose handler raises.  It is also
-    ended by a timeout, if there is one (help(nbd.NBD.settimeout)):
+    Ctrl-C ends a call that waits at once, and so does any signal whose handler raises.  A timeout
+    also ends it, if one is set (help(nbd.NBD.settimeout)):
 
     >>> h.settimeout(0.01)
     >>> try:
-    ...     h.poll(-1)  # nothing is in flight, so nothing will come
+    ...     h.poll(-1)  # nothing is in flight, so no reply will arrive
     ... except nbd.Timeout as late:
     ...     print(late.errno)
     ETIMEDOUT
 
-    A command that was stopped may still happen: NBD cannot take it back.  Its memory is kept, and
-    its answer is dropped when it comes.  The handle can be used as before.
+    A command that was stopped may still happen, because NBD cannot cancel it.  Its memory is kept
+    until the reply arrives, and the reply is dropped.  The handle remains usable.
 
 A handle is one connection.  Set it up, connect it, then read and write; each call waits for the
 server's reply.  The aio_ calls do not wait: they return a cookie, and poll drives the connection.
@@ -84,7 +84,7 @@ del TYPE_CHECKING
 
 __all__ = ["NBD", "Buffer", "ClosedHandle", "Error", "nbd", "package_name", *_constants]
 
-# Few programs use these names: they are made when they are first asked for.
+# Few programs use these names, so they are imported when they are first used.
 _MODULES = ("aio", "memory", "queue", "types")
 _FUNCTIONS = {
     "Copied": "copy",

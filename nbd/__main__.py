@@ -8,9 +8,9 @@ import sys
 
 
 def _leave_this_folder() -> None:
-    """Take the current folder off sys.path, where python -m has put it.
+    """Remove the current folder from sys.path, where python -m has put it.
 
-    nbd.shell must not import from there.  It puts the folder back for the commands.
+    nbd.shell must not import from there.  It adds the folder again for the user's commands.
     """
     if not getattr(sys.flags, "safe_path", sys.flags.isolated):
         try:

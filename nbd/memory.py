@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""How much memory of dropped nbd.Buffer objects is kept for new ones."""
+"""The limit on the memory of dropped nbd.Buffer objects that is kept for new ones."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
 """Types for annotations: the callables that libnbd calls, and socket addresses.
 
-Programs that are type checked import this.  The package itself does not load it.
+This module is for programs that are type checked.  The package itself does not load it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Address = Union[str, bytes, "os.PathLike[str]", tuple[str, int], tuple[str, int,
 
 
 class ErrorNumber(Protocol):
-    """The errno of a command: value can be read and set; true if it is not 0."""
+    """The errno of a command: `value` can be read and set; it is true if value is not 0."""
 
     value: int
 
@@ -21,7 +21,7 @@ class ErrorNumber(Protocol):
 
 
 class ChunkCallback(Protocol):
-    """Given a part of a structured read as it arrives."""
+    """Called with each part of a structured read as it arrives."""
 
     def __call__(
         self, subbuf: memoryview, offset: int, status: int, error: ErrorNumber, /
@@ -35,19 +35,19 @@ class CompletionCallback(Protocol):
 
 
 class ContextCallback(Protocol):
-    """Given the name of a meta context."""
+    """Called with the name of a meta context."""
 
     def __call__(self, name: str, /) -> object: ...
 
 
 class DebugCallback(Protocol):
-    """Given a debug message and the name of the C function it comes from."""
+    """Called with the name of a C function and a debug message of that function."""
 
     def __call__(self, function: str, message: str, /) -> object: ...
 
 
 class ExtentCallback(Protocol):
-    """Given the extents of one meta context as a flat list: length, flags, length, flags, ..."""
+    """Called with the extents of one meta context as a flat list: length, flags, length, ..."""
 
     def __call__(
         self, metacontext: str, offset: int, entries: list[int], error: ErrorNumber, /
@@ -55,7 +55,7 @@ class ExtentCallback(Protocol):
 
 
 class Extent64Callback(Protocol):
-    """Given the extents of one meta context as a list of (length, flags)."""
+    """Called with the extents of one meta context as a list of (length, flags)."""
 
     def __call__(
         self, metacontext: str, offset: int, entries: list[tuple[int, int]], error: ErrorNumber, /
@@ -63,6 +63,6 @@ class Extent64Callback(Protocol):
 
 
 class ListCallback(Protocol):
-    """Given the name and the description of an export."""
+    """Called with the name and the description of an export."""
 
     def __call__(self, name: str, description: str, /) -> object: ...

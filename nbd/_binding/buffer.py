@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Buffer arguments: nbd.Buffer, and the memory that libnbd gets of a buffer of any kind."""
+"""Buffer arguments: nbd.Buffer, and the memory that libnbd gets for a buffer of any kind."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ _clear_stale = lib.nbdshim_clear_stale
 class Buffer:
     """Memory for the asynchronous calls: aio_pread, aio_pread_structured and aio_pwrite.
 
-    It can be used for any number of commands, one after the other.  Bytes that were never written
-    read as zeroes.
+    A buffer can be used for any number of commands, one after the other.  Its bytes are zero until
+    they are written.
 
     Args:
-        len: Its size in bytes.
+        len: The size in bytes.
 
     Example:
         >>> buf = nbd.Buffer(512)
@@ -69,9 +69,9 @@ class Buffer:
         """A Buffer that shares the memory of a bytes-like object.
 
         Args:
-            buf: bytearray, memoryview, mmap, bytes, ...: any contiguous bytes-like object.
-                aio_pread needs a writable one.  If it is resized, which it cannot be while a
-                command is in flight, the Buffer has its new size.
+            buf: Any contiguous bytes-like object: bytearray, memoryview, mmap, bytes, ...
+                aio_pread needs a writable one.  It cannot be resized while a command is in
+                flight.  If it is resized at another time, the Buffer has its new size.
 
         Example:
             >>> data = bytearray(b"abc")
@@ -90,7 +90,7 @@ class Buffer:
         """A Buffer with a copy of the bytes of a bytearray or other bytes-like object.
 
         Args:
-            ba: What is copied.
+            ba: The object to copy.
 
         Example:
             >>> nbd.Buffer.from_bytearray(bytearray(b"abc")).size()
@@ -101,7 +101,7 @@ class Buffer:
     def to_buffer(self) -> Any:
         """The memory itself, not a copy: a bytearray (PyPy: memoryview), or from_buffer's argument.
 
-        What later commands read into the Buffer is seen through it.
+        It also shows what later commands read into the Buffer.
         """
         memory = self._clean()
         if IS_CPYTHON and type(memory) is Block:
@@ -139,7 +139,7 @@ class Buffer:
             value = as_number("a byte", newvalue)
             if not 0 <= value <= 255:
                 raise ValueError(f"a byte must be between 0 and 255, not {value}")
-        # Of a memoryview, as that does not change the size.
+        # A memoryview's assignment cannot change the size.
         with as_bytes(self._clean().storage) as whole:
             whole[exact] = value
 
@@ -147,15 +147,15 @@ class Buffer:
         """Whether bytes of the buffer are all zero.
 
         Args:
-            offset: The first byte to look at.
-            size: How many bytes to look at; -1 for all from offset on.
+            offset: The first byte to check.
+            size: The number of bytes to check; -1 for all bytes from offset on.
 
         Returns:
-            True also if there are no bytes to look at.
+            True also if size is 0.
 
         Raises:
-            IndexError: offset or offset + size is outside the buffer, or size is less than -1;
-                but not if size is 0.
+            IndexError: offset or offset + size is outside the buffer, or size is less than -1.  A
+                size of 0 is never an error.
 
         Example:
             >>> nbd.Buffer(4096).is_zero(1024, 512)
@@ -202,7 +202,7 @@ class Buffer:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _clean(self) -> Block | Shared:
-        """The memory, without bytes that nobody may see."""
+        """The memory, with zeroes instead of stale bytes."""
         memory = self._memory
         if (
             memory.state[0]
@@ -213,7 +213,7 @@ class Buffer:
         return memory
 
     def _seen(self) -> Any:
-        """The bytes as they are now, for is_zero: a pin, or a copy where a pin is no help."""
+        """The current bytes for is_zero: a pin, or a copy if the memory cannot be pinned."""
         memory = self._clean()
         if type(memory) is Block:
             return memory.pin
@@ -224,7 +224,7 @@ class Buffer:
 
 
 def _exact_key(key: Any) -> int | slice:
-    """An index or a slice whose numbers are what they say."""
+    """An index or a slice with exact ints."""
     if isinstance(key, slice):
         ends = (key.start, key.stop, key.step)
         return slice(*(n if n is None else as_number("a slice", n) for n in ends))
@@ -232,7 +232,7 @@ def _exact_key(key: Any) -> int | slice:
 
 
 def _bytes_of(value: Any) -> memoryview | bytes:
-    """The bytes of what a slice of a bytearray can be set to: a buffer, or some numbers."""
+    """The bytes to which a slice is set, as for a bytearray: those of a buffer, or numbers."""
     try:
         return as_bytes(value)
     except TypeError:
@@ -242,7 +242,7 @@ def _bytes_of(value: Any) -> memoryview | bytes:
 def readable(name: str, buffer: Any) -> tuple[Any, int, Any]:
     """The memory of a buffer argument that libnbd reads: its address, size and pin.
 
-    On CPython a method passes bytes to cffi itself, without a call of this.
+    On CPython a method passes bytes to cffi directly, without this function.
     """
     if issubclass(type(buffer), Buffer):
         memory = buffer._clean()
@@ -260,11 +260,12 @@ def readable(name: str, buffer: Any) -> tuple[Any, int, Any]:
 def writable(name: str, buffer: Any) -> tuple[Any, int, Any, Any, Any]:
     """The memory of a buffer argument that a command in flight writes.
 
-    On CPython a method pins a bytearray itself, without a call of this.
+    On CPython a method pins a bytearray directly, without this function.
 
     Returns:
-        Its address, size, pin and state (enum nbdshim_state), and the object that has the caller's
-        bytes.  On PyPy that is None if the pin itself has them; else the pin is a bounce buffer.
+        Its address, size, pin and state (enum nbdshim_state), and the caller's object.  On PyPy the
+        pin of a foreign object is a bounce buffer; for the memory of an nbd.Buffer, None stands
+        for the object.
     """
     if issubclass(type(buffer), Buffer):
         memory = buffer._memory
@@ -284,8 +285,8 @@ def writable(name: str, buffer: Any) -> tuple[Any, int, Any, Any, Any]:
 def writable_by_call(name: str, buffer: Any) -> tuple[Any, int, Any, Any, Any]:
     """The same for a call that waits, and may be stopped.
 
-    Then the server's answer comes late, when the memory of a view without an owner may be gone.  So
-    the answer goes to a bounce buffer, and from there to the view if the call is not stopped.
+    Then the server's reply arrives after the call, when the memory of a view without an owner may
+    no longer exist.  So such a view gets a bounce buffer, too.
     """
     if BOUNCES or not is_unowned(buffer):
         return writable(name, buffer)
@@ -297,7 +298,7 @@ def writable_by_call(name: str, buffer: Any) -> tuple[Any, int, Any, Any, Any]:
 
 
 def _unusable(name: str, buffer: Any, reason: Exception) -> Exception:
-    """The exception for an object whose memory cannot be had: TypeError or BufferError."""
+    """The exception for an object whose memory libnbd cannot use: TypeError or BufferError."""
     try:
         view = memoryview(buffer)
     except TypeError:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
 """Values between Python and C: numbers, strings, lists and socket addresses.
 
-`as_*` and `address_of` take what a caller may pass, and return what C takes.  `owned_text` and
-`pairs` take what C gives, and return Python objects.
+`as_*` and `address_of` convert arguments for C.  `owned_text` and `pairs` convert results of C.
 """
 
 from __future__ import annotations
@@ -18,34 +17,34 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
-# The size of C's struct sockaddr_storage, which has room for every kind of address.
+# The size of C's struct sockaddr_storage, which can hold any kind of address.
 _SOCKADDR_SIZE = 128
 
 #: The bytes at a char pointer.
 string = ffi.string
-#: A list of the integers at a pointer to some.
+#: A list of the integers at a pointer.
 unpack = ffi.unpack
 
 
 def as_number(name: str, value: object) -> int:
-    """An int, and not a subclass of it: its methods could return another number each time."""
+    """An exact int.  The methods of a subclass could return another number each time."""
     number: Any = value
     if not issubclass(type(value), int):
         try:
             number = index(value)  # type: ignore[arg-type]
         except TypeError:
             raise TypeError(f"{name}: int is needed, not {type(value).__name__}") from None
-    return int.__or__(number, 0)  # int.__index__ and int() of PyPy call the subclass's methods
+    return int.__or__(number, 0)  # PyPy's int() and int.__index__ call the subclass's methods
 
 
 def as_seconds(name: str, value: object) -> float:
-    """A number of seconds that is more than 0; what is not a number is a TypeError."""
+    """A positive number of seconds, as a float."""
     if not hasattr(type(value), "__float__") and not hasattr(type(value), "__index__"):
         kind = type(value).__name__
         raise TypeError(f"{name}: a number of seconds or None is needed, not {kind}")
     seconds = float(value)  # type: ignore[arg-type]
     if not seconds > 0:
-        raise ValueError(f"{name}: {value} is not more than 0; None is for ever")
+        raise ValueError(f"{name}: {value} is not more than 0; None means no timeout")
     return seconds
 
 
@@ -76,7 +75,7 @@ def _without_nul(name: str, value: bytes) -> bytes:
 
 
 def as_strings(name: str, values: Iterable[str]) -> tuple[Any, list[Any]]:
-    """A list of str as C's NULL-terminated array, and its strings, to be kept alive with it."""
+    """A list of str as C's NULL-terminated array, and the strings, which must live as long."""
     if isinstance(values, (str, bytes)):
         raise TypeError(f"{name}: a list of str is needed, not {type(values).__name__}")
     try:
@@ -88,11 +87,11 @@ def as_strings(name: str, values: Iterable[str]) -> tuple[Any, list[Any]]:
 
 
 def address_of(address: Any) -> tuple[Any, int]:
-    """A socket address as the socket module writes it, and its length.
+    """The struct sockaddr for an address of the socket module, and its length.
 
-    str, bytes or os.PathLike name a Unix socket; if the first character is NUL, it is an abstract
-    one.  (host, port) is IPv4, or IPv6 if the host has no IPv4 address.  (host, port, flow, scope)
-    is IPv6.
+    A str, bytes or os.PathLike is the path of a Unix socket, or an abstract address if it begins
+    with NUL.  (host, port) is IPv4, or IPv6 if the host has no IPv4 address.  (host, port, flow,
+    scope) is IPv6.
     """
     room = ffi.new("char[]", _SOCKADDR_SIZE)
     if isinstance(address, tuple) and len(address) in (2, 3, 4):
@@ -141,7 +140,7 @@ def _internet_address(room: Any, host: str, port: int, flow: int = -1, scope: in
 
 
 def owned_text(pointer: Any) -> str:
-    """The string at a char pointer that the caller has to free; it is freed."""
+    """The string at a char pointer, which is freed."""
     try:
         return as_text(pointer)
     finally:

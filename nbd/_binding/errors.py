@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
 """Errors: the exceptions of the package, and which one a call raises.
 
-A call fails when libnbd says so, or when the shim refuses it.  Besides, callbacks that ran during
-the call may have raised.  Their exceptions cannot pass through C: they wait in `pending` until the
-call is back in its method, in the same thread.  There `raise_pending` decides what happens to them:
+A call fails when libnbd reports an error, or when the shim refuses it.  Callbacks that ran during
+the call may also have raised.  Their exceptions cannot pass through C: they wait in `pending` until
+the call has returned to its method, in the same thread.  Then `raise_pending` handles them:
 
-    KeyboardInterrupt, SystemExit   are raised
-    another, and the call failed    becomes the cause of the nbd.Error
-    another, and the call did not   is given to sys.unraisablehook
+    KeyboardInterrupt, SystemExit       raised by the method
+    another one, if the call failed     the cause of the nbd.Error
+    another one, if it succeeded        passed to sys.unraisablehook
 
-So does what a signal handler raised while the call was waiting, or while a callback ran.  That is
-raised, whatever it is.
+An exception of a signal handler, which ran while the call was waiting or during a callback, waits
+in `pending` as well.  It is always raised.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    # The thread in which a callback raised, the handle (None if it is not known), the exception.
-    # In place of the handle it may be BY_HANDLER.
+    # The thread in which a callback raised, the handle, and the exception.  The handle is None if
+    # it is not known, and BY_HANDLER for an exception of a signal handler.
     Waiting = tuple[int, Any, BaseException]
 
 #: The flag of a code object whose function takes any number of arguments (inspect.CO_VARARGS).
 _HAS_REST = 4
 #: The modules whose functions a method's traceback does not show.
 _HELPERS = frozenset(f"nbd._binding.{name}" for name in ("buffer", "convert", "errors", "memory"))
-#: The instruction with which a function begins; 0 where there is none for that.
+#: The instruction with which CPython begins a function since 3.11; 0 elsewhere.
 _RESUME = (lambda: 0).__code__.co_code[0] if IS_CPYTHON and sys.version_info >= (3, 11) else 0
 
 pending = process.pending
 
-# The thread in which the process ends.  It is set when that thread begins to close all handles.
+# The thread that ends the process, from the moment when it begins to close all handles.
 _ending: int | None = None
 
 
@@ -59,8 +59,8 @@ class Error(Exception):
 
     Attributes:
         string: What went wrong, for people to read.
-        errnum: The errno, such as 107; 0 if the failure had none.
-        errno: The errno's name, such as "ENOTCONN"; None if there is none.
+        errnum: The errno, such as 107; 0 if the failure has none.
+        errno: The errno's name, such as "ENOTCONN"; None if the failure has none.
 
     Example:
         >>> try:
@@ -82,13 +82,13 @@ class Error(Exception):
 
     @property
     def errnum(self) -> int:
-        """The errno, or 0 if the failure had none."""
+        """The errno, or 0 if the failure has none."""
         number: int = self.args[1] if len(self.args) > 1 else 0
         return number
 
     @property
     def errno(self) -> str | None:
-        """The errno's name, or None if there is none."""
+        """The errno's name, or None if the failure has none."""
         return errorcode.get(self.errnum)
 
     def __str__(self) -> str:
@@ -97,10 +97,10 @@ class Error(Exception):
 
 @one_for_all_imports
 class Timeout(Error, TimeoutError):  # type: ignore[misc] # its errno is that of nbd.Error
-    """A call has waited as long as nbd.NBD.settimeout allows.
+    """A call did not finish within the timeout of nbd.NBD.settimeout.
 
-    Its errno is "ETIMEDOUT".  What the call asked for may still happen: a command cannot be taken
-    back.  See nbd.NBD.settimeout.
+    Its errno is "ETIMEDOUT".  What the call asked for may still happen, because NBD cannot cancel a
+    command.  See nbd.NBD.settimeout.
 
     Example:
         >>> h.settimeout(0.01)
@@ -121,10 +121,10 @@ class Timeout(Error, TimeoutError):  # type: ignore[misc] # its errno is that of
 
 @one_for_all_imports
 class DiskError(Error, OSError):
-    """A read or write of a file of nbd.open has failed.
+    """A read or write of a file of nbd.open failed.
 
-    It is an nbd.Error, and an OSError for programs that only know files: its errno is a number,
-    the same as its errnum.
+    It is an nbd.Error, and also an OSError, for programs that only know files: its errno is a
+    number, the same as its errnum.
 
     Example:
         >>> isinstance(nbd.DiskError("writing failed", 28), OSError)
@@ -150,17 +150,17 @@ class DiskError(Error, OSError):
 
 @one_for_all_imports
 class ClosedHandle(ValueError):
-    """A method was called on a handle that is closed.
+    """A method was called on a closed handle.
 
-    Every method raises it after nbd.NBD.close; a second close does, too.  Make a new handle with
-    nbd.NBD() instead.
+    Every method raises it after nbd.NBD.close, also a second close.  Make a new handle with
+    nbd.NBD().
     """
 
     __module__ = "nbd"
 
 
 class UnknownHost(Exception):
-    """An address names a host that cannot be found; `explained` makes an nbd.Error of it."""
+    """The host of an address cannot be found; `explained` replaces this by an nbd.Error."""
 
 
 def failure_of(handle: Any, result: Any, method: str) -> BaseException:
@@ -188,7 +188,7 @@ def explained(handle: Any, raised: BaseException, **numbers: tuple[object, str])
 
     Args:
         handle: If it is closed, the exception is ClosedHandle, whatever the arguments are.
-        raised: What was raised.  cffi's OverflowError tells the value, but not which argument.
+        raised: The caught exception.  An OverflowError of cffi names the value, not the argument.
         numbers: The value and the C type of each argument that is a number, by its name.
     """
     better = _better(handle, raised, numbers)
@@ -239,16 +239,16 @@ def _below_helpers(traceback: Any) -> Any:
 
 
 def no_handle(handle: Any) -> Exception:
-    """The exception for a call on a handle that is closed, or was never made."""
+    """The exception for a call on a handle that is closed, or that __init__ did not make."""
     if not handle:
         return AttributeError("no handle was made: __init__ must call nbd.NBD.__init__")
     return ClosedHandle("the handle is closed; make a new one with nbd.NBD()")
 
 
 def last_error(method: str) -> Error:
-    """This thread's last libnbd error, as that of the call that was made.
+    """This thread's last error of libnbd, under the name of the method.
 
-    libnbd names the function in which it failed.  For a call that waits this is another one.
+    libnbd names the function that failed.  For a call that waits, this is nbd_aio_X or another one.
     """
     message = lib.nbdshim_error()
     text = as_text(message) if message else "unknown error"
@@ -262,9 +262,9 @@ def last_error(method: str) -> Error:
 
 
 def report_pending(handle: Any) -> None:
-    """Give what callbacks raised to sys.unraisablehook: no call is left that could raise it.
+    """Pass the exceptions of callbacks to sys.unraisablehook, as no call will raise them.
 
-    What a signal handler raised meanwhile is raised by the next call, of whatever handle.
+    An exception of a signal handler is raised by the next call in this thread, on any handle.
     """
     waiting = _waiting(handle, None)
     for one in waiting:
@@ -275,10 +275,10 @@ def report_pending(handle: Any) -> None:
 
 
 def end_other_threads() -> None:
-    """From now on, calls that fail in other threads raise SystemExit: the process ends here.
+    """From now on, calls that fail in other threads raise SystemExit: this thread ends the process.
 
-    Only daemon threads are left then, and their calls fail because the handles are closed.  A
-    traceback would not help anybody, and CPython aborts if one is printed while it ends.
+    The other threads are daemons, and their calls fail because this thread closes the handles.
+    Their tracebacks would help nobody, and CPython aborts if one is printed while it shuts down.
     """
     global _ending
     _ending = get_ident()
@@ -286,10 +286,10 @@ def end_other_threads() -> None:
 
 
 def _or_end(failed: Exception) -> BaseException:
-    """The exception of a failed call, or SystemExit where this thread has to end."""
+    """The exception of a failed call, or SystemExit if another thread ends the process."""
     if _ending in (None, get_ident()):
         return failed
-    return SystemExit("the program ends, and with it this thread")
+    return SystemExit("the program ends, and this thread with it")
 
 
 def _failure(handle: Any, result: Any, method: str) -> Exception:
@@ -319,7 +319,7 @@ def _failure(handle: Any, result: Any, method: str) -> Exception:
 
 
 def _late(handle: Any, method: str) -> str:
-    """What nbd.Timeout says."""
+    """The message of nbd.Timeout."""
     seconds = lib.nbdshim_timeout(handle)
     return (
         f"nbd_{method}: the server has not answered within {seconds:g} seconds; "
@@ -328,7 +328,7 @@ def _late(handle: Any, method: str) -> str:
 
 
 def _refused_option(method: str, errnum: int) -> Error:
-    """The exception for an option that the server refuses."""
+    """The exception for an option that the server refused."""
     asked = method
     if "meta_context" in method:
         is_old = not hasattr(lib, "nbdcall_opt_set_meta_context")
@@ -340,27 +340,27 @@ def _refused_option(method: str, errnum: int) -> Error:
 
 
 def _waiting(*origins: Any) -> list[Waiting]:
-    """What was raised in this thread: by callbacks of a handle, of an unknown one, BY_HANDLER."""
-    # Of a copy: another thread may remove its own from the list while this one goes through it.
+    """The pending exceptions of this thread whose origin is a given handle, None or BY_HANDLER."""
+    # A copy of the list, because other threads may remove theirs meanwhile.
     return [one for one in list(pending) if one[0] == get_ident() and one[1] in origins]
 
 
 def raise_pending(handle: Any, failed: BaseException | None = None) -> None:
     """Raise what callbacks and signal handlers raised during a call; report the rest.
 
-    What a signal handler raised is urgent, and so is a KeyboardInterrupt or SystemExit of a
-    callback.  Of several, one is raised now.  The others wait for the next calls.
+    An exception of a signal handler is urgent, and so is a KeyboardInterrupt or SystemExit of a
+    callback.  If there are several, one is raised now, and the others wait for the next calls.
 
     A signal handler may raise at any bytecode here.  So an exception is taken out of `pending` only
-    once it is being raised: until then, the next call finds it.
+    while it is being raised: until then, the next call finds it.
 
-    An exception refers to the frames that it passes.  No frame may refer to it in turn: that would
-    be a cycle, which keeps the caller's buffer pinned until the next garbage collection.
+    An exception refers to the frames that it passes through.  No frame may refer to the exception:
+    such a cycle would keep the caller's buffer pinned until the next garbage collection.
 
     Args:
         handle: The shim's handle.
-        failed: The exception of the call, if it failed.  Another exception than an urgent one
-            becomes its cause; if there is none, `failed` is not raised.
+        failed: The exception of the call, if it failed.  It is raised here only with another
+            exception as its cause; otherwise the caller raises it.
     """
     waiting = _waiting(handle, None, BY_HANDLER)
     urgent = [one for one in waiting if _is_urgent(one)]
@@ -385,12 +385,12 @@ def _is_urgent(one: Waiting) -> bool:
 
 
 def is_by_handler(traceback: Any) -> bool:
-    """Whether an exception was raised by the handler of a signal, as its traceback tells.
+    """Whether the handler of a signal raised an exception, judging by the traceback.
 
-    A handler is called with the number of the signal and the frame that it interrupts.  No other
-    function is given a frame, but those that trace.  A handler may have forgotten the frame; then
-    it is known by the number, unless another one was set meanwhile.  And where a function has just
-    begun, nothing else can have been called.
+    Python calls a handler with the number of the signal and the frame that was interrupted.  Only
+    trace functions also get a frame.  If the handler has overwritten its parameter, its code is
+    compared with that of the handler that is now set for the number.  A call made where a function
+    has just begun can only be that of a handler.
     """
     while traceback is not None and traceback.tb_next is not None:
         before, traceback = traceback, traceback.tb_next
@@ -405,7 +405,7 @@ def is_by_handler(traceback: Any) -> bool:
 
 
 def _handles(frame: Any, number: object) -> bool:
-    """Whether a frame is that of the handler of a signal."""
+    """Whether a frame runs the handler that is set for a signal."""
     if not isinstance(number, int) or not 0 < number < _signal.NSIG:
         return False
     handler: Any = _signal.getsignal(number)
@@ -417,7 +417,7 @@ def _handles(frame: Any, number: object) -> bool:
 
 
 def _has_just_begun(traceback: Any) -> bool:
-    """Whether a frame was left at the instruction with which a function begins."""
+    """Whether a frame was left at the first instruction of its function."""
     if not _RESUME:
         return False
     return bool(traceback.tb_frame.f_code.co_code[traceback.tb_lasti] == _RESUME)
@@ -456,10 +456,10 @@ def _raise_with_cause(failure: BaseException, one: Waiting) -> None:
 
 
 def _take(one: Waiting) -> bool:
-    """Take an exception out of `pending`; False if it is gone.
+    """Take an exception out of `pending`; False if it was taken already.
 
-    Garbage may be collected at any bytecode: then a destructor reports those whose handle is not
-    known.
+    Garbage may be collected at any bytecode, and the destructor of a handle then reports exceptions
+    whose handle is not known.
     """
     try:
         pending.remove(one)
@@ -469,9 +469,9 @@ def _take(one: Waiting) -> bool:
 
 
 def _report(waiting: list[Waiting]) -> None:
-    """Hand exceptions to sys.unraisablehook, as the interpreter does for a destructor's.
+    """Pass exceptions to sys.unraisablehook, as the interpreter does with those of destructors.
 
-    Not from inside a destructor: there, what a signal handler raises would be lost.
+    A destructor could not do it, because an exception that a signal handler raises there is lost.
     """
     while waiting:
         one = waiting.pop(0)
@@ -484,7 +484,7 @@ def _report(waiting: list[Waiting]) -> None:
 
 
 def _unraisable(exception: BaseException) -> Any:
-    """What sys.unraisablehook is called with."""
+    """The argument for sys.unraisablehook."""
     fields = {
         "exc_type": type(exception),
         "exc_value": exception,
@@ -492,7 +492,7 @@ def _unraisable(exception: BaseException) -> Any:
         "err_msg": "Exception ignored in a callback of libnbd",
         "object": None,
     }
-    if IS_CPYTHON:  # CPython's own hook takes this type and no other; the type has no public name
+    if IS_CPYTHON:  # CPython's own hook takes only this type, which has no public name
         made: Any = next(c for c in tuple.__subclasses__() if c.__name__ == "UnraisableHookArgs")
         return made(fields.values())
     namespace: Any = type(sys.implementation)  # types.SimpleNamespace, without the import

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""The memory of what the shim makes lives as long as Python can name it."""
+"""Free the shim's objects once Python holds no reference to them."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ if TYPE_CHECKING:
 if IS_CPYTHON:
     from _weakref import ref  # weakref itself takes much longer to import
 
-    # What the shim has made, and how it is freed, by a weak reference to the cdata that Python has
-    # of it; and the weak references whose cdata is gone.  list.append is told that a cdata is gone,
-    # and not a function: if a signal handler raised at a bytecode of such a function, the exception
-    # would be lost.
+    # _named has each object of the shim and the function that frees it, by a weak reference to the
+    # cdata of the object.  _gone has the weak references whose cdata is gone.  Their callback is
+    # list.append and not a function of our own: if a signal handler raised at a bytecode of that
+    # function, the exception would be lost.
     _named: dict[ref[Any], tuple[Callable[[Any], None], Any]] = {}
     _gone: list[ref[Any]] = []
 
     def owned(made: Any, destroy: Callable[[Any], None]) -> Any:
-        """Have something freed when its cdata is gone: a later call of this function does it.
+        """Free an object of the shim after its cdata is gone, in a later call of this function.
 
-        Not by ffi.gc: CPython may finalize the cdata of a garbage cycle before other objects of the
-        cycle that still use it.  A cdata without a finalizer lives until nothing refers to it.
+        ffi.gc would not do: CPython may finalize the cdata of a garbage cycle before other objects
+        of the cycle that still use it.  A cdata without a finalizer lives until nothing refers to
+        it.
         """
-        # First: a signal handler may raise while others are freed.
+        # This comes first because a signal handler may raise while others are freed.
         _named[ref(made, _gone.append)] = destroy, ffi.cast(ffi.typeof(made), made)
         while _gone:
             try:
                 free, pointer = _named.pop(_gone.pop())
-            except IndexError:  # another thread has freed the last one
+            except IndexError:  # another thread has taken the last one
                 break
             free(pointer)
         return made
@@ -41,8 +42,8 @@ else:
 
 
 def is_owned(made: Any) -> bool:
-    """Whether something will be freed by itself, as `owned` has been called for it.
+    """Whether `owned` was called for an object of the shim, so that it will be freed.
 
-    PyPy cannot tell.  There it is taken for granted: else it might be freed twice.
+    PyPy cannot tell, and always returns True: otherwise the object might be freed twice.
     """
     return not IS_CPYTHON or any(pointer == made for _, pointer in list(_named.values()))

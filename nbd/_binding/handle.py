@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""The life of a handle: it is made, and it is closed once, at the latest when the process ends."""
+"""How a handle is made, and how it is closed: once, and at exit at the latest."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ if TYPE_CHECKING:
 
     Self = TypeVar("Self", bound="Handle")
 
-# Looked up once, as the calls in nbd._binding.methods are.
+# Looked up once, like the functions in nbd._binding.methods.
 nbdshim_create = lib.nbdshim_create
 nbdshim_close = lib.nbdshim_close
 nbdshim_destroy = lib.nbdshim_destroy
 
-# The shim's handles that are open.  They are closed at exit, when PyPy runs no destructors.
+# The shim's handles that are open.  They are closed at exit, where PyPy runs no destructors.
 _open: set[Any] = set()
 _is_exiting = False
 
-# The shim's handles on which files of nbd.open are open.  If one is dropped meanwhile, the last of
-# its files closes it, whatever the order in which a garbage collector finalizes them.
+# The shim's handles that open files of nbd.open use, with those files.  If a handle's object is
+# dropped, the last file closes the handle, in whichever order garbage collection finalizes them.
 _held: dict[Any, set[object]] = {}
 _dropped: set[Any] = set()
 
 
 class Handle:
-    """The part of nbd.NBD that is written by hand: how it begins, and how it ends."""
+    """The part of nbd.NBD that is written by hand: making and closing a handle, and its timeout."""
 
-    #: The shim's handle.  The shim takes a null pointer for a closed handle.  It is one where
-    #: __init__ failed, or was not called.
+    #: The shim's handle.  It is a null pointer, which the shim takes for a closed handle, if
+    #: __init__ failed or was not called.
     _h: Any = ffi.NULL
 
     def __init__(self) -> None:
         """Make a handle that is not connected to a server yet.
 
         Raises:
-            MemoryError: There is no memory for a handle.
+            MemoryError: libnbd cannot allocate a handle.
 
         C: nbd_create, since libnbd 1.0.
         """
@@ -65,19 +65,19 @@ class Handle:
         made = nbdshim_create()
         if not made:
             raise MemoryError("no memory for a handle")
-        # Closing does not free the memory of the shim's handle: as long as the cdata lives, a call
-        # may be made with it.
+        # Closing does not free the memory of the shim's handle: a call can be made with it as long
+        # as its cdata lives.
         self._h = made = owned(made, nbdshim_destroy)
         _open.add(made)
 
     def close(self) -> None:
         """Close the handle and its connection at once.
 
-        Commands in flight are dropped, a server started by connect_command is
-        waited for, and the callables and buffers that libnbd held are let go.
-        For an orderly end call shutdown first.  A handle that is no longer
-        referred to is closed by itself, and `with nbd.NBD() as h:` closes it at
-        the end of the block.
+        This drops commands in flight, waits for a server that connect_command
+        started, and releases the callables and buffers that libnbd held. For
+        an orderly end, call shutdown first. A handle that nothing refers to is
+        closed automatically, and `with nbd.NBD() as h:` closes it at the end of
+        the block.
 
         Raises:
             nbd.ClosedHandle: The handle is closed already.
@@ -101,25 +101,24 @@ class Handle:
             raise_pending(self._h)
 
     def settimeout(self, seconds: float | None) -> None:
-        """Bound how long each later call on this handle may wait.
+        """Set the timeout of each later call on this handle.
 
-        It is for every call that waits for the server: connect_*, opt_*, pread,
-        flush, poll, shutdown and so on. A call raises nbd.Timeout when its time
-        is over. The time of a connect is that of the whole handshake. What
-        libnbd itself cannot end goes on: the look-up of a host's name in
-        connect_tcp and connect_uri, the wait for the end of a server's process
-        in close, and a shutdown that abandons commands in flight.
+        It applies to every call that waits for the server: connect_*, opt_*,
+        pread, flush, poll, shutdown and so on. A call that exceeds it raises
+        nbd.Timeout. For a connect it covers the whole handshake. The timeout
+        does not end what libnbd itself cannot stop: looking up a host name in
+        connect_tcp and connect_uri, waiting in close for the server's process
+        to exit, and a shutdown that abandons commands in flight.
 
-        A command that was sent cannot be taken back: a write that was stopped
-        may have happened, wholly or in part. Its answer is dropped when it
-        comes, and the handle can be used as before. A call that overlaps a
-        write, zero or trim that was stopped is sent after that one's answer.
-        After 64 such commands, or 64 MiB, the next one waits for an answer
-        first. A connect that was stopped goes on: the next call that waits
-        finishes it first.
+        NBD cannot cancel a command: a write that was stopped may still happen,
+        wholly or in part. Its reply is dropped when it arrives, and the handle
+        remains usable. A call that overlaps a write, zero or trim that was
+        stopped is sent after the reply to that one. Once 64 such commands, or
+        64 MiB, have no reply yet, the next call waits for one first. A connect
+        that was stopped continues: the next call that waits finishes it first.
 
         Args:
-            seconds: More than 0; None, as at the beginning, is for ever.
+            seconds: More than 0; None, the default, means no timeout.
 
         Raises:
             ValueError: seconds is 0, negative or NaN.
@@ -141,11 +140,11 @@ class Handle:
             raise failure_of(self._h, result, "settimeout")
 
     def gettimeout(self) -> float | None:
-        """Return how many seconds a call on this handle may wait.
+        """Return the timeout of calls on this handle, in seconds.
 
         Returns:
-            The number that settimeout was given, as a float; None if there is
-            no bound, as at the beginning.
+            The number passed to settimeout, as a float; None, the default, if
+            calls have no timeout.
 
         Raises:
             nbd.ClosedHandle: The handle is closed.
@@ -167,11 +166,11 @@ class Handle:
         traceback: TracebackType | None,
     ) -> None:
         _close_quietly(self._h)
-        if pending:  # what the handler of a signal has raised meanwhile
+        if pending:  # a signal handler may have raised meanwhile
             raise_pending(self._h)
 
     def __del__(self) -> None:
-        if _is_exiting and is_finalizing():  # too late for callbacks: Python has ended
+        if _is_exiting and is_finalizing():  # Python has ended, so no callback can run
             lib.nbdshim_end_upcalls()
         if self._h in _held:
             _dropped.add(self._h)
@@ -180,18 +179,18 @@ class Handle:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
-            "a handle is a connection of this process: it cannot be copied or pickled; "
-            "make another with nbd.NBD() and connect it"
+            "a handle is a connection of this process, so it cannot be copied or pickled; "
+            "make another one with nbd.NBD() and connect it"
         )
 
 
 def hold(h: Any, user: object) -> None:
-    """Have a handle of the shim stay open if its object is dropped, until its users let it go."""
+    """Keep a handle of the shim open, even if its object is dropped, until `let_go`."""
     _held.setdefault(h, set()).add(user)
 
 
 def let_go(h: Any, user: object) -> None:
-    """Undo a `hold`, if there is one; the last user closes a handle that was dropped."""
+    """Undo `hold`, if it was called; the last user closes a handle whose object was dropped."""
     users = _held.get(h, set())
     users.discard(user)
     if not users:
@@ -202,7 +201,7 @@ def let_go(h: Any, user: object) -> None:
 
 
 def _close_quietly(h: Any) -> None:
-    """Close a handle of the shim unless it is closed."""
+    """Close a handle of the shim; a closed one is left alone."""
     if nbdshim_close(h) == 0:
         _open.discard(h)
     if pending:

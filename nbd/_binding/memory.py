@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
 """Memory that libnbd works on: results, blocks and their pool, pins and bounce buffers.
 
-A result is the bytearray that a read returns: new for every read that waits.
+A result is the bytearray that pread returns.  Every read has a new one.
 
-A block is the memory of an nbd.Buffer.  On CPython it is a bytearray, and the pool keeps blocks for
-the next nbd.Buffer of the same size, up to a bound (set_pool_limit).  Otherwise each would be fresh
-memory, which the kernel clears page by page, with a fault for each page: with the pool, reads of
-1 MiB into new Buffers take a third of the time.
+A block is the memory of an nbd.Buffer.  On CPython it is a bytearray.  A pool keeps blocks of
+dropped Buffers for new ones of the same size, up to a limit (set_pool_limit).  Fresh memory would
+cost a page fault for each page, which the kernel clears: with the pool, reads of 1 MiB into new
+Buffers take a third of the time.
 
 A pin is the cdata that ffi.from_buffer makes of an object.  As long as it lives, CPython neither
-moves nor resizes the object.  PyPy before 8 may do both.  Later versions do not, but the object is
-pinned until the next garbage collection, which is too long.
+moves nor resizes the object.  PyPy before 8 may do both.  Later versions do not, but they keep the
+object pinned until the next garbage collection, which is too long.
 
-A bounce buffer is C memory that libnbd uses in place of such an object, so only on PyPy.  What was
-read is copied from it to the object.
+A bounce buffer is C memory that libnbd uses instead of the caller's object.  What was read is
+copied from it to the object.  On PyPy every object needs one; on CPython only a view without owner.
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ if TYPE_CHECKING:
 else:
     from _collections import deque  # collections itself would make `import nbd` longer
 
-#: Whether libnbd works on bounce buffers in place of objects of the caller.
+#: Whether libnbd works on bounce buffers instead of the caller's objects.
 BOUNCES = not IS_CPYTHON
 
-#: No libnbd reads more than this in one command, so it is refused before memory is allocated.
-_MOST_READ = 128 * 1024 * 1024
-#: A result of this size or more is in huge pages: a page fault for every 2 MiB, not every 4 KiB.
-#: That halves the time of a read of 32 MiB.
+#: No libnbd reads more in one command, so pread refuses it before it allocates memory.
+_MAX_READ = 128 * 1024 * 1024
+#: Results of at least this size use huge pages, which cost a page fault for every 2 MiB instead of
+#: every 4 KiB.  That halves the time of a read of 32 MiB.
 _HUGE = 4 * 1024 * 1024
-#: The pool has blocks of so many sizes at once, and looks at so many for one that is not in use.
+#: The pool keeps at most _POOL_SIZES block sizes, and inspects at most _POOL_LOOKS blocks to find a
+#: free one.
 _POOL_SIZES = 4
 _POOL_LOOKS = 4
 
@@ -56,7 +57,7 @@ _new = ffi.new
 from_buffer = ffi.from_buffer
 #: Frees a bounce buffer at once.
 free = ffi.release if IS_CPYTHON else pypy.free
-#: The state of memory of the caller's, which holds nothing that nobody may see.
+#: The state of memory that the caller provides: it holds no bytes that must stay hidden.
 NEVER_STALE = _new("int *", _CLEAN)
 
 _pool_limit = 64 * 1024 * 1024
@@ -69,10 +70,10 @@ class Block:
     Attributes:
         storage: The object that has the bytes: a bytearray (PyPy: a memoryview).
         pin: The memory for C, a cdata of its size.  A command in flight refers to it.
-        state: Points to what the bytes are (enum nbdshim_state).  A block from the pool is stale:
-            it has bytes of somebody else.  A read overwrites them, and nbd.Buffer clears them
-            before anybody looks at them.  If every block were cleared, reads of 1 MiB would take
-            18 in 100 longer.
+        state: A pointer to the state of the bytes (enum nbdshim_state).  A block from the pool is
+            stale: it has bytes of an earlier Buffer.  A read overwrites them, and nbd.Buffer clears
+            them before anybody can see them.  If every block were cleared when it is taken from
+            the pool, reads of 1 MiB would take 18 in 100 longer.
     """
 
     __slots__ = ("pin", "state", "storage")
@@ -90,11 +91,11 @@ class Block:
 
 @one_for_all_imports
 class Shared:
-    """The memory of somebody else's bytes-like object, who may resize it between two commands.
+    """The memory of a bytes-like object of the caller, who may resize it between two commands.
 
     Attributes:
         storage: The object.
-        state: It is never stale.
+        state: A pointer to its state: never stale.
     """
 
     __slots__ = ("storage",)
@@ -111,19 +112,20 @@ class Shared:
             return view.nbytes
 
 
-# The pool: blocks by their size, in use or not.  What was given out last is at the end.  Each block
+# The pool: blocks by size, whether in use or not, those that were used last at the end.  Each block
 # is in a tuple, so that no variable counts as a reference to it.
 _pool: dict[int, deque[tuple[Block]]] = {}
 
 
 def set_pool_limit(size: int) -> None:
-    """Bound how much memory of dropped nbd.Buffer objects is kept for new ones.
+    """Limit how much memory of dropped nbd.Buffer objects is kept for new ones.
 
-    PyPy keeps none, because it finds out late what was dropped.  There the bound is how many bytes
-    may be allocated for reads before garbage is collected; less than 8 MiB count as 8 MiB.
+    PyPy keeps none, because it notices late that an object was dropped.  There the limit is the
+    number of bytes that may be allocated for reads before garbage is collected; the minimum is
+    8 MiB.
 
     Args:
-        size: Bytes, at the most; 0 keeps none.  It is 64 MiB to begin with (PyPy: 32 MiB).
+        size: The limit in bytes; 0 keeps no memory.  The default is 64 MiB (PyPy: 32 MiB).
 
     Raises:
         ValueError: size is negative.
@@ -139,12 +141,12 @@ def set_pool_limit(size: int) -> None:
 
 
 def new_block(size: int) -> Block:
-    """A block that nobody else has or sees.  It may be stale."""
+    """A block that nothing else refers to.  It may be stale."""
     return _unused_block(size) or _new_block(size)
 
 
 def give_away(block: Block) -> Any:
-    """The storage of a block, for somebody who may keep it: the pool forgets the block."""
+    """The storage of a block, for a caller who may keep it: the pool forgets the block."""
     try:
         _pool[block.size].remove((block,))
     except (KeyError, ValueError):  # it is not in the pool, or another thread is looking at it
@@ -153,12 +155,12 @@ def give_away(block: Block) -> Any:
 
 
 def _unused_block(size: int) -> Block | None:
-    """A block of the pool to which nothing but the pool refers, if one is found soon."""
+    """A block that only the pool refers to, if there is one among the next _POOL_LOOKS."""
     kept = _pool.get(size)
     for _ in range(_POOL_LOOKS if kept else 0):
         try:
-            oldest = kept.popleft()  # type: ignore[union-attr] # until it is put back, it is ours
-        except IndexError:  # other threads have the rest
+            oldest = kept.popleft()  # type: ignore[union-attr] # no other thread sees it meanwhile
+        except IndexError:  # other threads are inspecting the rest
             break
         block = oldest[0] if _references(oldest) == _UNUSED else None
         if block is not None:
@@ -181,7 +183,7 @@ def _new_block(size: int) -> Block:
 
 
 def _keep(block: Block, size: int) -> None:
-    """Put a block into the pool, if there is room.  Blocks of other sizes make room."""
+    """Put a block into the pool if it fits; blocks of other sizes are dropped to make room."""
     for other in list(_pool):
         if _pooled() + size <= _pool_limit and (size in _pool or len(_pool) < _POOL_SIZES):
             break
@@ -192,18 +194,18 @@ def _keep(block: Block, size: int) -> None:
 
 
 def _pooled() -> int:
-    """How many bytes the pool has."""
+    """The size of all blocks of the pool."""
     return sum(size * len(kept) for size, kept in list(_pool.items()))
 
 
 def new_result(size: int) -> tuple[bytearray, Any]:
-    """A bytearray of zeroes for what a call reads that waits, and its pin; result_of ends it.
+    """A bytearray of zeroes for the result of a read, and its pin; `result_of` ends the pin.
 
     Raises:
-        nbd.Error: It is more than libnbd reads at once.
-        OverflowError, ValueError: The number cannot be a size.
+        nbd.Error: The size is more than libnbd reads in one command.
+        OverflowError, ValueError: The size is negative, or too large for a size_t.
     """
-    if not 0 <= size <= _MOST_READ:
+    if not 0 <= size <= _MAX_READ:
         raise _refused_size(size)
     result, is_clean = _new_bytearray(size)
     pin = from_buffer(result)
@@ -213,7 +215,7 @@ def new_result(size: int) -> tuple[bytearray, Any]:
 
 
 def result_of(result: bytearray, pin: Any) -> bytearray:
-    """What a call has read with new_result; from now on the bytearray can be resized."""
+    """End the pin of a result and return it: from now on the bytearray can be resized."""
     ffi.release(pin)
     return result
 
@@ -221,17 +223,17 @@ def result_of(result: bytearray, pin: Any) -> bytearray:
 def new_shown_result(size: int) -> tuple[bytearray, Any]:
     """The same for a call that shows the memory to a callback while it reads.
 
-    On PyPy the callback could resize the bytearray, so there libnbd has a bounce buffer.
+    On PyPy the callback could resize the bytearray, so libnbd gets a bounce buffer there.
     """
     if not BOUNCES:
         return new_result(size)
-    if not 0 <= size <= _MOST_READ:
+    if not 0 <= size <= _MAX_READ:
         raise _refused_size(size)
     return pypy.zeroed(size), pypy.allocate(size, clear=True)
 
 
 def shown_result_of(result: bytearray, pin: Any) -> bytearray:
-    """What a call has read with new_shown_result: the bytearray that the callback saw."""
+    """End the pin of a result from `new_shown_result`, and return the result."""
     if not BOUNCES:
         return result_of(result, pin)
     if len(result) != len(pin):  # the callback has resized it
@@ -252,15 +254,15 @@ def _refused_size(size: int) -> Exception:
 
 
 def _new_bytearray(size: int) -> tuple[bytearray, bool]:
-    """A bytearray, and whether its bytes are zeroes.  On CPython a large one has any bytes."""
+    """A bytearray, and whether it is zeroed.  On CPython a large one has arbitrary bytes."""
     if not IS_CPYTHON:
         return pypy.zeroed(size), True
     if size < _HUGE:
         return bytearray(size), True
     import ctypes
 
-    # PyByteArray_FromStringAndSize would do it in one call.  But where there is no memory, it drops
-    # a half-made bytearray, about which CPython prints a SystemError.
+    # Not PyByteArray_FromStringAndSize: if memory runs out, it drops a half-made bytearray, and
+    # CPython prints a SystemError about that.
     resize = ctypes.pythonapi["PyByteArray_Resize"]
     resize.argtypes = [ctypes.py_object, ctypes.c_ssize_t]
     if size == sys.maxsize:
@@ -272,11 +274,12 @@ def _new_bytearray(size: int) -> tuple[bytearray, bool]:
 
 
 def pinned(buffer: Any, is_written: bool) -> tuple[Any, int, Any]:
-    """The address, the size and the pin of an object; what cffi raises if it cannot be had.
+    """The address, the size and the pin of an object.
 
-    Address and size are taken together, so both are of the same moment.
+    Address and size are taken together, so that no other thread can resize the object in between.
+    cffi raises TypeError, ValueError or BufferError if the object has no such memory.
 
-    Of a memoryview the object behind it is pinned: until CPython 3.12.7 the garbage collector may
+    For a memoryview, the object behind it is pinned: until CPython 3.12.7 the garbage collector may
     clear a memoryview that is pinned, and crash (gh-77894).
     """
     view = from_buffer(_CHARS, buffer, is_written)
@@ -290,7 +293,7 @@ def pinned(buffer: Any, is_written: bool) -> tuple[Any, int, Any]:
 
 
 def as_bytes(buffer: Any) -> memoryview:
-    """A view of the bytes of a contiguous object, whatever its items are."""
+    """A view of the bytes of a contiguous object, whatever the type of its items."""
     view = memoryview(buffer)
     if view.format == "B" and view.ndim == 1:
         return view
@@ -298,12 +301,12 @@ def as_bytes(buffer: Any) -> memoryview:
         return view.cast("B") if view.nbytes else memoryview(b"")
 
 
-# To look at an object, and to copy from it or to it, is one operation of a memoryview below: no
-# other thread can resize the object in between.
+# Each function below inspects an object and copies its bytes by one operation of a memoryview, so
+# that no other thread can resize the object in between.
 
 
 def copied(buffer: Any) -> bytes:
-    """A copy of a buffer that a command reads: bytes are never resized, and can be kept."""
+    """A copy of the bytes that a command writes to the disk: bytes cannot be resized."""
     with memoryview(buffer) as view:
         if not view.c_contiguous:
             raise BufferError
@@ -311,15 +314,15 @@ def copied(buffer: Any) -> bytes:
 
 
 def is_unowned(buffer: Any) -> bool:
-    """Whether a buffer is a memoryview without an owner, whose memory nobody can keep in place.
+    """Whether a buffer is a memoryview without an owner, whose memory cannot be pinned.
 
-    CPython's io makes such views of its own buffers for the methods readinto and write of a file.
+    CPython's io passes such views of its own buffers to the methods readinto and write of a file.
     """
     return isinstance(buffer, memoryview) and buffer.obj is None
 
 
 def bounce_buffer(buffer: Any) -> Any:
-    """Zeroed memory in place of a buffer that a command writes: on PyPy, or if it is unowned."""
+    """Zeroed C memory for a command to read into, instead of the memory of an object."""
     with memoryview(buffer) as view:
         if view.readonly or not view.c_contiguous:
             raise BufferError
@@ -328,10 +331,10 @@ def bounce_buffer(buffer: Any) -> Any:
 
 
 def copy_back(target: Any, pin: Any) -> None:
-    """Copy the bytes of a bounce buffer to the object that it stands for.
+    """Copy the bytes of a bounce buffer to the caller's object.
 
     Raises:
-        BufferError: The object has another size than it had.
+        BufferError: The object was resized.
     """
     with as_bytes(target) as whole:
         try:
@@ -346,15 +349,15 @@ def part(target: Any, pin: Any, start: int, count: int) -> memoryview:
     """A read-only view of bytes of a command's buffer, for a callback.
 
     Args:
-        target: The object that has the caller's bytes; None if the pin itself has them.
+        target: The caller's object; None if the pin is the caller's memory itself.
         pin: The memory that libnbd uses.
-        start, count: Which bytes.
+        start, count: The range of bytes.
     """
     if target is None:
         return memoryview(ffi.buffer(pin))[start : start + count].toreadonly()
     try:
         view = as_bytes(target)
-    except ValueError:  # numpy has types of items that memoryview does not know
+    except ValueError:  # memoryview does not know all item types of numpy
         view = memoryview(ffi.buffer(pin))
     if count != len(view):
         view = view[start : start + count]
@@ -362,7 +365,7 @@ def part(target: Any, pin: Any, start: int, count: int) -> memoryview:
         arrived = ffi.buffer(pin + start, count)[:]
         try:
             view[:] = arrived
-        except ValueError:  # the object was resized meanwhile; bring_back will say so
+        except ValueError:  # the object was resized meanwhile; bring_back will report that
             return memoryview(arrived)
     return view.toreadonly()
 
@@ -374,7 +377,7 @@ if IS_CPYTHON:
         """The reference counts of a block, its pin and its storage."""
         return getrefcount(kept[0]), getrefcount(kept[0].pin), getrefcount(kept[0].storage)
 
-    #: The same where only the pool refers to the block.  Then no Buffer has it, no command in
-    #: flight uses it, and nobody sees its bytes.  A finalizer could tell the same, but what a
-    #: signal handler raises inside a finalizer is printed and lost.
+    #: The reference counts of a block that only the pool refers to: no Buffer has it, and no
+    #: command in flight uses it.  A finalizer of the Buffer could tell the same, but what a signal
+    #: handler raises inside a finalizer is printed and lost.
     _UNUSED = _references((_new_block(0),))

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
 """The shim, loaded in the cffi mode that the package was built for: `ffi` and `lib`.
 
-The modes differ in one thing only, which is here too: how the shim is given the Python functions
-that it calls (`upcall`).  Everything above this module is the same in both.
+The modes differ only in the way in which the shim gets the Python functions that it calls, which is
+here too (`upcall`).  All other modules are the same in both modes.
 
-The shim is loaded once for the process, but the package may be imported twice: test runners empty
-sys.modules.  All imports must share what the shim refers to: the registry of callbacks, the counter
-of tokens, and the functions that it calls.  They are in one object, `process`.  The first import
-makes it and gives it to the shim, and later imports get it from there.
+The shim is loaded once in a process, but the package may be imported several times, as some test
+runners empty sys.modules.  All imports must share what the shim refers to: the registry of
+callbacks, the counter of tokens, and the functions that the shim calls.  They are in one object,
+`process`.  The first import makes it and gives it to the shim; later imports get it from the shim.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
     "upcall",
 ]
 
-#: Stands in `pending` in place of the handle, with what a signal handler raised.
+#: The origin, in `pending`, of an exception that a signal handler raised.
 BY_HANDLER = "by a signal handler"
 
 TYPE_CHECKING = False
@@ -53,7 +53,8 @@ if TYPE_CHECKING:
     Class = TypeVar("Class", bound=type)
     Function = TypeVar("Function", bound=Callable[..., object])
 
-#: CPython finalizes an object as soon as it is dropped, and never moves its memory.  PyPy does not.
+#: CPython finalizes an object as soon as it is dropped, and never moves it.  PyPy finalizes objects
+#: when it collects garbage, and moves them.
 IS_CPYTHON = sys.implementation.name == "cpython"
 
 
@@ -77,8 +78,8 @@ def _is_subinterpreter() -> bool:
     """Whether this is a subinterpreter of CPython.
 
     There, libnbd's callbacks would run in the interpreter that imported the package first, with
-    objects of another.  Only the main thread of the main interpreter may set signal handlers.  We
-    try that first: where it works, the import of _interpreters is saved, 0.5 of 6 ms.
+    objects of another.  Only the main thread of the main interpreter may set signal handlers.  That
+    is tried first, because it saves the import of _interpreters, 0.5 of 6 ms, if it is allowed.
     """
     if not IS_CPYTHON:
         return False
@@ -92,7 +93,7 @@ def _is_subinterpreter() -> bool:
             import _interpreters
         else:
             import _xxsubinterpreters as _interpreters
-    except ImportError:  # this Python has none
+    except ImportError:  # this Python has no subinterpreters
         return False
     is_other: bool = _interpreters.get_current() != _interpreters.get_main()
     return is_other
@@ -104,8 +105,9 @@ if _is_subinterpreter():
         "interpreter. Import it in the main interpreter, or in another process"
     )
 
-# RTLD_LAZY, as for a C program: the libraries that libnbd needs have thousands of functions, few of
-# which are called.  The shim is linked with -z now: a function that libnbd lacks is an error here.
+# RTLD_LAZY, as in a C program: the libraries that libnbd needs have thousands of functions, few of
+# which are called.  The shim itself is linked with -z now, so that loading it fails if libnbd lacks
+# a function.
 try:
     if MODE == "API":
         _others = sys.getdlopenflags()
@@ -117,7 +119,7 @@ try:
     else:
         from nbd._binding.abi import ffi
 
-        # RTLD_NODELETE: a daemon thread may be inside of the shim until the process is gone.
+        # RTLD_NODELETE: a daemon thread may be inside the shim until the process has ended.
         _path = os.path.join(os.path.dirname(__file__), "nbdshim.so")
         lib = ffi.dlopen(_path, ffi.RTLD_LAZY | ffi.RTLD_NODELETE)
 except (ImportError, OSError) as reason:
@@ -128,9 +130,9 @@ class Process:
     """What all imports of this package in one process share.
 
     Attributes:
-        registry: What is kept for libnbd, by token (nbd._binding.callbacks).
+        registry: The objects that are kept for libnbd, by token (nbd._binding.callbacks).
         next_token: Returns the next token, an int that was never used before.
-        pending: What callbacks raised: the thread, the handle (None if unknown), the exception.
+        pending: The exceptions of callbacks that no call has raised yet (nbd._binding.errors).
         upcalls: The functions that the shim calls, by name; empty until they are installed.
         classes: The classes that programs compare by identity, by name.
         address: The cdata by which the shim knows this object.  It must live as long as the object.
@@ -148,7 +150,7 @@ class Process:
 
     def __init__(self) -> None:
         self.registry: dict[int, Any] = {}
-        # As itertools.count would do, without the import.
+        # An iterator of range, as itertools would have to be imported.
         self.next_token = iter(range(1, sys.maxsize)).__next__
         self.pending: list[tuple[int, Any, BaseException]] = []
         self.upcalls: dict[str, Any] = {}
@@ -157,13 +159,13 @@ class Process:
 
 
 def one_for_all_imports(cls: Class) -> Class:
-    """The class of that name of the first import, so that `except nbd.Error` catches all."""
+    """The first import's class of that name, so that `except nbd.Error` works for all imports."""
     first: Class = process.classes.setdefault(cls.__name__, cls)
     return first
 
 
 def as_text(pointer: Any) -> str:
-    """The string at a char pointer.  What is not UTF-8 becomes surrogates, as in os.fsdecode."""
+    """The string at a char pointer.  Bytes that are not UTF-8 become surrogates (os.fsdecode)."""
     raw: bytes = ffi.string(pointer)
     return raw.decode("utf-8", "surrogateescape")
 
@@ -171,14 +173,14 @@ def as_text(pointer: Any) -> str:
 def upcall(name: str) -> Callable[[Function], Function]:
     """Make a function callable from the shim, as the member `name` of its upcalls.
 
-    The function catches what the callable raises.  Two kinds of exception get past that: a signal
-    handler may raise at the first bytecode, and cffi may not be able to convert the result.  Then
-    the shim is told -1, so that a failure never looks like 0, and the exception is kept.  libnbd
-    calls a completion only once, so the shim then calls it again.
+    The function catches the exceptions of the callable.  Two other kinds of exception can leave it:
+    a signal handler may raise at its first bytecode, and cffi may be unable to convert its result.
+    Then the shim gets -1, so that a failure never looks like 0, and the exception is kept.  libnbd
+    calls a completion only once, so the shim repeats that upcall.
     """
 
     def decorate(function: Function) -> Function:
-        if name in process.upcalls:  # of an earlier import; it serves all of them
+        if name in process.upcalls:  # the function of the first import serves all imports
             return function
         keep = _KEEPERS.get(name, _keep_unexpected)
         options = {"error": -1, "onerror": keep}
@@ -193,20 +195,21 @@ def upcall(name: str) -> Callable[[Function], Function]:
 
 
 def _keep_unexpected(exc_type: object, exception: BaseException, traceback: Any) -> None:
-    # The upcall itself has raised nothing, so a function that it has called there is a handler.
+    # No line of an upcall itself raises out of it.  So if it has called a function there, that is
+    # the handler of a signal.
     is_by_handler = traceback is not None and traceback.tb_next is not None
     origin = BY_HANDLER if is_by_handler else None
     process.pending.append((get_ident(), origin, exception.with_traceback(traceback)))
 
 
 def _keep_of_completion(exc_type: object, exception: BaseException, traceback: Any) -> int:
-    """The same for a completion: the shim calls again, as the callable may not have been called."""
+    """The same for a completion, whose callable may not have been called: the shim tries again."""
     _keep_unexpected(exc_type, exception, traceback)
     return int(lib.NBDSHIM_NOT_DONE)
 
 
 def _keep_of_handler(exc_type: object, exception: BaseException, traceback: Any) -> None:
-    """The same for what a signal handler raised while a call was waiting, which will raise it."""
+    """The same for an exception of a signal handler that ran while a call was waiting."""
     process.pending.append((get_ident(), BY_HANDLER, exception.with_traceback(traceback)))
 
 
@@ -214,17 +217,17 @@ _KEEPERS = {"completion": _keep_of_completion, "interrupted": _keep_of_handler}
 
 
 def install() -> None:
-    """Give the shim the functions that `upcall` has seen."""
+    """Register the functions of `upcall` with the shim."""
     lib.nbdshim_register(ffi.new("struct nbdshim_upcalls *", process.upcalls))
     if MODE == "API" and process is _own:
         _rehearse(process.upcalls)
 
 
 def _rehearse(upcalls: dict[str, Any]) -> None:
-    """Call each upcall once, for no token.
+    """Call each upcall once, without a valid token.
 
-    At the first call, cffi looks for the Python function.  If the stack is full at that moment, it
-    does not find the function, and returns 0, which the shim would take for success.
+    At the first call, cffi looks up the Python function.  If the stack is full at that moment, the
+    lookup fails, and cffi returns 0, which the shim would take for success.
     """
     for name, pointer in upcalls.items():
         pointer(*(ffi.cast(argument, 0) for argument in _types[name].type.args))
@@ -232,10 +235,10 @@ def _rehearse(upcalls: dict[str, Any]) -> None:
 
 
 def keep_upcalls() -> None:
-    """Never free the upcalls of ABI mode, if other threads may be inside of them.
+    """Never free the upcalls of ABI mode, if other threads may be about to call them.
 
-    At its end CPython frees everything, also what ffi.callback has made.  A daemon thread that
-    waits in C may call it later than that.  If it is still there, the thread finds that Python has
+    When CPython ends, it also frees what ffi.callback has made.  A daemon thread that waits in C
+    may call an upcall after that.  If the upcall still exists, the thread notices that Python has
     ended, and stops.
     """
     if MODE == "ABI" and IS_CPYTHON and len(sys._current_frames()) > 1:
@@ -247,6 +250,6 @@ def keep_upcalls() -> None:
 
 _types = dict(ffi.typeof("struct nbdshim_upcalls").fields)
 _own = Process()
-# atexit refers to this module.  So the object lives on when sys.modules is emptied.
+# atexit keeps this module alive, and with it the object, when sys.modules is emptied.
 atexit.register(keep_upcalls)
 process: Process = ffi.from_handle(lib.nbdshim_adopt(_own.address))

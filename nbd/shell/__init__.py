@@ -2,10 +2,11 @@
 """The command line of nbdsh: its options, and the commands given with -c.
 
 Test suites start nbdsh hundreds of times, so a run with -c imports little.  The interactive session
-is in nbd.shell.console.  What only an error or --version needs is imported where it is used.
+is in nbd.shell.console.  Modules that only an error or --version needs are imported where they are
+used.
 
-Commands can import from the current folder, as those of `python -c` can.  The shell and the package
-must not, even if they import late: a file of the user may happen to be called code.py.
+Commands can import from the current folder, as with `python -c`.  The shell and the package must
+not, even if they import late: a file of the user may happen to be called code.py.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _LONG_OPTIONS = (
     "--version",
 )
 
-#: What the shell and the package import late, and what those import.
+#: The modules that the shell and the package import late, and the modules that those import.
 _LATER = (
     *("nbd.memory", "nbd.shell.tracebacks", "nbd.types", "ast", "codeop", "ctypes", "difflib"),
     *("encodings.idna", "socket", "tokenize", "types"),
@@ -43,7 +44,7 @@ _sources: dict[str, str] = {}
 
 
 def main() -> None:
-    """Run nbdsh on sys.argv; every exit status but 0 is raised as SystemExit."""
+    """Run nbdsh on sys.argv; an exit status other than 0 is raised as SystemExit."""
     options = _parser().parse_args()
     steps: list[tuple[str, str]] = options.steps or []
     if options.n and any(kind != "command" for kind, _ in steps):
@@ -91,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_step(
     parser: argparse.ArgumentParser, kind: str, *names: str, metavar: str | None = None, text: str
 ) -> None:
-    """Add an option that does something.  All of these run in the order of the command line."""
+    """Add an option that is a step.  Steps run in the order of the command line."""
     if metavar is None:
         step = (kind, "")
         parser.add_argument(*names, dest="steps", action="append_const", const=step, help=text)
@@ -119,7 +120,9 @@ def _versions() -> tuple[str, ...]:
     from nbd._binding.build import BUNDLED, MODE
     from nbd._binding.shim import as_text, lib
 
-    gnutls = as_text(lib.nbdshim_gnutls()) if lib.nbdshim_gnutls() else "missing: there is no TLS"
+    gnutls = (
+        as_text(lib.nbdshim_gnutls()) if lib.nbdshim_gnutls() else "missing, so TLS cannot be used"
+    )
     origin = ", from this package" if BUNDLED else ""
     interpreter = f"{platform.python_implementation()} {platform.python_version()}"
     return (
@@ -138,7 +141,7 @@ def _named_handle() -> nbd.NBD:
 
 def _scope(handle: nbd.NBD | None) -> dict[str, object]:
     """Make the namespace of all commands, with the names that libnbd's nbdsh documents."""
-    # A class that a command defines looks its module up in sys.modules, by the name of the scope.
+    # A class that a command defines finds its module in sys.modules by the name of the scope.
     import nbdsh
 
     scope: dict[str, object] = {"__name__": nbdsh.__name__, "nbd": nbd, "os": os, "sys": sys}
@@ -148,10 +151,10 @@ def _scope(handle: nbd.NBD | None) -> dict[str, object]:
 
 
 def _import_from_here(is_interactive: bool) -> None:
-    """Let commands import from the current folder, as `python -c` does, and libnbd's nbdsh.
+    """Let commands import from the current folder, as `python -c` and libnbd's nbdsh do.
 
-    If the folder has a file with the name of a standard module, what the shell and the package will
-    need later is imported first: it must not come from there.
+    If the folder has a file with the name of a standard module, the modules that the shell and the
+    package will need later are imported first, so that they do not come from the folder.
     """
     if "" in sys.path or sys.flags.isolated or getattr(sys.flags, "safe_path", False):
         return
@@ -165,7 +168,7 @@ def _import_from_here(is_interactive: bool) -> None:
 
 
 def _hides_a_module(folder: str) -> bool:
-    """Whether a folder has a module or package with the name of one of Python's."""
+    """Whether a folder has a module or package with the name of a standard module."""
     try:
         names = {name.partition(".")[0] for name in os.listdir(folder)}
     except OSError:
@@ -213,7 +216,7 @@ def _execute(text: str, scope: dict[str, object]) -> None:
 
 
 def _debugging() -> bool:
-    # Of a new handle, which has the flag of the environment: `h` may be closed, or have another.
+    # A new handle has the flag of the environment; `h` may be closed, or have another flag.
     return nbd.NBD().get_debug()
 
 

@@ -20,7 +20,7 @@ _HISTORY_LENGTH = 1000
 
 
 def run(scope: dict[str, object], handle: nbd.NBD | None) -> None:
-    """Run what the user types, or what standard input has, in the namespace `scope`."""
+    """Run the lines that the user types, or those of standard input, in the namespace `scope`."""
     if sys.stdin and sys.stdin.isatty():
         _interact(scope, _banner(handle))
     else:
@@ -36,14 +36,14 @@ def _interact(scope: dict[str, object], banner: str) -> None:
 
 
 def _feed(scope: dict[str, object]) -> None:
-    """Run standard input as the interactive interpreter does: results shown, errors survived.
+    """Run standard input as the interactive interpreter does: show results, continue after errors.
 
-    There is no banner and no prompt, because nobody would read them.
+    It prints no banner and no prompt, because nobody would read them.
     """
     console = code.InteractiveConsole(scope)
     for line in sys.stdin or ():
         console.push(line.rstrip("\n"))
-    # A block of statements ends with an empty line, or with the input.
+    # An empty line, or the end of the input, ends a block of statements.
     if console.push(""):
         print("nbdsh: standard input ends inside a statement", file=sys.stderr)
         sys.exit(1)
@@ -70,7 +70,7 @@ def _banner(handle: nbd.NBD | None) -> str:
 
 
 def _situation(handle: nbd.NBD | None) -> tuple[str, list[tuple[str, str]]]:
-    """Say what `h` is, and which calls are needed before it is connected."""
+    """Describe `h`, and the calls that are needed before it is connected."""
     connect = ('h.connect_uri("nbd://localhost")', "connect to a server")
     go = ("h.opt_go()", "end the negotiation")
     if handle is None:
@@ -84,7 +84,7 @@ def _situation(handle: nbd.NBD | None) -> tuple[str, list[tuple[str, str]]]:
 
 
 def _display(value: object) -> None:
-    """Show a result: a long bytes-like one as a hexdump, all else as Python does."""
+    """Show a result: a long bytes-like object as a hexdump, anything else as Python does."""
     view = _view(value)
     if view is None:
         sys.__displayhook__(value)
@@ -95,7 +95,7 @@ def _display(value: object) -> None:
 
 
 def _view(value: object) -> memoryview | None:
-    """Return the bytes of `value` if they are to be dumped."""
+    """Return the bytes of `value` if it is shown as a hexdump."""
     shared = value.to_buffer() if isinstance(value, nbd.Buffer) else value
     if not isinstance(shared, (bytes, bytearray, memoryview)):
         return None
@@ -125,7 +125,7 @@ def _line_editing(scope: dict[str, object]) -> Iterator[None]:
     readline.parse_and_bind("bind ^I rl_complete" if editline else "tab: complete")
     readline.set_history_length(_HISTORY_LENGTH)
     path = _history_path()
-    if os.path.isfile(path):  # to read from a pipe, for example, could take for ever
+    if os.path.isfile(path):  # reading from a pipe, for example, could block
         with suppress(OSError):
             readline.read_history_file(path)
     try:
@@ -138,8 +138,8 @@ def _line_editing(scope: dict[str, object]) -> Iterator[None]:
 
 
 def _history_path() -> str:
-    # By default in the home directory: it exists, and other shells and Python keep theirs there.
-    # Those who have set XDG_STATE_HOME want it in that folder.
+    # The default is the home directory: it exists, and shells and Python keep their history there.
+    # Users who have set XDG_STATE_HOME want it in that folder.
     path = os.environ.get("NBDSH_HISTORY")
     if path is None:
         state = os.environ.get("XDG_STATE_HOME")
@@ -151,7 +151,7 @@ def _history_path() -> str:
 def _private_files() -> Iterator[None]:
     """Let only the user read new files, whatever the umask is: commands can contain passwords.
 
-    readline writes a new file and renames it, so the mode of the old file does not count.
+    readline writes a new file and renames it, so the mode of the old file has no effect.
     """
     mask = os.umask(0o077)
     try:
@@ -161,15 +161,16 @@ def _private_files() -> Iterator[None]:
 
 
 def _make_private(path: str) -> None:
-    """Make a file, if there is none, and let only the user read and write it.
+    """Create a file unless it exists, and let only the user read and write it.
 
     Raises:
-        OSError: That is not possible, or a pipe, a device or the like has that name.
+        OSError: That failed, or the name belongs to a pipe, a device or the like.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(f"{path} is not a regular file")
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    # O_NONBLOCK: somebody may have put a pipe there since the check above, and open would wait.
+    # O_NONBLOCK: the file may have been replaced by a pipe since the check above, and open of that
+    # would block.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY, 0o600)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Bytes as a person reads them: the canonical hexdump that nbdsh shows for a long result."""
+"""The canonical hexdump that nbdsh shows for a long result."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ _BLOCK_ROWS = 4096
 def dump(data: memoryview, *, colour: bool = False) -> Iterator[str]:
     """Yield the lines of a hexdump of `data`, a contiguous view of bytes.
 
-    A row like the one before it is folded into a single `*`.  After LIMIT lines a note says how
-    much is left; a dump that is not cut ends with the length instead, as hexdump(1) does.
+    Rows equal to the one before are folded into a single `*`.  After LIMIT lines the dump is cut,
+    with a note of how many bytes are not shown.  Otherwise it ends with the length, as hexdump(1)
+    does.
     """
     dim, plain = (_DIM, _PLAIN) if colour else ("", "")
     for count, (start, row) in enumerate(_rows(data)):
@@ -29,7 +30,7 @@ def dump(data: memoryview, *, colour: bool = False) -> Iterator[str]:
 
 
 def _rows(data: memoryview) -> Iterator[tuple[int, bytes]]:
-    """Yield (offset, row).  An empty row stands for all that repeat the row before it."""
+    """Yield (offset, row).  An empty row stands for all rows that repeat the one before."""
     end = 0
     while end < len(data):
         start, row = end, bytes(data[end : end + WIDTH])
@@ -41,7 +42,7 @@ def _rows(data: memoryview) -> Iterator[tuple[int, bytes]]:
 
 
 def _end_of_repeats(data: memoryview, offset: int, row: bytes) -> int:
-    # Large steps first: to fold a gigabyte of zeroes row by row takes a minute.
+    # Large steps first: folding a gigabyte of zeroes row by row takes a minute.
     for pattern in (row * _BLOCK_ROWS, row):
         while offset < len(data) and bytes(data[offset : offset + len(pattern)]) == pattern:
             offset += len(pattern)

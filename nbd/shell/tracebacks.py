@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Tracebacks of commands given with -c: their source lines shown, the shell's own frames not.
+"""Tracebacks of commands given with -c: with their source lines, without the shell's own frames.
 
-Imported only when a command fails, because linecache and traceback are slow to import.
+This module is imported only when a command fails, because linecache and traceback import slowly.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ SHELL = "nbd.shell"
 
 
 def install(sources: dict[str, str]) -> None:
-    """Make an exception that ends the process be shown by us, unless a hook is there already.
+    """Show an exception that ends the process by `_show`, unless another hook is set.
 
     It must be called before the exception leaves the shell.  If a hook imports modules only when
-    it runs, CPython forgets to end the process by SIGINT after a KeyboardInterrupt.
+    it runs, CPython does not end the process by SIGINT after a KeyboardInterrupt.
     """
     _remember(sources)
     if sys.excepthook is sys.__excepthook__:
@@ -39,7 +39,7 @@ def _remember(sources: dict[str, str]) -> None:
 
 def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     below = _below_shell(trace)
-    # A command that does not compile has no frame of its own, and needs none.
+    # A command that does not compile has no frame, so the traceback is empty.
     if below is None and not isinstance(error, SyntaxError):
         below = trace
     traceback.print_exception(kind, error, below)

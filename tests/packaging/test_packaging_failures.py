@@ -208,7 +208,7 @@ def test_the_unrelated_package_nbd_installed_over_ours_is_named(
 ) -> None:
     (site / "nbd" / "__init__.py").write_text('"""A tool for notebooks."""\n')
     message = failing("-m", "libnbd_cffi", PYTHONPATH=str(site))
-    assert f"{site}/nbd/__init__.py is of PyPI's unrelated package nbd" in message
+    assert f"{site}/nbd/__init__.py belongs to PyPI's unrelated package nbd" in message
     assert "pip uninstall nbd; pip install --force-reinstall --no-deps libnbd-cffi" in message
     assert len(message.splitlines()) == 1
 
@@ -244,7 +244,7 @@ def test_libnbds_own_module_before_ours_is_named(
 ) -> None:
     message = failing("-m", "libnbd_cffi", PYTHONPATH=f"{theirs}{os.pathsep}{site}")
     assert f"Python finds another nbd, {theirs}/nbd.py, before libnbd-cffi's" in message
-    assert f"Take {theirs} out of PYTHONPATH" in message
+    assert f"Remove {theirs} from PYTHONPATH" in message
 
 
 def test_libnbds_own_module_behind_ours_changes_nothing(
