@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""What C declarations do not say: the meaning of results, the use of the lock, the documentation.
+"""What C declarations do not express: the meaning of results, locking, and the documentation.
 
-Rules by name and type decide most of it.  The tables are for the calls that the rules get wrong.
-A call of a newer libnbd, which is in no table, is bound by the rules alone.
+Rules by name and type cover most calls.  The tables list the exceptions.  A call of a newer libnbd,
+which is in no table, is bound by the rules alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DOCS = Path(__file__).with_name("docs")
 
 
 class Returns(Enum):
-    """The kind of a result: it decides what a method returns, and how it tells a failure."""
+    """The kind of a result: it determines what a method returns and what a failure looks like."""
 
     NOTHING = "None"
     TRUTH = "bool"
@@ -29,8 +29,8 @@ class Returns(Enum):
     OWNED_TEXT = "str that the caller frees"
 
 
-#: Calls that ask the server for an option.  They return whether the server granted it; that the
-#: server refuses is not a failure.
+#: Calls that ask the server for an option.  They return whether the server granted it; a refusal is
+#: not a failure.
 GRANTED = frozenset({"opt_starttls", "opt_extended_headers", "opt_structured_reply"})
 
 #: Calls that return the number of items that their callback received.  Those that do not wait
@@ -50,8 +50,8 @@ COUNTED = frozenset(
 )
 
 #: Calls for which libnbd does not lock the handle.  A callback runs while the handle is locked, so
-#: these are the only calls that it may make on its own handle.  The debug callback may make none:
-#: every call runs it, so it would call itself without end.
+#: it may make only these calls on its own handle.  The debug callback may not make any: every call
+#: runs it, so the recursion would not end.
 LOCK_FREE = frozenset(
     {
         "set_private_data",
@@ -74,9 +74,9 @@ LOCK_FREE = frozenset(
 )
 
 
-#: Names that begin like this belong to calls that only set, return or signal something.  They do
-#: not change the state of the connection.
-STILL = (
+#: The prefixes of calls that only set, return or signal something.  They do not change the state of
+#: the connection.
+PASSIVE = (
     "set_",
     "get_",
     "is_",
@@ -91,18 +91,18 @@ STILL = (
 
 
 def moves_connection(function: Function) -> bool:
-    """Whether a call may send, receive or end the connection.
+    """Whether a call may send, receive, or end the connection.
 
-    If this is wrongly true for a call, the call only takes a little longer when it fails.
+    A call for which this is wrongly true only takes a little longer when it fails.
     """
-    return function.name not in LOCK_FREE and not function.name.startswith(STILL)
+    return function.name not in LOCK_FREE and not function.name.startswith(PASSIVE)
 
 
 def takes_turn(function: Function) -> bool:
-    """Whether a call is made when no other call waits on the handle.
+    """Whether a call needs the turn: it is made while no other call waits on the handle.
 
-    It may wait inside of libnbd itself.  Or it asks which command has completed: then it must not
-    be told of one whose caller is just about to retire it.
+    Such a call may wait inside libnbd.  Or it asks which command has completed: the answer must not
+    be a command that another call is about to retire.
     """
     if function.name == "aio_peek_command_completed":
         return True
@@ -110,17 +110,17 @@ def takes_turn(function: Function) -> bool:
     return may_wait and function.returns == "int"
 
 
-#: Commands that ask about a range of the disk, or have it ready, begin like this.
+#: The prefixes of commands that query or prefetch a range of the disk.
 HARMLESS = ("block_status", "cache")
 
 
 def changes_disk(function: Function) -> bool:
-    """Whether a command may change the range of the disk that it is given.
+    """Whether a command may change its range of the disk.
 
-    If this is wrongly true, later commands for the same range wait until one that was stopped has
-    ended.
+    If this is wrongly true, and the command is stopped, later commands for the same range wait for
+    its reply.
     """
-    reads = function.buffer is not None and function.buffer.kind is Kind.ROOM
+    reads = function.buffer is not None and function.buffer.kind is Kind.OUTPUT
     is_command = any(parameter.name == "offset" for parameter in function.parameters)
     return is_command and not reads and not function.name.startswith(HARMLESS)
 
@@ -147,7 +147,7 @@ def returned(function: Function, header: Header) -> Returns:
 
 
 def is_question(function: Function, header: Header) -> bool:
-    """Whether the int that a call returns means yes or no."""
+    """Whether the int that a call returns is a truth value."""
     name = function.name
     if name in GRANTED or name == "aio_command_completed":
         return True
@@ -157,7 +157,7 @@ def is_question(function: Function, header: Header) -> bool:
 
 
 def is_switch(getter: str, header: Header) -> bool:
-    """Whether the setter with the same name as a getter takes one bool."""
+    """Whether the setter that belongs to a getter takes one bool."""
     setter = "set_" + getter[len("get_") :]
     return any(
         f.name == setter and [p.kind for p in f.parameters] == [Kind.BOOL] for f in header.functions
@@ -165,7 +165,7 @@ def is_switch(getter: str, header: Header) -> bool:
 
 
 def is_measure(name: str) -> bool:
-    """Whether the int that a call returns is a number, and not just 0 for success."""
+    """Whether the int that a call returns is a number, not just 0 for success."""
     return name in COUNTED or name.startswith(("get_", "aio_get_", "aio_in_", "poll"))
 
 
@@ -191,7 +191,7 @@ ENTRY = re.compile(r"^== (?P<name>\w+) \((?P<since>[\d.]+)\)$", re.MULTILINE)
 
 
 def parse_documentation(text: str) -> Iterator[tuple[str, Documentation]]:
-    """The entries of one file: its first line is the title, each entry begins `== name (since)`."""
+    """The entries of one file.  Its first line is the title; an entry begins `== name (since)`."""
     title, _, body = text.partition("\n")
     starts = list(ENTRY.finditer(body))
     ends = [match.start() for match in starts[1:]] + [len(body)]
@@ -201,7 +201,7 @@ def parse_documentation(text: str) -> Iterator[tuple[str, Documentation]]:
 
 
 def load_documentation(folder: Path = DOCS) -> dict[str, Documentation]:
-    """The entries of all files, in the order of the files, in which a program uses the calls."""
+    """The entries of all files.  Their order is that in which a program uses the calls."""
     found: dict[str, Documentation] = {}
     for path in sorted(folder.glob("*.txt")):
         found.update(parse_documentation(path.read_text(encoding="utf-8")))

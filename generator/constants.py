@@ -11,7 +11,7 @@ from pycparser import c_ast, c_generator, c_parser
 from generator.model import Unbindable
 from generator.preprocess import PRELUDE
 
-#: The operators that the expression of a constant may use: two operands here, one in SIGNS.
+#: The operators of two operands that the expression of a constant may use.
 OPERATORS: Mapping[str, Callable[[int, int], int]] = {
     "|": operator.or_,
     "&": operator.and_,
@@ -23,6 +23,7 @@ OPERATORS: Mapping[str, Callable[[int, int], int]] = {
     "*": operator.mul,
 }
 
+#: The operators of one operand.
 SIGNS: Mapping[str, Callable[[int], int]] = {
     "-": operator.neg,
     "+": operator.pos,
@@ -31,7 +32,7 @@ SIGNS: Mapping[str, Callable[[int], int]] = {
 
 
 def is_constant(name: str) -> bool:
-    """Whether a macro is a constant of the API, not a feature test or for the compiler."""
+    """Whether a macro is a constant of the API, not a feature test or a compiler attribute."""
     private = ("LIBNBD_HAVE_", "LIBNBD_GCC_", "LIBNBD_ATTRIBUTE_")
     return name.startswith("LIBNBD_") and not name.startswith(private)
 
@@ -40,10 +41,10 @@ def evaluate(name: str, defined: Mapping[str, str]) -> int | str:
     """The value of a macro, which may use other macros.
 
     Raises:
-        Unbindable: It is no constant expression, or it uses something that is not supported.
+        Unbindable: The macro is not a constant expression, or uses an unsupported operator.
     """
     text = defined[name]
-    # Without the macro itself, a macro that refers to itself is an error and not an endless loop.
+    # The macro itself is left out, so that a self-reference is an error and not an endless loop.
     others = {other: value for other, value in defined.items() if other != name}
     try:
         tree = c_parser.CParser().parse(f"{PRELUDE}int value = {text};", filename="constant")
@@ -53,7 +54,7 @@ def evaluate(name: str, defined: Mapping[str, str]) -> int | str:
 
 
 def fold(node: c_ast.Node, defined: Mapping[str, str]) -> int | str:
-    """The value of a parsed constant expression.  It calls itself for the operands."""
+    """The value of a parsed constant expression; recursive in its operands."""
     if isinstance(node, c_ast.Constant):
         return fold_literal(node)
     if isinstance(node, c_ast.ID) and node.name in defined:
@@ -72,7 +73,7 @@ def fold(node: c_ast.Node, defined: Mapping[str, str]) -> int | str:
 
 
 def fold_literal(node: c_ast.Constant) -> int | str:
-    """The value of a string or of an integer, which may be octal or have a suffix such as ULL."""
+    """The value of a string, or of an integer, which may be octal or have a suffix like ULL."""
     text: str = node.value
     if node.type == "string" and "\\" not in text:
         return text.replace('"', "")

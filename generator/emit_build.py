@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Write build.py: the mode of cffi, the libnbd that the build found, and whether it is bundled."""
+"""Write build.py: the cffi mode, the version of libnbd, and whether libnbd is in the wheel."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Write the cdef: the C declarations from which cffi knows the functions of the shim.
+"""Write the cdef: the C declarations that tell cffi the functions of the shim.
 
-They come from the same headers with which the shim is compiled, so that the two cannot differ.
+They come from the headers with which the shim is compiled, so the two cannot differ.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from generator.model import Closure, Header
 
 
 def cdef(declarations: str) -> str:
-    """The cdef of both modes.  `declarations` is nbdglue.h after the preprocessor."""
+    """The cdef of both modes.  `declarations` is the preprocessed text of nbdglue.h."""
     return declarations.strip() + "\n"
 
 
 def extern_python(header: Header) -> str:
-    """What API mode adds to the cdef: the Python functions that the shim calls."""
+    """The addition of API mode to the cdef: the Python functions that the shim calls."""
     lines = [f"int nbdup_{name}({parameters});" for name, parameters in SHIM_UPCALLS.items()]
     lines += [upcall(closure) for closure in header.closures]
     return 'extern "Python" {\n' + "".join(f"    {line}\n" for line in lines) + "}\n"

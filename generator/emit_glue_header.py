@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Write nbdglue.h: it declares the functions that Python calls, and those that call Python.
+"""Write nbdglue.h, which declares the functions that Python calls, and those that call Python.
 
-The former are called flat functions, because they take and return only integers and pointers, no
-structs.  There is one for each call of libnbd.  The latter are called upcalls.
+The former are the flat functions: they take and return only integers and pointers, no structs.
+Each call of libnbd has one.  The latter are the upcalls.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from generator.text import banner_c, wrap_c
 
 BANNER = banner_c(__name__)
 
-#: The upcalls that belong to no callback type, and their parameters.
+#: The upcalls that do not belong to a callback type, and their parameters.
 SHIM_UPCALLS = {
     "release": "const uintptr_t *tokens, size_t count",
     "interrupted": "void",
@@ -23,7 +23,7 @@ SHIM_UPCALLS = {
 
 
 def glue_header(header: Header) -> str:
-    """The text of nbdglue.h.  The cdef is made from it too."""
+    """The text of nbdglue.h, from which the cdef is made as well."""
     blocks = [
         f'{BANNER}#ifndef NBDGLUE_H\n#define NBDGLUE_H\n\n#include "queue.h"\n',
         upcalls_struct(header),
@@ -34,7 +34,7 @@ def glue_header(header: Header) -> str:
 
 
 def upcalls_struct(header: Header) -> str:
-    """The struct of upcalls: those of the shim, and one for each callback type."""
+    """The struct of all upcalls: those of the shim, and one for each callback type."""
     lines = ["struct nbdshim_upcalls {"]
     lines += [f"    int (*{name})({parameters});" for name, parameters in SHIM_UPCALLS.items()]
     for closure in header.closures:
@@ -69,8 +69,8 @@ def declare(ctype: str, name: str) -> str:
 def returned_type(function: Function) -> str:
     """The return type of the flat function.
 
-    If it is an integer, the shim returns a negative number when it refuses a call.  So an unsigned
-    32-bit type becomes int64_t, and bool becomes int.  Larger unsigned types stay; see
+    When the shim refuses a call, it returns a negative number if the type is an integer.  So an
+    unsigned 32-bit type becomes int64_t, and bool becomes int.  Larger unsigned types are kept; see
     emit_glue_source.refused_value.
     """
     if function.returns in ("uint32_t", "unsigned", "unsigned int"):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
 """Write nbdglue.c: each flat function enters the handle, calls libnbd, and leaves the handle.
 
-The file also has the callbacks that libnbd calls.  They pass their arguments on to the upcalls.
+The file also has the callbacks that libnbd calls.  They pass their arguments to the upcalls.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ INCLUDES = """\
 
 #include <string.h>
 """
-#: Return types that have no room for a negative number.
+#: Return types that cannot hold a negative number.
 UNSIGNED_64 = ("uint64_t", "uintptr_t", "size_t", "unsigned long", "unsigned long long")
 
 
@@ -53,7 +53,7 @@ def glue_source(header: Header) -> str:
     return "\n".join(blocks)
 
 
-#: How a callback begins that may belong to a call that waits.
+#: The first lines of a callback that may belong to a call that waits.
 ORPHAN_LINES = """\
     if (closure->command != NULL && nbdshim_is_orphan(closure->command))
         return 0;
@@ -73,16 +73,16 @@ def upcall_function(closure: Closure) -> str:
     """The C function that libnbd calls for a callback type.  It makes the upcall.
 
     During the upcall the thread is marked as being inside a callback of this handle, so that calls
-    which would deadlock are refused.  At the end of the process there may be no Python to call any
-    more: then the result is -1.  A completion needs more care:
+    which would deadlock are refused.  When the process ends, Python may be gone; then the result is
+    -1.  A completion needs more care:
 
-    - libnbd 1.22 may call it a second time when the handle is closed.  Only the first time counts.
+    - libnbd 1.22 may call it a second time when the handle is closed.  The second call is ignored.
     - It must not be lost if a signal handler raises in Python before the upcall has done anything.
-      Then the upcall is made again.
+      So the upcall is repeated.
     - If it returned 1, Python has already released the token.
 
-    The others may belong to a call that waits.  They are counted for it, and not called any more if
-    it was stopped.
+    Other callbacks may belong to a call that waits.  They are counted for that call, and ignored
+    once it was stopped.
     """
     name = closure.name
     passed = []
@@ -124,7 +124,7 @@ def upcall_function(closure: Closure) -> str:
 def upcall_arguments(argument: CallbackArgument) -> list[str]:
     """The arguments of the upcall for one argument of libnbd's callback.
 
-    A part of the command's buffer is passed as its offset in the buffer: Python has the buffer.
+    A part of the command's buffer is passed as its offset, because Python has the buffer.
     """
     name = argument.name
     if argument.kind is CallbackKind.ERROR:
@@ -137,7 +137,7 @@ def upcall_arguments(argument: CallbackArgument) -> list[str]:
 
 
 def passed_on(parameter: Parameter) -> Iterator[str]:
-    """The arguments for libnbd's function that are made from one parameter."""
+    """The arguments of libnbd's function for one parameter."""
     if parameter.kind is Kind.CLOSURE:
         yield f"{parameter.name}_callback"
     elif parameter.kind is Kind.ADDRESS:
@@ -168,7 +168,7 @@ def glue_function(function: Function) -> str:
     return "\n".join([*lines, "}", ""])
 
 
-#: Calls that the shim does itself, in place of libnbd.
+#: Calls that the shim implements itself instead of calling libnbd.
 OF_THE_SHIM = ("set_pread_initialize", "get_pread_initialize")
 
 
@@ -188,7 +188,7 @@ def plain_call(function: Function) -> list[str]:
     return [*lines, "", "    nbdshim_leave(s);", "    return ret;"]
 
 
-#: How the functions end that call nbd_aio_X and then wait, by what they wait for.
+#: The last call of a function that calls nbd_aio_X and then waits, by what it waits for.
 ENDS = {
     Waits.COMMAND: "nbdshim_end_command(&wait, ret)",
     Waits.OPTION: "nbdshim_end_option(&wait, ret, {answer})",
@@ -197,7 +197,7 @@ ENDS = {
 
 
 def waiting_call(function: Function) -> list[str]:
-    """Call the form of libnbd's function that does not wait, and wait for its end."""
+    """Call the form of libnbd's function that does not wait, and then wait in the shim."""
     arguments = ["s->h"]
     for parameter in function.parameters:
         if parameter.name == "flags" and function.waits is Waits.COMMAND:
@@ -212,24 +212,24 @@ def waiting_call(function: Function) -> list[str]:
 
 
 def answer(function: Function) -> str:
-    """What the answer to an option means (enum nbdshim_answer)."""
+    """The meaning of the reply to an option (enum nbdshim_answer)."""
     if function.name in GRANTED:
         return "NBDSHIM_GRANTED"
     return "NBDSHIM_ITEMS" if function.name in COUNTED else "NBDSHIM_SUCCESS"
 
 
 def afterwards(function: Function) -> list[str]:
-    """What the shim records after libnbd's function has returned.
+    """The lines that record changes of the buffer and the socket after libnbd's function.
 
-    This is about the state of the buffer, and about the socket of the connection: the shim has a
-    duplicate of it, which it makes after connecting and closes after the connection has ended.
+    The shim has a duplicate of the connection's socket.  It makes the duplicate after connecting,
+    and closes it after the connection has ended.
     """
     lines = []
     if function.filled_later:
         lines += ["", "    if (was_stale)"]
         lines += [f"        nbdshim_set_clean({function.filled_later.name}_state);"]
     if function.waits is not Waits.IN_LIBNBD or takes_turn(function):
-        return lines  # nbdshim_end and its like do it
+        return lines  # nbdshim_end and its variants do the rest
     if function.name.startswith("aio_connect"):
         lines += ["", "    if (ret != -1)", "        nbdshim_note_socket(s);"]
     elif function.name == "aio_disconnect":
@@ -240,30 +240,30 @@ def afterwards(function: Function) -> list[str]:
 
 
 def is_wide(function: Function) -> bool:
-    """Whether a call may return a number that comes from the server without a check by libnbd.
+    """Whether a call may return a number of the server that libnbd does not check.
 
-    Such a number may be negative and look like a failure, so nbdshim_number examines it.
+    Such a number may be negative and look like a failure, so nbdshim_number checks it.
     """
     return function.returns in ("int64_t", "ssize_t") and not function.closures
 
 
 def ownership(function: Function) -> str:
-    """What the comment of a flat function says after its name: who owns what for how long."""
+    """The part of a flat function's comment on the ownership of its arguments and its result."""
     names = [p.name for p in function.closures]
-    told = (
+    sentences = (
         [f"{' and '.join(names)} {'are tokens' if names[1:] else 'is a token'}."] if names else []
     )
     if function.buffer and function.is_asynchronous:
-        told.append(f"{function.buffer.name} stays in place until the last token is released.")
+        sentences.append(f"{function.buffer.name} stays in place until the last token is released.")
     if function.filled_later:
-        told.append(f"*{function.filled_later.name}_state is an enum nbdshim_state.")
+        sentences.append(f"*{function.filled_later.name}_state is an enum nbdshim_state.")
     if function.returns == "char *":
-        told.append("The caller frees what it returns.")
-    return "".join(f" {sentence}" for sentence in told)
+        sentences.append("The caller frees what it returns.")
+    return "".join(f" {sentence}" for sentence in sentences)
 
 
 def comment(text: str) -> str:
-    """A C comment of one line or more."""
+    """A C comment of one or more lines."""
     if len(text) <= COLUMNS - len("/*  */"):
         return f"/* {text} */"
     lines = textwrap.wrap(text, COLUMNS - len(" * "))
@@ -271,7 +271,7 @@ def comment(text: str) -> str:
 
 
 def refusal(function: Function) -> list[str]:
-    """Enter the handle and hold the tokens.  Return if the shim refuses one of these."""
+    """Enter the handle and hold the tokens.  Return if the shim refuses either."""
     enter = entering(function)
     lines = [f"    struct nbdshim_closure *{p.name}_closure;" for p in function.closures]
     if "wait" in enter:
@@ -293,10 +293,10 @@ def entering(function: Function) -> str:
 
 
 def plan(function: Function) -> list[str]:
-    """What nbdshim_begin_command has to know of a command or an option.
+    """The struct nbdshim_plan of a command or an option, for nbdshim_begin_command.
 
-    The range of the disk is what a later command may not overlap, if this one is stopped and
-    changes it.
+    If the command changes its range of the disk, and is stopped, later commands may not overlap the
+    range.
     """
     names = [p.name for p in function.parameters]
     count = function.buffer.length if function.buffer else "count" if "count" in names else ""
@@ -317,7 +317,7 @@ def plan(function: Function) -> list[str]:
 
 
 def holding(function: Function) -> list[str]:
-    """Hold the tokens of a call that has entered.  Without memory for that, leave it again."""
+    """Hold the tokens of a call that has entered the handle.  If memory runs out, leave again."""
     names = [p.name for p in function.closures]
     if not names:
         return []
@@ -338,9 +338,9 @@ def holding(function: Function) -> list[str]:
 
 
 def refused_value(function: Function) -> str:
-    """What a refused call returns: the reason as a negative number, if its type has room for one.
+    """The result of a refused call: the reason as a negative number, if the type can hold one.
 
-    If it has none, the caller asks nbdshim_check for the reason.
+    Otherwise the caller asks nbdshim_check for the reason.
     """
     if returned_type(function).endswith("*"):
         return "NULL"
@@ -348,10 +348,10 @@ def refused_value(function: Function) -> str:
 
 
 def clearing(function: Function) -> list[str]:
-    """Fill the caller's buffer with zeroes before a read, in place of libnbd.
+    """Fill the caller's buffer with zeroes before a read, instead of libnbd.
 
-    A stale buffer has old bytes that Python code must not see when the read fails.  Besides,
-    set_pread_initialize says that the calls that do not wait clear any buffer.
+    A stale buffer has old bytes that Python code must not see if the read fails.  Any other buffer
+    is cleared by calls that do not wait, unless set_pread_initialize turned that off.
     """
     filled = function.filled_later
     if filled is None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
 """Write methods.py: the class NBD, with one method for each call of libnbd.
 
-Users see this text in help(), tracebacks and debuggers, so it is written to be read.
+Users see the generated code in help(), tracebacks and debuggers, so it is formatted to be read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from generator.text import banner, wrap
 
 BANNER = banner(__name__)
 
-#: The annotations of parameters.  For a bool any object will do, because its truth value is taken.
+#: The annotations of parameters.  A bool takes any object, by its truth value.
 ANNOTATIONS = {
     Kind.BOOL: "object",
     Kind.INT: "int",
@@ -31,15 +31,15 @@ ANNOTATIONS = {
     Kind.PATH: "StrOrBytesPath",
     Kind.STRINGS: "Sequence[str]",
     Kind.DATA: "ReadableBuffer | Buffer",
-    Kind.ROOM: "WriteableBuffer | Buffer",
+    Kind.OUTPUT: "WriteableBuffer | Buffer",
     Kind.ADDRESS: "Address",
 }
 
-#: The callback types that have a name in nbd.types.  A callback type of a newer libnbd is annotated
-#: as any callable.
+#: The callback types that have a class in nbd.types.  One of a newer libnbd is annotated as any
+#: callable.
 NAMED_CALLBACKS = ("chunk", "completion", "context", "debug", "extent", "extent64", "list")
 
-#: The methods of a handle that are no calls of libnbd; nbd._binding.handle has them.
+#: The methods of nbd._binding.handle, which are not calls of libnbd.
 OWN = ("settimeout", "gettimeout")
 
 RETURN_ANNOTATIONS = {
@@ -106,7 +106,7 @@ if TYPE_CHECKING:
     from nbd.types import (
 {imported}    )
 
-# Each is looked up once: to look it up in every call takes a tenth of a short call.
+# Looked up once: a lookup in each call would take a tenth of the time of a short call.
 {bindings}
 
 
@@ -137,12 +137,12 @@ def group_index(groups: Sequence[tuple[str, Sequence[Function]]]) -> str:
         )
         for group, functions in groups
     ]
-    blocks.append(f"How long calls may wait: {', '.join(OWN)}.")
+    blocks.append(f"Timeout: {', '.join(OWN)}.")
     return "Methods, in the order in which a program uses them:\n\n" + "\n\n".join(blocks)
 
 
 def order_of_use(groups: Sequence[tuple[str, Sequence[Function]]]) -> str:
-    """The names of the methods for the attribute _fields, by which pydoc sorts the methods."""
+    """The names of the methods for the attribute _fields, in which pydoc finds their order."""
     names = [*(f.name for _, functions in groups for f in functions), *OWN]
     return "\n".join(f'        "{name}",' for name in names)
 
@@ -170,7 +170,7 @@ def reads_synchronously(function: Function) -> bool:
     """Whether the caller passes the number of bytes and gets them in a new bytearray."""
     buffer = function.buffer
     is_new = not function.filled_later
-    return is_new and buffer is not None and buffer.kind is Kind.ROOM
+    return is_new and buffer is not None and buffer.kind is Kind.OUTPUT
 
 
 def python_parameter(function: Function, parameter: Parameter) -> Iterator[str]:
@@ -178,7 +178,7 @@ def python_parameter(function: Function, parameter: Parameter) -> Iterator[str]:
     if parameter.kind is Kind.CLOSURE:
         annotation = callback_type(parameter.closure)
         yield f"{parameter.name}: {annotation}" + (" | None = None" if parameter.optional else "")
-    elif parameter.kind is Kind.ROOM and not function.filled_later:
+    elif parameter.kind is Kind.OUTPUT and not function.filled_later:
         yield f"{parameter.length}: int"
     else:
         default = " = 0" if has_default(function, parameter) else ""
@@ -190,9 +190,9 @@ def docstring(function: Function, entry: Documentation | None) -> str:
     if entry is None:
         text = (
             f"Call nbd_{function.name} of libnbd.\n\n"
-            "This build of the package knows this call from libnbd.h alone, so\n"
-            "its arguments and result follow the general rules, and its manual\n"
-            f"is nbd_{function.name}(3)."
+            "This build of the package knows this call only from libnbd.h. Its\n"
+            "arguments and result follow the general rules; its manual page is\n"
+            f"nbd_{function.name}(3)."
         )
         origin = f"C: nbd_{function.name}."
     else:
@@ -206,7 +206,7 @@ def docstring(function: Function, entry: Documentation | None) -> str:
 
 
 def referring_to(name: str, text: str) -> str:
-    """A docstring that has one name more in its last line, "See also"."""
+    """A docstring with one more name in its last line, "See also"."""
     before, label, names = text.rpartition("See also: ")
     if not label:
         before, names = f"{text}\n\n", ""
@@ -271,7 +271,7 @@ def conversions(function: Function) -> Iterator[str]:
         elif parameter.kind is Kind.STRINGS:
             yield f'{name}_array, _{name}_alive = as_strings("{name}", {name})'
         elif parameter.kind is Kind.ADDRESS:
-            yield f"{name}_room, {name}_size = address_of({name})"
+            yield f"{name}_storage, {name}_size = address_of({name})"
     for closure in function.closures:
         name = closure.name
         unless = (
@@ -287,8 +287,8 @@ def conversions(function: Function) -> Iterator[str]:
 def memory_of(function: Function, buffer: Parameter) -> Iterator[str]:
     """Get the address and the size of a buffer, and pin it so that it stays in place.
 
-    bytes and bytearray on CPython are the common cases.  They are handled in the method itself,
-    without the call of a function.
+    bytes and bytearray on CPython are the common cases.  The method handles them directly, without
+    calling a function.
     """
     name, pin = buffer.name, pin_variable(function)
     if buffer.kind is Kind.DATA:
@@ -323,8 +323,8 @@ def pin_variable(function: Function) -> str:
 def registrations(function: Function) -> Iterator[str]:
     """Register the callables, each with the buffer of the call, which must live as long.
 
-    If the call has a buffer, a token is registered even without a callable: its release tells when
-    libnbd no longer uses the buffer.
+    If the call has a buffer, a token is registered even without a callable: libnbd uses the buffer
+    until the token is released.
     """
     for closure in function.closures:
         name = closure.name
@@ -339,29 +339,29 @@ def registrations(function: Function) -> Iterator[str]:
 
 
 def held(function: Function) -> str:
-    """The buffer in a registry entry: the object that has the caller's bytes, and the pin."""
+    """The part of a registry entry for the buffer: the caller's object and the pin."""
     buffer = function.buffer
     if buffer is None:
         return "None, None"
     if reads_synchronously(function):
         return f"{buffer.name}, pin"
-    return "target, pin" if buffer.kind is Kind.ROOM else "None, pin"
+    return "target, pin" if buffer.kind is Kind.OUTPUT else "None, pin"
 
 
 def c_arguments(function: Function, parameter: Parameter) -> Iterator[str]:
-    """The arguments of the flat function that are made from one parameter."""
+    """The arguments of the flat function for one parameter."""
     name = parameter.name
     if parameter.kind is Kind.CLOSURE:
         yield f"{name}_token"
         if parameter.optional:
             yield f"{name} is not None" + (" or BOUNCES" if function.filled_later else "")
-    elif parameter.kind in (Kind.DATA, Kind.ROOM):
+    elif parameter.kind in (Kind.DATA, Kind.OUTPUT):
         yield pin_variable(function) if reads_synchronously(function) else "pointer"
         yield "size"
         if parameter is function.filled_later:
             yield "state"
     elif parameter.kind is Kind.ADDRESS:
-        yield f"{name}_room"
+        yield f"{name}_storage"
         yield f"{name}_size"
     else:
         suffix = {Kind.STRING: "_utf8", Kind.PATH: "_bytes", Kind.STRINGS: "_array"}
@@ -371,8 +371,8 @@ def c_arguments(function: Function, parameter: Parameter) -> Iterator[str]:
 def failing(function: Function, kind: Returns) -> Iterator[str]:
     """Raise an exception if the call failed, or if a callback or a signal handler raised one.
 
-    An unsigned 64-bit result cannot say that the call was refused: it is 0 then, and the shim is
-    asked for the reason.
+    An unsigned 64-bit result cannot express a refusal: it is 0 then, and nbdshim_check returns the
+    reason.
     """
     failure = f'raise failure_of(self._h, result, "{function.name}")'
     if kind in (Returns.TEXT, Returns.OWNED_TEXT):
@@ -390,7 +390,7 @@ def failing(function: Function, kind: Returns) -> Iterator[str]:
 
 
 def outcome(function: Function, kind: Returns) -> Iterator[str]:
-    """Return the result as the right type."""
+    """Return the result as its Python type."""
     if kind in (Returns.TEXT, Returns.OWNED_TEXT):
         yield f"return {'owned_text' if kind is Returns.OWNED_TEXT else 'as_text'}(result)"
     elif function.form_of:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 @upcall("release")
 def release(tokens: Any, count: int) -> int:
-    """Remove the entries of tokens that libnbd is done with.  Some may be removed already."""
+    """Remove the entries of tokens that libnbd no longer uses.  Some may be removed already."""
     for token in unpack(tokens, count):
         forget(token, None)
     return 0
@@ -55,15 +55,15 @@ def release(tokens: Any, count: int) -> int:
 
 @upcall("interrupted")
 def interrupted() -> int:
-    """Let the handlers of signals run while a call waits: Python runs them between bytecodes."""
+    """Let signal handlers run while a call waits: Python runs them between bytecodes."""
     return 0
 
 
 @upcall("orphaned")
 def orphaned(token: int) -> int:
-    """Keep the memory of a command that is being stopped, until the server has answered.
+    """Keep the memory of a command that is being stopped, until its reply has arrived.
 
-    The method that called the shim has its pin in the variable {ORPHAN_PIN}.  It cannot put the pin
+    The method that called the shim has the pin in its variable {ORPHAN_PIN}.  It cannot put the pin
     into the registry itself, because a signal handler may raise before and after each of its
     bytecodes.  If a handler raises in this function, the shim calls it again.
     """
@@ -91,7 +91,7 @@ def closure_function(closure: Closure) -> str:
 def upcall_parameters(argument: CallbackArgument) -> Iterator[str]:
     """The parameters of an upcall for one argument of a callback.
 
-    C has them too, in emit_glue_header.upcall_parameters: the order must be the same.
+    Their order must be that of emit_glue_header.upcall_parameters.
     """
     if argument.kind is CallbackKind.VIEW:
         yield f"{argument.name}_at: int"
@@ -120,7 +120,7 @@ def callback_lines(closure: Closure) -> list[str]:
 def text_lines(names: Sequence[str]) -> list[str]:
     """Convert C strings to str.
 
-    Nearly all are UTF-8.  To decode these directly is faster than to call as_text.
+    Nearly all are UTF-8, and decoding them here is faster than calling as_text.
     """
     if not names:
         return []
@@ -136,7 +136,7 @@ def text_lines(names: Sequence[str]) -> list[str]:
 def called(closure: Closure) -> list[str]:
     """Call the user's callable.
 
-    If it changed the errno, libnbd gets the new one, also if the callable raised an exception.
+    If it changed the errno, libnbd gets the new value, even if the callable raised an exception.
     """
     passed = ", ".join(callback_argument(a.name, a.kind, a.length) for a in closure.arguments)
     call = f"result = callback({passed})"
@@ -159,13 +159,13 @@ def cell_lines(name: str) -> list[str]:
     return [f"    {name}_cell = ErrorNumber()", f"    {name}_cell.value = {name}"]
 
 
-#: Most callbacks return None, so this is tested first: it is faster than looking at the class.
+#: Most callbacks return None, so this is tested first: it is faster than checking the class.
 NONE_LINES = ["    if result is None:", "        return 0"]
 
-#: How a completion begins.  These lines are outside of its `try`: if a signal handler raises an
-#: exception here, the exception leaves the function, and the shim calls the function again.  So it
-#: must be possible to run these lines twice.  On PyPy, where libnbd read into a copy of the buffer,
-#: bring_back copies the bytes to the caller's object.
+#: The first lines of a completion, which are outside its `try`.  If a signal handler raises here,
+#: the exception leaves the function, and the shim calls the function again: so it must be possible
+#: to run these lines twice.  On PyPy, where libnbd reads into a bounce buffer, bring_back copies
+#: the bytes to the caller's object.
 ARRIVAL_LINES = [
     "entry = registry[token]",
     "if BOUNCES and entry[2] is not None:",
@@ -173,15 +173,15 @@ ARRIVAL_LINES = [
 ]
 
 #: The last line before the callable is called.  If the exception of a signal handler leaves the
-#: function after that, the shim calls it again, and it finds this in the entry.
+#: function after it, the shim calls the function again, which then calls already_called.
 SPENT_LINE = "    entry[0] = already_called"
 
 
 def completion_lines(closure: Closure) -> list[str]:
     """The body of the function for completions.
 
-    If the callable returns 1, the command is retired, and its token is forgotten at once.  That
-    saves an upcall of `release`.  Most callbacks are completions, so this code is made to be fast.
+    If the callable returns 1, the command is retired, and its token is forgotten at once, which
+    saves an upcall of `release`.  Most callbacks are completions, so this code is optimised.
     """
     return [
         "    callback = entry[0]",

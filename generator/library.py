@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-#: How to install what is missing: the end of most messages of BuildError.
+#: How to install a missing package: the end of most messages of BuildError.
 INSTALL = "Debian: apt install {debian}; Fedora: dnf install {fedora}"
 
 
 class BuildError(Exception):
-    """The build cannot go on; the message says what is missing and how to get it."""
+    """The build cannot continue; the message says what is missing and how to install it."""
 
 
 class Library(NamedTuple):
-    """Where libnbd is, and the options to compile with it, as pkg-config reports them."""
+    """The header, the version and the compiler options of libnbd, as pkg-config reports them."""
 
     header: Path
     version: str

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Kind(Enum):
-    """The kind of a parameter: it decides how the argument is converted from Python to C."""
+    """The kind of a parameter: it determines how the argument is converted from Python to C."""
 
     BOOL = "bool"
     INT = "integer"
@@ -17,13 +17,13 @@ class Kind(Enum):
     PATH = "file name"
     STRINGS = "list of strings"
     DATA = "bytes that libnbd reads"
-    ROOM = "bytes that libnbd writes"
+    OUTPUT = "bytes that libnbd writes"
     ADDRESS = "socket address"
     CLOSURE = "callback"
 
 
 class CallbackKind(Enum):
-    """The kind of a callback's argument: it decides how it is converted from C to Python."""
+    """The kind of a callback's argument: it determines how it is converted from C to Python."""
 
     INT = "integer"
     STRING = "string"
@@ -36,7 +36,7 @@ class CallbackKind(Enum):
 class Waits(Enum):
     """How a call waits for the server; see generator.waiting."""
 
-    IN_LIBNBD = "not at all, or inside of libnbd, where nothing can stop it"
+    IN_LIBNBD = "not at all, or inside libnbd, where nothing can stop it"
     COMMAND = "for the reply to a command"
     OPTION = "for the reply to an option"
     CONNECT = "for the connection"
@@ -51,7 +51,7 @@ ORPHAN_PIN = "orphan_pin"
 
 
 class Unbindable(Exception):
-    """No rule covers a declaration.  The message is the reason; see Header.unbound."""
+    """A declaration that no rule covers.  The message is the reason; see Header.unbound."""
 
 
 class Parameter(NamedTuple):
@@ -95,7 +95,7 @@ class Function:
     returns: str
     parameters: tuple[Parameter, ...]
     waits: Waits = Waits.IN_LIBNBD
-    #: X, if this is X_into: the same call, which reads into memory of the caller.
+    #: X, if this is X_into: the same call, but it reads into memory of the caller.
     form_of: str = ""
 
     @property
@@ -108,9 +108,9 @@ class Function:
 
     @property
     def buffer(self) -> Parameter | None:
-        """The parameter that is a buffer, if there is one."""
+        """The parameter that is a buffer, if any."""
         for parameter in self.parameters:
-            if parameter.kind in (Kind.DATA, Kind.ROOM):
+            if parameter.kind in (Kind.DATA, Kind.OUTPUT):
                 return parameter
         return None
 
@@ -119,22 +119,22 @@ class Function:
         """The caller's buffer, if libnbd may write to it after the call has returned."""
         buffer = self.buffer
         is_callers = self.is_asynchronous or self.form_of
-        return buffer if buffer and buffer.kind is Kind.ROOM and is_callers else None
+        return buffer if buffer and buffer.kind is Kind.OUTPUT and is_callers else None
 
     @property
     def aio_name(self) -> str:
-        """The call that does the same, but does not wait."""
+        """The name of the call that does the same without waiting."""
         return f"aio_{self.form_of or self.name}"
 
     @property
     def has_buffer_alone(self) -> bool:
-        """Whether no token stands for the buffer of a call that waits, as it has no callback."""
+        """Whether a call that waits has a buffer, and no callback whose token stands for it."""
         return self.waits is Waits.COMMAND and self.buffer is not None and not self.closures
 
 
 @dataclass(frozen=True)
 class Header:
-    """All of libnbd.h.  `unbound` has the name of what is not bound, and the reason."""
+    """All of libnbd.h.  `unbound` has the name of each declaration without a rule, and why."""
 
     functions: tuple[Function, ...]
     closures: tuple[Closure, ...]

@@ -12,7 +12,7 @@ from pathlib import Path
 from generator.library import INSTALL, run_tool
 
 #: The system headers that libnbd.h includes.  Empty files replace them, because pycparser does not
-#: understand what compilers put into the real ones.
+#: understand the compiler extensions in the real ones.
 SYSTEM_HEADERS = ("stdbool.h", "stddef.h", "stdint.h", "sys/socket.h", "sys/types.h")
 
 #: The types of those headers that libnbd.h uses.
@@ -33,8 +33,8 @@ TYPES = [
     "socklen_t",
 ]
 
-#: Declares these types for pycparser, which must know that the names are types.  That they are all
-#: int does no harm: the model keeps the names only.
+#: Declares these types, because pycparser must know which names are types.  Declaring them all as
+#: int does no harm: the model only keeps the names.
 PRELUDE = "".join(f"typedef int {name};\n" for name in TYPES)
 
 

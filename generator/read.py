@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Make the model from the text of libnbd.h: there is one rule for each C type."""
+"""Make the model from the text of libnbd.h, with one rule for each C type."""
 
 from __future__ import annotations
 
@@ -31,18 +31,17 @@ INTEGERS = frozenset(TYPES) - {"bool"} | {
     "long long", "unsigned long long",
 }  # fmt: skip
 
-#: The shim binds these by hand, because they do not just use a handle: they create it, close it or
-#: report its last error.
+#: The shim binds these by hand: they create or close a handle, or report the last error.
 BY_HAND = frozenset({"create", "close", "get_error", "get_errno"})
 
-#: Parameters of these names are file names: Python takes bytes and os.PathLike for them, not only
-#: str.  In C they are const char *, as other strings are.
+#: Parameters with these names are file names, for which Python also takes bytes and os.PathLike.
+#: In C they are const char *, like other strings.
 PATHS = frozenset({"unixsocket", "dir", "filename"})
 
-#: Names that the bodies of the generated functions use.  A parameter of the same name would hide
-#: what the body means, so it gets a "_" at its end: `size` becomes `size_`.  Python's keywords are
-#: among them because they cannot be names of parameters.  Libnbd has no such parameter today; the
-#: list is for newer versions of it.
+#: Names that the bodies of the generated functions use.  A parameter with such a name would shadow
+#: it, so the parameter gets a "_" at its end: `size` becomes `size_`.  The list includes Python's
+#: keywords, which cannot be names of parameters.  libnbd 1.24 has no such parameter; the list is
+#: for newer versions.
 RESERVED = frozenset(keyword.kwlist) | {
     # Variables of the C glue, and the function of C that it calls.
     *("s", "ret", "refused", "was_stale", "memset", "wait"),
@@ -81,14 +80,14 @@ def read(header: Path) -> Header:
 def parse(declarations: str, macros: str) -> Header:
     """The model of libnbd.h, from its preprocessed text and its macros (`cc -E -dM`).
 
-    A declaration that no rule covers does not end the build, because a newer libnbd may have one.
+    A declaration that no rule covers does not fail the build, because a newer libnbd may have one.
     The model lists it as unbound.
 
     Raises:
-        BuildError: pycparser does not understand it.
+        BuildError: pycparser cannot parse the text.
     """
     defined = {name: text for name, text in object_macros(macros) if text}
-    # libnbd.h has a macro NBD_NULL_X for each callback type X that the caller may leave out.
+    # libnbd.h has a macro NBD_NULL_X for each callback type X that is optional.
     optional = frozenset(
         name[len("NBD_NULL_") :].lower() for name in defined if name.startswith("NBD_NULL_")
     )
@@ -125,7 +124,7 @@ def parse(declarations: str, macros: str) -> Header:
 
 
 def function_declarations(tree: c_ast.FileAST) -> Iterator[tuple[str, c_ast.FuncDecl]]:
-    """The functions nbd_*, without that prefix, in the order of the header."""
+    """The names, without the prefix nbd_, and the types of all functions of the header."""
     for node in tree.ext:
         is_function = isinstance(node, c_ast.Decl) and isinstance(node.type, c_ast.FuncDecl)
         if is_function and node.name.startswith("nbd_"):
@@ -203,7 +202,7 @@ def read_parameter(
     closures: Mapping[str, Closure],
     optional: frozenset[str],
 ) -> Parameter:
-    """The model of one parameter.  If a length belongs to it, that is taken from `rest`."""
+    """The model of one parameter.  If it has a length, that is taken from `rest`."""
     name, ctype = declared
     if not name:
         raise Unbindable(f"a parameter of type {ctype} has no name")
@@ -212,7 +211,7 @@ def read_parameter(
         closure = closures[ctype].name
         return Parameter(short, Kind.CLOSURE, ctype, closure, closure in optional)
     if ctype in ("const void *", "void *"):
-        kind = Kind.DATA if ctype.startswith("const") else Kind.ROOM
+        kind = Kind.DATA if ctype.startswith("const") else Kind.OUTPUT
         return Parameter(name, kind, ctype, length=next_of_type(rest, "size_t", name).name)
     if ctype == "const struct sockaddr *":
         return Parameter(
@@ -230,7 +229,7 @@ def read_parameter(
 
 
 def next_of_type(rest: Iterator[Declared], ctype: str, owner: str) -> Declared:
-    """The next parameter: it must be the length of the buffer that `owner` points to."""
+    """The next parameter, which must be the length of the buffer that `owner` points to."""
     following = next(rest, None)
     if following is None or following.ctype != ctype:
         raise Unbindable(f"the pointer {owner} is not followed by a {ctype}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""What the emitters share: the banner of a generated file, and the breaking of long lines."""
+"""Functions for all emitters: the banner of a generated file, and breaking long lines."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def source_path(module: str) -> str:
 
 
 def wrap(text: str, indent: int) -> str:
-    """A Python call or signature.  If it is too long for one line, each argument gets its own line.
+    """A Python call or signature.  If it is too long for one line, each argument has its own line.
 
     `indent` is the number of columns by which the caller indents the result.
     """
@@ -45,7 +45,7 @@ def wrap(text: str, indent: int) -> str:
 
 
 def split_arguments(text: str) -> list[str]:
-    """Split a list of arguments at its commas, but not at those inside brackets."""
+    """Split a list of arguments at its commas, except those inside brackets."""
     found = [""]
     depth = 0
     for character in text:
@@ -60,7 +60,7 @@ def split_arguments(text: str) -> list[str]:
 def wrap_c(text: str) -> str:
     """A C declaration or call, broken after commas if it is too long for one line.
 
-    As clang-format does it, a line begins below the first character in the open parenthesis.
+    As with clang-format, a line is aligned with the first character in the open parenthesis.
     """
     lines: list[str] = []
     while len(text) > COLUMNS:

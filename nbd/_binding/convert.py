@@ -93,12 +93,12 @@ def address_of(address: Any) -> tuple[Any, int]:
     with NUL.  (host, port) is IPv4, or IPv6 if the host has no IPv4 address.  (host, port, flow,
     scope) is IPv6.
     """
-    room = ffi.new("char[]", _SOCKADDR_SIZE)
+    storage = ffi.new("char[]", _SOCKADDR_SIZE)
     if isinstance(address, tuple) and len(address) in (2, 3, 4):
-        size = _internet_address(room, *address)
+        size = _internet_address(storage, *address)
     elif isinstance(address, (str, bytes)) or hasattr(address, "__fspath__"):
         name = memoryview(os.fsencode(address)).tobytes()
-        size = lib.nbdshim_address_unix(room, _SOCKADDR_SIZE, name, len(name))
+        size = lib.nbdshim_address_unix(storage, _SOCKADDR_SIZE, name, len(name))
         if size == 0:
             raise ValueError(f"addr: a Unix socket's path has at most 107 bytes: {address!r}")
     else:
@@ -106,10 +106,10 @@ def address_of(address: Any) -> tuple[Any, int]:
             "addr: str (Unix), (host, port) or (host, port, flow, scope) is needed, "
             f"not {type(address).__name__}"
         )
-    return room, size
+    return storage, size
 
 
-def _internet_address(room: Any, host: str, port: int, flow: int = -1, scope: int = 0) -> int:
+def _internet_address(storage: Any, host: str, port: int, flow: int = -1, scope: int = 0) -> int:
     import socket
 
     if not isinstance(host, str):
@@ -130,10 +130,10 @@ def _internet_address(room: Any, host: str, port: int, flow: int = -1, scope: in
         resolved: tuple[Any, ...] = found[0][4]
         packed = socket.inet_pton(family, str(resolved[0]).partition("%")[0])
         if family == socket.AF_INET:
-            size: int = lib.nbdshim_address_inet(room, _SOCKADDR_SIZE, packed, number)
+            size: int = lib.nbdshim_address_inet(storage, _SOCKADDR_SIZE, packed, number)
         else:
             size = lib.nbdshim_address_inet6(
-                room, _SOCKADDR_SIZE, packed, number, max(flow, 0), scope or int(resolved[3])
+                storage, _SOCKADDR_SIZE, packed, number, max(flow, 0), scope or int(resolved[3])
             )
         return size
     raise UnknownHost(f"nbd_aio_connect: {host}: {reason}")

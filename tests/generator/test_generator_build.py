@@ -453,5 +453,5 @@ out["left"] = len(callbacks.registry)
 def test_an_unknown_call_is_documented_as_such(does: Does) -> None:
     text = does("out['text'] = inspect.getdoc(nbd.NBD.forecast)")["text"]
     assert "nbd_forecast(3)" in text
-    assert "libnbd.h alone" in " ".join(text.split())
+    assert "only from libnbd.h" in " ".join(text.split())
     assert "forecast" in does("out['text'] = inspect.getdoc(nbd.NBD)")["text"]

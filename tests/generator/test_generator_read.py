@@ -76,7 +76,7 @@ def constants(macros: str) -> dict[str, object]:
             "const void *buf, size_t count",
             Parameter("buf", Kind.DATA, "const void *", length="count"),
         ),
-        ("void *buf, size_t count", Parameter("buf", Kind.ROOM, "void *", length="count")),
+        ("void *buf, size_t count", Parameter("buf", Kind.OUTPUT, "void *", length="count")),
         (
             "const struct sockaddr *addr, socklen_t addrlen",
             Parameter("addr", Kind.ADDRESS, "const struct sockaddr *", length="addrlen"),
