@@ -182,7 +182,7 @@ def read_function(
     closures: Mapping[str, Closure],
     optional: frozenset[str],
 ) -> Function:
-    """The model of one call.  Raises Unbindable if there is no rule for one of its types."""
+    """The model of one call.  Raises Unbindable if one of its types has no rule."""
     declared = declared_parameters(declaration)
     if not declared or declared[0].ctype != "struct nbd_handle *":
         raise Unbindable("its first parameter is not a handle")

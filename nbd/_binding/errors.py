@@ -166,8 +166,8 @@ class UnknownHost(Exception):
 def failure_of(handle: Any, result: Any, method: str) -> BaseException:
     """The exception for a call that failed; the caller raises it.
 
-    It is returned so that the traceback of a failed call ends with the method.  If a callback or a
-    signal handler raised during the call, this function raises by itself: see `raise_pending`.
+    It is returned, not raised, so that the traceback of a failed call ends with the method.  But if
+    a callback or a signal handler raised during the call, `raise_pending` raises it here.
 
     Args:
         handle: The shim's handle.

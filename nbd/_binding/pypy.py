@@ -4,11 +4,11 @@
 PyPy moves objects, so libnbd cannot work on their memory: blocks and bounce buffers are C memory,
 from `allocate`.
 
-PyPy frees memory and finalizes objects when it collects garbage.  By itself it would collect for
-every 8 MiB allocated, which takes as long as a hundred reads of 64 KiB; or, where the processor's
-cache is large, only for every GiB.  So this module hides the memory from PyPy's own accounting
-(add_memory_pressure), and collects after a fixed number of bytes.  That halves the time of reads of
-64 KiB into new Buffers.
+PyPy frees memory and finalizes objects when it collects garbage.  It would do so for every 8 MiB
+allocated, which takes as long as a hundred reads of 64 KiB; or, on processors with a large cache,
+only for every GiB.  So this module hides the memory from PyPy's accounting (add_memory_pressure),
+and collects after a fixed number of bytes.  That halves the time of reads of 64 KiB into new
+Buffers.
 """
 
 from __future__ import annotations
@@ -91,6 +91,6 @@ def collect_dropped(handles: Sized) -> None:
     if len(handles) < _collect_at:
         return
     gc.collect()
-    descriptors = os.sysconf("SC_OPEN_MAX")  # -1 if there is no bound
-    few = descriptors // 8 if descriptors > 0 else _MAX_DROPPED
-    _collect_at = len(handles) + max(1, min(_MAX_DROPPED, few))
+    descriptors = os.sysconf("SC_OPEN_MAX")  # -1 if unlimited
+    share = descriptors // 8 if descriptors > 0 else _MAX_DROPPED
+    _collect_at = len(handles) + max(1, min(_MAX_DROPPED, share))
