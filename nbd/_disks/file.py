@@ -22,7 +22,7 @@ import io
 import os
 from contextlib import ExitStack
 from functools import wraps
-from weakref import WeakSet
+from weakref import ref
 
 from nbd._binding.convert import as_number, as_seconds
 from nbd._binding.errors import DiskError
@@ -50,8 +50,11 @@ _DEPTH = 64
 _READS = ("read", "read1", "readinto", "readinto1", "readline", "readlines", "peek")
 _WRITES = ("write", "writelines")
 
-_raws: WeakSet[DiskFile] = WeakSet()
-_buffers: WeakSet[Any] = WeakSet()
+# Weak references to open files and their buffers, and the references whose object is gone.  This is
+# not a WeakSet, as its callback is a Python function: if a signal handler raises in it, the
+# exception is lost.
+_open_files: dict[ref[Any], None] = {}
+_gone: list[ref[Any]] = []
 
 
 def open(
@@ -399,15 +402,26 @@ def _copy_into(buffer: WriteableBuffer, read: Callable[[int], bytes]) -> int:
 
 def _close_at_exit(raw: DiskFile, file: Any) -> None:
     """Close a file when the program ends; `file` is its buffer, or `raw` again if it has none."""
-    _raws.add(raw)
-    if file is not raw:
-        _buffers.add(file)
+    for one in (raw, file):
+        _open_files[ref(one, _gone.append)] = None
+    while _gone:
+        try:
+            _open_files.pop(_gone.pop(), None)
+        except IndexError:  # another thread has removed the last one
+            break
+
+
+def _all_open() -> list[Any]:
+    """Return the open files and their buffers, each buffer after its file."""
+    found = [reference() for reference in list(_open_files)]
+    return [one for one in found if one is not None]
 
 
 def _mark_inherited() -> None:
     """Called in the child of a fork: the connections belong to the parent."""
-    for raw in list(_raws):
-        raw.become_inherited()
+    for one in _all_open():
+        if isinstance(one, DiskFile):
+            one.become_inherited()
 
 
 os.register_at_fork(after_in_child=_mark_inherited)
@@ -415,11 +429,9 @@ os.register_at_fork(after_in_child=_mark_inherited)
 
 @atexit.register
 def _close_all() -> None:
-    with ExitStack() as stack:  # it runs all callbacks, and raises the last error
-        for raw in list(_raws):
-            stack.callback(_close, raw)
-        for file in list(_buffers):
-            stack.callback(_close, file)
+    with ExitStack() as stack:  # it runs all callbacks in reverse order, and raises the last error
+        for one in _all_open():
+            stack.callback(_close, one)
 
 
 def _close(file: Any) -> None:
