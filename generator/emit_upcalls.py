@@ -167,7 +167,9 @@ NONE_LINES = ["    if result is None:", "        return 0"]
 #: to run these lines twice.  On PyPy, where libnbd reads into a bounce buffer, bring_back copies
 #: the bytes to the caller's object.
 ARRIVAL_LINES = [
-    "entry = registry[token]",
+    "entry = registry.get(token)",
+    "if entry is None:  # it was retired below, and the exception came after that",
+    "    return 1",
     "if BOUNCES and entry[2] is not None:",
     "    bring_back(token)",
 ]
