@@ -175,9 +175,12 @@ def failure_of(handle: Any, result: Any, method: str) -> BaseException:
         method: The method that the user called, for the message.
     """
     failed = _or_end(_failure(handle, result, method))
-    if pending:
-        raise_pending(handle, failed)
-    return failed
+    try:
+        if pending:
+            raise_pending(handle, failed)
+        return failed
+    finally:
+        del failed  # else the exception and this frame could be a cycle: see raise_pending
 
 
 def explained(handle: Any, raised: BaseException, **numbers: tuple[object, str]) -> BaseException:
