@@ -26,7 +26,7 @@ VALUES = {
     Kind.PATH: ("a->text",),
     Kind.STRINGS: ("a->argv",),
     Kind.DATA: ("a->data", "sizeof a->data"),
-    Kind.ROOM: ("a->buffer", "sizeof a->buffer"),
+    Kind.OUTPUT: ("a->buffer", "sizeof a->buffer"),
     Kind.ADDRESS: ("a->address", "a->address_size"),
 }
 INTEGERS = {"count": "512", "sock": "-1"}
