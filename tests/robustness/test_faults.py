@@ -349,7 +349,8 @@ def test_killed_server_fails_each_command_once_and_leaks_nothing(
     figure("kills: descriptors more than before", files)
     figure("kills: MiB more than before", max(0, round(grown / MIB)))
     assert files == 0
-    assert grown < 16 * MIB
+    # PyPy's heap may be anywhere between two collections.
+    assert grown < (16 if sys.implementation.name == "cpython" else 64) * MIB
 
 
 def test_killed_server_fails_a_synchronous_command(nbdkit: StartServer, h: nbd.NBD) -> None:

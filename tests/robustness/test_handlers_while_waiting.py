@@ -272,7 +272,8 @@ for number, h in enumerate(handles, 1):
     h.close()
 assert stopped > 0
 grown = resident() - before
-assert KEEPS_FREED or grown < 64 << 20, grown
+limit = 64 << 20 if sys.implementation.name == "cpython" else 256 << 20  # PyPy frees late
+assert KEEPS_FREED or grown < limit, grown
 print(f"storm beside threads, signals: {signals}")
 print(f"storm beside threads, calls that were stopped: {stopped}")
 print(f"storm beside threads, MiB more than before: {grown / (1 << 20):.1f}")
