@@ -83,12 +83,12 @@ void nbdqueue_add_file(struct nbdqueue *q, enum nbdqueue_side side, int fd, uint
 
 uint64_t nbdqueue_size(const struct nbdqueue *q, enum nbdqueue_side side)
 {
-    return q->endpoints[side].size;
+    return q == NULL ? 0 : q->endpoints[side].size;
 }
 
 uint32_t nbdqueue_minimum(const struct nbdqueue *q, enum nbdqueue_side side)
 {
-    return q->endpoints[side].minimum;
+    return q == NULL ? 0 : q->endpoints[side].minimum;
 }
 
 double nbdqueue_last_moved(const struct nbdqueue *q)
@@ -810,12 +810,12 @@ unsigned nbdqueue_length(struct nbdqueue *q)
 
 uint64_t nbdqueue_copied(struct nbdqueue *q)
 {
-    return atomic_load_explicit(&q->copied, memory_order_relaxed);
+    return q == NULL ? 0 : atomic_load_explicit(&q->copied, memory_order_relaxed);
 }
 
 uint64_t nbdqueue_zeroed(struct nbdqueue *q)
 {
-    return atomic_load_explicit(&q->zeroed, memory_order_relaxed);
+    return q == NULL ? 0 : atomic_load_explicit(&q->zeroed, memory_order_relaxed);
 }
 
 /* Mark a queue as dropped, and end the wait of another thread.  Returns false if it was dropped. */

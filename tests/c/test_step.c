@@ -312,6 +312,10 @@ static void a_queue_that_was_destroyed_refuses_everything(void)
     CHECK(nbdqueue_step(NULL, &done, 1) == NBDSHIM_CLOSED);
     CHECK(nbdqueue_fd(NULL) == NBDSHIM_CLOSED);
     CHECK(nbdqueue_error(NULL, NULL) == 0);
+    CHECK(nbdqueue_size(NULL, NBDQUEUE_TARGET) == 0);
+    CHECK(nbdqueue_minimum(NULL, NBDQUEUE_TARGET) == 0);
+    CHECK(nbdqueue_copied(NULL) == 0);
+    CHECK(nbdqueue_zeroed(NULL) == 0);
     nbdqueue_cancel(NULL, 1);
     nbdqueue_wake(NULL);
     nbdqueue_drop(NULL);

@@ -32,6 +32,7 @@ from support.usage import collect_garbage, descriptors, registered
 from support.waits import reap
 
 import nbd
+from nbd._disks.copy import Copy
 
 ROUNDS = 3000 if SOAK else 150
 STEP = 1 if SOAK else 23  # an exception is injected at each place, or at one of this many
@@ -334,3 +335,30 @@ def test_an_exception_at_any_place_leaves_nothing(
     finally:
         sys.unraisablehook = usual
     figure("places of a call where an exception was injected", place // STEP)
+
+
+class WhileWorkerStarts(Injector):
+    """Raises at one place of the method of a copy that starts a worker."""
+
+    def trace(self, frame: FrameType, event: str, argument: object) -> Any:
+        """Follow that method only."""
+        if frame.f_code is not Copy._new_worker.__code__:
+            return None
+        return super().trace(frame, event, argument)
+
+
+def test_an_exception_while_a_worker_starts_ends_the_copy(tmp_path: Path) -> None:
+    folder = short_folder()
+    place = 0
+    with DiskServer(folder, MIB) as server:
+        while True:
+            place += 1
+            injector = WhileWorkerStarts(place)
+            error = injector.run(partial(copy_to_a_path, server.uri, tmp_path))
+            if not injector.raised:
+                break
+            assert came_out(error), f"place {place}: {error!r}"
+            del error
+    assert place > 5
+    Path(server.socket).unlink()
+    folder.rmdir()
