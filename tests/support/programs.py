@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from support.servers import TIMEOUT
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -26,7 +28,8 @@ def run_program(program: str, *arguments: str) -> subprocess.CompletedProcess[st
 def output_of(program: str, *arguments: str) -> str:
     """Run a program, which must succeed and write nothing to stderr; return its output."""
     done = run_program(program, *arguments)
-    assert (done.returncode, done.stderr) == (0, "")
+    if done.returncode != 0 or done.stderr:
+        pytest.fail(f"status {done.returncode}, and on standard error:\n{done.stderr}")
     return done.stdout
 
 
