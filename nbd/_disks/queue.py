@@ -370,12 +370,16 @@ class Request:
     """
 
     __module__ = "nbd.queue"
-    __slots__ = ("_operation", "_pin", "_target", "error", "is_done", "length", "offset")
+    __slots__ = (
+        *("_is_new", "_operation", "_pin", "_target"),
+        *("error", "is_done", "length", "offset"),
+    )
 
     def __init__(self, operation: int, length: int, offset: int, pin: Any, target: Any) -> None:
         self._operation = operation
         self._pin = pin
         self._target = target
+        self._is_new = True  # what was read was not copied to the caller's object (PyPy)
         self.length = length
         self.offset = offset
         self.is_done = False
@@ -388,19 +392,35 @@ class Request:
     def _finish(self, errnum: int, offset: int) -> None:
         """Store the result and release the buffer.
 
-        An exception may interrupt this at any bytecode; it is then called again.
+        An exception may interrupt this at any bytecode; it is then called again.  A signal handler
+        that waits on the same queue calls it in the midst of another call.
         """
         if errnum:
             self.error = failure(self._operation, self.length, self.offset, errnum, offset)
-        pin = self._pin
-        if BOUNCES and pin is not None and self._target is not None:
-            try:
-                copy_back(self._target, pin)
-            finally:
-                self._pin = None
-                free(pin)
+        if BOUNCES and self._pin is not None and self._target is not None:
+            self._bring_back()
         self._pin = self._target = None
         self.is_done = True
+
+    def _bring_back(self) -> None:
+        """Copy what was read from the bounce buffer to the caller's object (PyPy).
+
+        Copying can be repeated.  Only the call that began first frees the bounce buffer, as a later
+        one may run in its midst; if an exception ends that call, the garbage collector frees it.
+        """
+        is_first = self._is_new
+        self._is_new = False
+        pin, target = self._pin, self._target
+        if pin is None or target is None:  # a signal handler's call has done it
+            return
+        try:
+            copy_back(target, pin)
+        except BufferError:  # the object was resized: it can never be copied
+            self._pin = self._target = None
+            raise
+        self._pin = self._target = None
+        if is_first:
+            free(pin)
 
 
 class Queue:

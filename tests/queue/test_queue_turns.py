@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Callable
 
@@ -21,6 +21,7 @@ from support.forms import SOAK
 from support.hostile import Watchdog
 from support.servers import Server, StartServer
 from support.signals import Stop, handling
+from support.sizes import KIB
 from support.usage import registered
 from support.waits import paused, reap
 
@@ -154,6 +155,29 @@ def test_a_thread_that_waits_is_ended_by_another(server: Server, h: nbd.NBD, way
 
 
 # --- each request once ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["raises", "waits"])
+def test_each_read_is_whole_when_a_signal_handler(server: Server, h: nbd.NBD, way: str) -> None:
+    def handler(number: int, frame: FrameType | None) -> None:
+        if way == "raises":
+            raise Stop
+        queue.wait(1, 0)
+
+    h.connect_unix(server.socket)
+    expected = h.pread(64 * KIB, 0)
+    until = time.monotonic() + (60 if SOAK else 2)
+    with Queue(h, depth=4) as queue, handling(handler):
+        while time.monotonic() < until:
+            memory = [bytearray(64 * KIB) for _ in range(8)]
+            requests = [queue.read(one, 0) for one in memory]
+            while not all(request.is_done for request in requests):
+                with suppress(Stop):
+                    signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0001, 0.001))
+                    queue.wait(1, 10)
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            assert [request.error for request in requests] == [None] * 8
+            assert [one == expected for one in memory] == [True] * 8
 
 
 class Reports:
