@@ -424,19 +424,23 @@ def test_any_argument_in_any_state_gets_a_documented_answer(
     (tmp_path / SOCKET).symlink_to(nbdkit("memory", "1M").socket)
     log, errors = tmp_path / "call", tmp_path / "stderr"
     seed = int.from_bytes(os.urandom(4), "big") if SOAK else 0
-    with errors.open("w") as stderr:
-        done = subprocess.run(
-            [sys.executable, "-X", "faulthandler", __file__, log, str(CALLS), str(seed)],
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            timeout=300 + CALLS // 50,
-            cwd=tmp_path,
-            env=finds_support(),
-        )
+    for options in (["-X", "faulthandler"], ["--jit", "off"]):
+        with errors.open("w") as stderr:
+            done = subprocess.run(
+                [sys.executable, *options, __file__, log, str(CALLS), str(seed)],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                timeout=300 + CALLS // 50,
+                cwd=tmp_path,
+                env=finds_support(),
+            )
+        said = errors.read_text(errors="replace")[-5000:]
+        # The JIT of trixie's PyPy 3.11 can abort by itself, seen in hypothesis's own code.
+        if "rpython_jit_metainterp" not in said:
+            break
     pass_on(done.stdout, figure)
     if done.returncode != 0:
-        said = errors.read_text(errors="replace")[-5000:]
         how = how_it_ended(done.returncode)
         pytest.fail(f"{how} with seed {seed} in {log.read_text()}\n{said}", pytrace=False)
 
