@@ -136,9 +136,10 @@ def check(call: Call, figure: Figure, rounds: int = ROUNDS) -> None:
     assert others == []
     if sys.implementation.name == "cpython":  # PyPy runs finalizers at any time
         assert [one for one in lost_in if "__del__" not in one] == []
-    # PyPy's finalizers run late, often inside a call that makes further objects.
-    share = 20 if sys.implementation.name == "cpython" else 4
-    assert lost <= len(lost_in) <= stopped // share + 1
+    # PyPy runs finalizers after a collection: so it may run there the handler of a signal that came
+    # during the collection. Seen: 5 of 13 exceptions were lost.
+    share = 20 if sys.implementation.name == "cpython" else 1
+    assert lost <= len(lost_in) <= stopped // share + 2
 
 
 @pytest.fixture(autouse=True)
