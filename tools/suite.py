@@ -109,7 +109,9 @@ def read_report(report: Path, outcome: Outcome) -> None:
         skip = case.find("skipped")
         if bad:
             module = (case.get("classname") or "").rpartition(".")[2]
-            outcome.failures.append(f"{module}::{case.get('name')}")
+            name = f"{module}::{case.get('name')}"
+            if name not in outcome.failures:  # its teardown may have failed as well
+                outcome.failures.append(name)
         elif skip is not None:
             skipped[skip.get("message") or "no reason"] += 1
         else:
