@@ -48,6 +48,7 @@ class Outcome:
     passed: int = 0
     skipped: dict[str, int] = field(default_factory=dict)  # how often, by reason
     failures: list[str] = field(default_factory=list)
+    unstable: list[str] = field(default_factory=list)  # failed, and passed when run again (PyPy)
     figures: dict[str, str] = field(default_factory=dict)  # what tests counted, by name
     seconds: float = 0
     debian: str = ""
@@ -58,6 +59,7 @@ class Outcome:
         self.passed += part.passed
         self.skipped = dict(Counter(self.skipped) + Counter(part.skipped))
         self.failures += part.failures
+        self.unstable += part.unstable
         self.seconds += part.seconds
         self.tests[room] = part.passed + sum(part.skipped.values()) + len(part.failures)
         for name, value in part.figures.items():
@@ -72,6 +74,7 @@ class Outcome:
         return [
             head,
             *(f"    {count} skipped: {reason}" for reason, count in reasons),
+            *(f"    failed, and passed when run again: {name}" for name in self.unstable),
             *(f"    failed: {name}" for name in self.failures),
         ]
 
@@ -127,6 +130,21 @@ def described(environment: Environment) -> Outcome:
     return Outcome(interpreter, environment.mode, found["libnbd"])
 
 
+def excuse_unstable(outcome: Outcome, again: Path) -> None:
+    """Move failures to the unstable tests that have passed when they were run again.
+
+    PyPy may run a signal handler inside a finalizer, which loses its exception: a few tests that
+    count such exceptions fail now and then.
+    """
+    second = Outcome(outcome.interpreter, outcome.mode, outcome.libnbd)
+    if again.is_file():
+        read_report(again, second)
+    passed = [name for name in outcome.failures if name not in second.failures]
+    if second.passed >= len(passed):
+        outcome.failures, outcome.unstable = second.failures, passed
+        outcome.passed += len(passed)
+
+
 def run_room(
     environment: Environment, room: str, options: Sequence[str], variables: dict[str, str]
 ) -> Outcome:
@@ -135,24 +153,26 @@ def run_room(
     log = log_path(f"suite-{environment.name}-{room}")
     log.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="nbd-check-") as name:
-        report = Path(name, "report.xml")
-        empty = Path(name, "empty")
+        first, again, empty = (Path(name, one) for one in ("first.xml", "again.xml", "empty"))
         empty.mkdir()
-        status = logged(
-            log,
-            [
-                *(environment.folder / "bin" / "pytest", "-c", ROOT / "setup.cfg"),
-                *("-p", "no:cacheprovider", "--tb=short", f"--junitxml={report}"),
-                *options,
+
+        def pytest(report: Path, *more: str) -> int:
+            command = [
+                *(environment.folder / "bin" / "pytest", "-c", ROOT / "setup.cfg", "--tb=short"),
+                *("-o", f"cache_dir={name}/cache", f"--junitxml={report}", *more, *options),
                 ROOT / "tests" / room,
-            ],
-            environ=clean_environment(NBD_CHECKOUT=str(ROOT), **VARIABLES, **variables),
-            cwd=empty,
-            timeout=TIMEOUT,
-        )
-        if report.is_file():
-            read_report(report, outcome)
-        if status not in (0, NO_TESTS) and not outcome.failures:
+            ]
+            environ = clean_environment(NBD_CHECKOUT=str(ROOT), **VARIABLES, **variables)
+            return logged(log, command, environ=environ, cwd=empty, timeout=TIMEOUT)
+
+        status = pytest(first)
+        if first.is_file():
+            read_report(first, outcome)
+        if outcome.failures and environment.interpreter == "pypy":
+            show_end(log)
+            pytest(again, "--last-failed")
+            excuse_unstable(outcome, again)
+        elif status not in (0, NO_TESTS) and not outcome.failures:
             how = signal.Signals(-status).name if status < 0 else f"status {status}"
             outcome.failures.append(f"pytest itself, in {room}: {how}")
     if outcome.failures:
