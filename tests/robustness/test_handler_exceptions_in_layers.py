@@ -135,7 +135,8 @@ def check(call: Call, figure: Figure, rounds: int = ROUNDS) -> None:
     assert stopped > rounds // 10
     assert others == []
     if sys.implementation.name == "cpython":  # PyPy runs finalizers at any time
-        assert [one for one in lost_in if "__del__" not in one] == []
+        # CPython 3.14 names no object ("None") for some that it loses in code of its own.
+        assert [one for one in lost_in if "__del__" not in one and one != "None"] == []
     # PyPy runs finalizers after a collection: so it may run there the handler of a signal that came
     # during the collection. Seen: 5 of 13 exceptions were lost.
     share = 20 if sys.implementation.name == "cpython" else 1

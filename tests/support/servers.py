@@ -126,7 +126,7 @@ class Server:
         """Stop all threads of the server (SIGSTOP): it answers nothing until it is resumed."""
         self.process.send_signal(signal.SIGSTOP)
         threads = Path(f"/proc/{self.process.pid}/task")
-        while any(state(thread / "stat") != "T" for thread in threads.iterdir()):
+        while any(state(thread / "stat") not in "TX" for thread in threads.iterdir()):
             time.sleep(0.001)
 
     def resume(self) -> None:
@@ -174,8 +174,11 @@ StartServer = Callable[..., Server]
 
 
 def state(stat: Path) -> str:
-    """Return the state of a process or thread, a letter, from its stat file in /proc."""
-    _, _, rest = stat.read_text(errors="replace").rpartition(")")
+    """Return the state of a process or thread, a letter, from its stat file; X if it has ended."""
+    try:
+        _, _, rest = stat.read_text(errors="replace").rpartition(")")
+    except (FileNotFoundError, ProcessLookupError):  # of a thread that ended meanwhile
+        return "X"
     return rest.split()[0]
 
 
