@@ -13,8 +13,8 @@ import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 
-from console import CACHE, Failure, log_path, must, output, say
-from roots import AS_ROOT, derived, entering, locked, scripts_for
+from console import CACHE, Failure, locked, log_path, must, output, say
+from roots import AS_ROOT, derived, entering, scripts_for
 from targets import Libraries, Part, Target, zig
 
 # The source packages that libraries.sh builds, and their libraries.
@@ -137,7 +137,7 @@ def source_root(suite: str) -> Path:
     """A root whose apt knows the source packages of a suite."""
     root = derived(suite, "sources")
     known = root / "etc" / "apt" / "sources.list.d" / "sources.list"
-    with locked(root.name):
+    with locked(root):
         if not known.is_file():
             _, mirror, *_ = (root / "etc" / "apt" / "sources.list").read_text().split()
             # Security updates are in an archive of their own.
@@ -156,7 +156,7 @@ def unpacked_sources(suite: str) -> Path:
     """Download and patch the sources; returns a folder with NAME/ and NAME.dsc for each."""
     folder = DOWNLOADS / f"{suite}-sources"
     root = source_root(suite)
-    with locked(folder.name):
+    with locked(folder):
         if not folder.is_dir():
             say(f"downloading the sources of {', '.join(SOURCES)}, Debian {suite}")
             update = entering(root, ["apt-get", "update"])

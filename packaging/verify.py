@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from console import Failure, clean_environment, must, new_log, show_end, shown
-from roots import AS_ROOT, derived, entering, locked
+from console import Failure, clean_environment, locked, must, new_log, show_end, shown
+from roots import AS_ROOT, derived, entering
 from servers import servers
 
 PROBE = Path(__file__).resolve().with_name("probe.py")
@@ -126,7 +126,7 @@ def verify_in_root(suite: str, wheel: Path, offered: Sequence[Path], python: str
     """Let pip choose among wheels in a bare root; check that it chose this one, and use it."""
     root = installable(suite)
     log = new_log(f"verify-{suite}-{Path(python).name}")
-    with locked(root.name), servers(root) as running:
+    with locked(root), servers(root) as running:
         temporary = root / "tmp"
         stale = [temporary / name for name in ("fresh", "offered", "probe.py")]
         subprocess.run([*AS_ROOT, "rm", "-rf", *map(str, stale)], check=True)

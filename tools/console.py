@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +25,15 @@ class Failure(Exception):
 def say(text: str) -> None:
     """Print a line and flush it."""
     print(text, flush=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Lock a folder against other threads and against commands of other checkouts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def log_path(name: str) -> Path:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from console import CACHE, ROOT, Failure, clean_environment, log_path, must, output, say
+from console import CACHE, ROOT, Failure, clean_environment, locked, must, new_log, output, say
 
 REQUIREMENTS = ROOT / "tools" / "requirements"
 
@@ -103,16 +103,17 @@ def venv(folder: Path, base: str, requirements: str) -> None:
     """Make an environment with what a file of tools/requirements lists, unless it is there."""
     wanted = REQUIREMENTS / f"{requirements}.txt"
     key = digest(output([base, "-VV"], f"{base} does not run").encode(), wanted.read_bytes())
-    if is_current(folder, "requirements", key):
-        return
-    say(f"{folder.name}: making the environment")
-    log = log_path(f"environment-{folder.name}")
-    log.unlink(missing_ok=True)
-    hint = "Debian: apt install python3-venv pypy3-venv"
-    must(log, [base, "-m", "venv", "--clear", folder], f"{base} cannot make environments: {hint}")
-    install = [folder / "bin" / "python", "-m", "pip", "install", *QUIET, "-r", wanted]
-    must(log, install, f"pip cannot install what {wanted.name} lists; it needs a package index")
-    (folder / "requirements.key").write_text(key)
+    with locked(folder):
+        if is_current(folder, "requirements", key):
+            return
+        say(f"{folder.name}: making the environment")
+        log = new_log(f"environment-{folder.name}")
+        hint = "Debian: apt install python3-venv pypy3-venv"
+        make = [base, "-m", "venv", "--clear", folder]
+        must(log, make, f"{base} cannot make environments: {hint}")
+        install = [folder / "bin" / "python", "-m", "pip", "install", *QUIET, "-r", wanted]
+        must(log, install, f"pip cannot install what {wanted.name} lists; it needs a package index")
+        (folder / "requirements.key").write_text(key)
 
 
 def tools(name: str) -> Path:
@@ -138,8 +139,7 @@ def ready(environment: Environment) -> None:
     if is_current(environment.folder, "package", key):
         return
     say(f"{environment.name}: building the package")
-    log = log_path(f"package-{environment.name}")
-    log.unlink(missing_ok=True)
+    log = new_log(f"package-{environment.name}")
     options = ("--no-deps", "--no-build-isolation", "--force-reinstall")
     with staged_sources() as folder:
         install = [environment.python, "-m", "pip", "install", "--no-input", *options, folder]
@@ -156,8 +156,7 @@ def ready(environment: Environment) -> None:
 
 def install_wheel(environment: Environment) -> None:
     """Install the wheel that NBD_WHEEL names."""
-    log = log_path(f"package-{environment.name}")
-    log.unlink(missing_ok=True)
+    log = new_log(f"package-{environment.name}")
     options = ("--no-deps", "--no-index", "--no-input", "--force-reinstall")
     install = [environment.python, "-m", "pip", "install", *options, os.environ["NBD_WHEEL"]]
     must(log, install, f"the wheel cannot be installed for {environment.name}")

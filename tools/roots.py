@@ -9,7 +9,6 @@ another processor, whose programs qemu runs.
 from __future__ import annotations
 
 import ast
-import fcntl
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from console import ROOT, Failure, logged, must, new_log, output, say
+from console import ROOT, Failure, locked, logged, must, new_log, output, say
 from environments import tools
 from suite import Outcome
 
@@ -44,14 +43,6 @@ def cache() -> Path:
     folder = Path(base) / "libnbd-cffi" / "roots"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-@contextmanager
-def locked(name: str) -> Iterator[None]:
-    """Lock a root against commands of other checkouts."""
-    with (cache() / f"{name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def entering(root: Path, command: Sequence[str]) -> list[str]:
@@ -135,7 +126,7 @@ def bare(suite: str) -> Path:
     """Return a root that has only what debootstrap installs, and the certificates for HTTPS."""
     root = cache() / f"{suite}-bare"
     able_to_run(suite)
-    with locked(root.name):
+    with locked(root):
         if not root.is_dir():
             say(f"making the Debian root {root}")
             bootstrap(suite, root)
@@ -174,7 +165,7 @@ def derived(suite: str, purpose: str, packages: Sequence[str] = ()) -> Path:
     """Return a copy of a bare root for one purpose, with more packages."""
     source = bare(suite)
     root = cache() / f"{suite}-{purpose}"
-    with locked(root.name):
+    with locked(root):
         if root.is_dir():
             return root
         log = new_log(f"root-{root.name}")
@@ -214,7 +205,7 @@ def check_in_root(
 ) -> list[Outcome]:
     """Run ./run check in a Debian root, and return the outcomes."""
     root = derived(suite, "check")
-    with locked(root.name):
+    with locked(root):
         lend_checkout(root)
         say(f"{suite}: ./run check in {root}")
         report = CHECKOUT / ".cache" / "outcomes.json"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from console import ROOT, clean_environment, log_path, logged, output, say, show_end, shown
+from console import ROOT, clean_environment, logged, new_log, output, say, show_end, shown
 from environments import Environment
 
 #: The folders of tests/, those that take longest first.
@@ -150,8 +150,7 @@ def run_room(
 ) -> Outcome:
     """Run the tests of a room in an environment, from a folder that holds nothing."""
     outcome = Outcome(environment.interpreter, environment.mode, "")
-    log = log_path(f"suite-{environment.name}-{room}")
-    log.unlink(missing_ok=True)
+    log = new_log(f"suite-{environment.name}-{room}")
     with tempfile.TemporaryDirectory(prefix="nbd-check-") as name:
         first, again, empty = (Path(name, one) for one in ("first.xml", "again.xml", "empty"))
         empty.mkdir()
