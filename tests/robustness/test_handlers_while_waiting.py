@@ -207,11 +207,10 @@ def connected(number):
     h.pwrite(bytes([number]) * SIZES[-1], number << 20)
     return h
 
-def exercise(h, number):
+def exercise(h, number, buffer):
     global stopped
     end = time.monotonic() + SECONDS
     turn = 0
-    buffer = nbd.Buffer(4096)
     while time.monotonic() < end:
         turn += 1
         size = SIZES[turn % len(SIZES)]
@@ -240,18 +239,20 @@ def resident():
         return int(numbers.read().split()[1]) * resource.getpagesize()
 
 handles = [connected(number) for number in range(1, 5)]
+buffers = [nbd.Buffer(4096) for _ in handles]
 exercise_once, SECONDS = SECONDS, 0.3
-exercise(handles[0], 1)
+exercise(handles[0], 1, buffers[0])
 SECONDS = exercise_once
 before = resident()
 threads = [
-    threading.Thread(target=exercise, args=(handles[number], number + 1)) for number in (1, 2, 3)
+    threading.Thread(target=exercise, args=(handles[number], number + 1, buffers[number]))
+    for number in (1, 2, 3)
 ]
 for thread in threads:
     thread.start()
 signal.signal(signal.SIGALRM, handler)
 signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
-exercise(handles[0], 1)
+exercise(handles[0], 1, buffers[0])
 signal.setitimer(signal.ITIMER_REAL, 0)
 time.sleep(0.01)
 for thread in threads:
