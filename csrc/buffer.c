@@ -15,6 +15,21 @@ bool nbdshim_is_zero(const void *p, size_t size)
     return size == 0 || (bytes[0] == 0 && memcmp(bytes, bytes + 1, size - 1) == 0);
 }
 
+int64_t nbdshim_run(const void *p, size_t size, uint64_t offset, uint32_t block)
+{
+    const char *bytes = p;
+    size_t n = block - offset % block, done = n < size ? n : size;
+    bool is_zero = nbdshim_is_zero(bytes, done);
+
+    while (done < size) {
+        n = block < size - done ? block : size - done;
+        if (nbdshim_is_zero(bytes + done, n) != is_zero)
+            break;
+        done += n;
+    }
+    return is_zero ? -(int64_t)done : (int64_t)done;
+}
+
 int nbdshim_clear_stale(int *state, void *p, size_t size)
 {
     const struct timespec a_millisecond = {.tv_nsec = 1000000};

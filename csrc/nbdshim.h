@@ -200,6 +200,19 @@ uint32_t nbdshim_address_inet6(void *addr, uint32_t capacity, const char *ip, ui
 bool nbdshim_is_zero(const void *p, size_t size);
 
 /*
+ * Let the file system or the device of a descriptor zero a range of bytes, without changing the
+ * size of a file.  Returns whether it did; otherwise zeroes have to be written.
+ */
+bool nbdshim_zero_range(int fd, uint64_t at, uint64_t length);
+
+/*
+ * Find the run at the start of size bytes at p, which are more than 0: blocks that all have only
+ * zeroes in them, or that all have data.  offset is that of p on the disk, where blocks begin at
+ * the multiples of `block`.  Returns the number of its bytes, negative if they are zeroes.
+ */
+int64_t nbdshim_run(const void *p, size_t size, uint64_t offset, uint32_t block);
+
+/*
  * Fill size bytes at p with zeroes if *state says that they are stale, before anybody reads them.
  * If another thread is overwriting them, wait for it.  Returns 0, or -1 if that takes longer than a
  * second.

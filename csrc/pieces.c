@@ -2,6 +2,7 @@
 /* How requests become pieces and commands, and how these end; see pieces.h. */
 
 #include "pieces.h"
+#include "buffer.h"
 #include "watch.h"
 
 #include <errno.h>
@@ -558,22 +559,33 @@ static int choose_memory(struct slot *slot)
     return slot->bounce == NULL ? ENOMEM : 0;
 }
 
-/* Send the first command of a new piece.  The caller has the turn. */
+/* Whether nothing is sent to the target for zeroes. */
+static bool skips_zeroes(const struct nbdqueue *q)
+{
+    return q->target_is_zero || q->endpoints[NBDQUEUE_TARGET].is_null;
+}
+
+/* Send the first command of a new piece, if it needs any.  The caller has the turn. */
 static void start(struct slot *slot)
 {
     struct nbdqueue *q = slot->q;
     enum nbdqueue_operation operation = slot->request->operation;
+    bool is_skipped = operation == NBDQUEUE_ZERO && skips_zeroes(q);
 
     slot->command = operation;
     slot->member = NULL;
-    if (operation == NBDQUEUE_COPY || slot->merges)
+    slot->error = 0;
+    slot->zeroed = 0;
+    if (is_skipped)
+        slot->merges = false;
+    else if (operation == NBDQUEUE_COPY || slot->merges)
         slot->command = NBDQUEUE_READ;
     else if (operation == NBDQUEUE_ZERO && !q->endpoints[NBDQUEUE_TARGET].has_zero)
         slot->command = NBDQUEUE_WRITE;
-    slot->error = 0;
-    if (is_change(operation) || operation == NBDQUEUE_READ || operation == NBDQUEUE_COPY)
+    if (!is_skipped &&
+        (is_change(operation) || operation == NBDQUEUE_READ || operation == NBDQUEUE_COPY))
         slot->error = choose_memory(slot);
-    if (slot->error == 0) {
+    if (!is_skipped && slot->error == 0) {
         send_command(slot);
         return;
     }
@@ -611,19 +623,24 @@ static void finish_piece(struct slot *slot)
     struct request *r = slot->request;
 
     if (slot->error != 0 && r->error == 0) {
+        bool is_copy = r->operation == NBDQUEUE_COPY; /* its command is exactly what has failed */
+
         r->error = slot->error;
-        r->error_offset = slot->offset;
-        r->error_length = slot->length;
+        r->error_offset = is_copy ? slot->wide_offset : slot->offset;
+        r->error_length = is_copy ? slot->wide_length : slot->length;
         r->error_side = side_of(slot);
     }
     if (slot->error != 0) {
         r->cut = r->stop; /* send no more; next_piece finishes it if it is queued */
-    } else if (r->operation == NBDQUEUE_COPY) {
-        atomic_fetch_add(&q->copied, slot->length);
+    } else if (r->operation == NBDQUEUE_COPY || r->operation == NBDQUEUE_ZERO) {
+        uint64_t zeroed = r->operation == NBDQUEUE_ZERO ? slot->length : slot->zeroed;
+
+        if (r->operation == NBDQUEUE_COPY)
+            atomic_fetch_add(&q->read, slot->length);
+        atomic_fetch_add(&q->copied, slot->length - zeroed);
+        atomic_fetch_add(&q->zeroed, zeroed);
         r->moved += slot->length;
-    } else if (r->operation == NBDQUEUE_ZERO) {
-        atomic_fetch_add(&q->zeroed, slot->length);
-        r->moved += slot->length;
+        r->zeroed += zeroed;
     }
     if (r->is_cancelled)
         q->cancelled--;
@@ -646,8 +663,9 @@ static bool cut_further(struct slot *slot)
     uint64_t stop =
         smaller(round_up(slot->offset + slot->length, endpoint->minimum), endpoint->size);
 
-    if (slot->command != NBDQUEUE_ZERO && slot->command != NBDQUEUE_TRIM &&
-        slot->command != NBDQUEUE_CACHE)
+    if (slot->request->operation == NBDQUEUE_COPY || /* a run is never larger than a piece */
+        (slot->command != NBDQUEUE_ZERO && slot->command != NBDQUEUE_TRIM &&
+         slot->command != NBDQUEUE_CACHE))
         return false;
     if (slot->error == EINVAL && endpoint->maximum != 0 && slot->wide_length > endpoint->maximum) {
         endpoint->is_bounded = true;
@@ -659,6 +677,80 @@ static bool cut_further(struct slot *slot)
     slot->wide_offset += slot->wide_length;
     slot->wide_length = smaller(endpoint->maximum, stop - slot->wide_offset);
     return true;
+}
+
+/*
+ * Find the run that starts at offset `at` in the piece of a copy that was read: blocks that all
+ * have only zeroes in them, or that all have data.  Returns its end.
+ */
+static uint64_t end_of_run(const struct slot *slot, uint64_t at, bool *is_zero)
+{
+    const struct nbdqueue *q = slot->q;
+    const struct endpoint *endpoint = &q->endpoints[NBDQUEUE_TARGET];
+    size_t before = (size_t)(at - slot->offset);
+    int64_t run = (int64_t)(slot->length - before);
+
+    if (q->sparse != 0 && (endpoint->has_zero || q->target_is_zero))
+        run = nbdshim_run(slot->bounce + before, (size_t)run, at,
+                          q->sparse > endpoint->minimum ? q->sparse : endpoint->minimum);
+    *is_zero = run < 0;
+    return at + (uint64_t)(run < 0 ? -run : run);
+}
+
+/*
+ * Prepare the next command to the target for the piece of a copy: the write or zero of a run.
+ * Returns false if there is none left.
+ */
+static bool next_run(struct slot *slot)
+{
+    const struct nbdqueue *q = slot->q;
+    uint64_t stop = slot->offset + slot->length;
+    uint64_t at =
+        slot->command == NBDQUEUE_READ ? slot->offset : slot->wide_offset + slot->wide_length;
+
+    if (q->endpoints[NBDQUEUE_TARGET].is_null)
+        return false;
+    for (bool is_zero; at < stop; at = slot->wide_offset + slot->wide_length) {
+        slot->wide_offset = at;
+        slot->wide_length = end_of_run(slot, at, &is_zero) - at;
+        slot->data = slot->bounce + (at - slot->offset);
+        slot->command = is_zero ? NBDQUEUE_ZERO : NBDQUEUE_WRITE;
+        if (is_zero)
+            slot->zeroed += slot->wide_length;
+        if (!is_zero || !q->target_is_zero)
+            return true;
+    }
+    return false;
+}
+
+/* Count the bytes that a slot's command has written as data for a copy or a zero. */
+static void count_written(const struct slot *slot)
+{
+    enum nbdqueue_operation operation = slot->request->operation;
+
+    if (slot->command == NBDQUEUE_WRITE && slot->error == 0 &&
+        (operation == NBDQUEUE_COPY || operation == NBDQUEUE_ZERO))
+        atomic_fetch_add(&slot->q->written, slot->wide_length);
+}
+
+/*
+ * Continue the piece of a copy: send the command for its next run, or do all runs if the target is
+ * a file.  Returns whether a command was sent; otherwise the piece has ended.
+ */
+static bool continue_copy(struct slot *slot)
+{
+    struct queuefile *file = &slot->q->endpoints[NBDQUEUE_TARGET].file;
+
+    while (slot->error == 0 && next_run(slot)) {
+        if (file->fd < 0) {
+            send_command(slot);
+            return true;
+        }
+        slot->error = use_file(slot, file);
+        nbdqueue_note_move(slot->q);
+        count_written(slot);
+    }
+    return false;
 }
 
 /*
@@ -682,12 +774,15 @@ static void advance(struct slot *slot)
         else
             memcpy(slot->bounce + before, r->buffer + (slot->offset - r->start), slot->length);
     }
-    if (was_read && (slot->merges || r->operation == NBDQUEUE_COPY)) {
+    count_written(slot);
+    if (r->operation == NBDQUEUE_COPY && continue_copy(slot))
+        return;
+    if (was_read && slot->merges) {
         slot->command = NBDQUEUE_WRITE;
         send_command(slot);
         return;
     }
-    if (was_read && slot->data == slot->bounce)
+    if (was_read && slot->data == slot->bounce && r->operation == NBDQUEUE_READ)
         memcpy(r->buffer + (slot->offset - r->start), slot->bounce + before, slot->length);
     pthread_mutex_lock(&q->lock);
     finish_piece(slot);

@@ -81,6 +81,18 @@ void nbdqueue_add_file(struct nbdqueue *q, enum nbdqueue_side side, int fd, uint
         .file = {.fd = fd, .base = base}, .size = size, .minimum = 1, .has_zero = true};
 }
 
+void nbdqueue_add_null(struct nbdqueue *q, uint64_t size)
+{
+    q->endpoints[NBDQUEUE_TARGET] = (struct endpoint){
+        .file.fd = -1, .size = size, .minimum = 1, .has_zero = true, .is_null = true};
+}
+
+void nbdqueue_set_sparse(struct nbdqueue *q, uint32_t block, bool target_is_zero)
+{
+    q->sparse = block;
+    q->target_is_zero = target_is_zero;
+}
+
 uint64_t nbdqueue_size(const struct nbdqueue *q, enum nbdqueue_side side)
 {
     return q == NULL ? 0 : q->endpoints[side].size;
@@ -513,6 +525,7 @@ static int report(struct nbdqueue *q, struct nbdqueue_done *done, int capacity)
                                                .offset = r->error_offset,
                                                .length = r->error_length,
                                                .moved = r->moved,
+                                               .zeroed = r->zeroed,
                                                .error = r->error,
                                                .side = (int)r->error_side};
     }
@@ -816,6 +829,16 @@ uint64_t nbdqueue_copied(struct nbdqueue *q)
 uint64_t nbdqueue_zeroed(struct nbdqueue *q)
 {
     return q == NULL ? 0 : atomic_load_explicit(&q->zeroed, memory_order_relaxed);
+}
+
+uint64_t nbdqueue_read(struct nbdqueue *q)
+{
+    return q == NULL ? 0 : atomic_load_explicit(&q->read, memory_order_relaxed);
+}
+
+uint64_t nbdqueue_written(struct nbdqueue *q)
+{
+    return q == NULL ? 0 : atomic_load_explicit(&q->written, memory_order_relaxed);
 }
 
 /* Mark a queue as dropped, and end the wait of another thread.  Returns false if it was dropped. */

@@ -11,7 +11,12 @@
  *
  * Sides.  A queue has a target, and for NBDQUEUE_COPY also a source.  Every request goes to the
  * target, except the read half of a copy, which goes to the source.  The endpoint of a side is
- * either one file, or one or several handles of the same export.
+ * one file, or one or several handles of the same export; or, for a target, nothing: what is
+ * written there is discarded.
+ *
+ * Zeroes.  After nbdqueue_set_sparse, a copy examines the data that it has read: it zeroes the
+ * blocks that have only zeroes in them, and writes the others.  If the target is known to read as
+ * zeroes, nothing is sent for zeroes.
  *
  * Alignment.  If the target has a minimum block size, the queue widens an unaligned read.  It does
  * an unaligned write by reading the blocks, merging the data and writing them back, and it changes
@@ -63,7 +68,8 @@ struct nbdqueue_done {
     uint64_t serial; /* identifies the request; nbdqueue_take needs it */
     uint64_t offset; /* the start of the piece that failed first, */
     uint64_t length; /* and its size in bytes, without the widening for alignment */
-    uint64_t moved;  /* how many bytes were copied or set to zero */
+    uint64_t moved;  /* how many bytes were copied or set to zero; */
+    uint64_t zeroed; /* of these, how many became zeroes */
     int error;       /* its errno, or 0 if no piece failed */
     int side;        /* enum nbdqueue_side: the side that failed */
 };
@@ -99,6 +105,17 @@ int nbdqueue_add(struct nbdqueue *q, enum nbdqueue_side side, struct nbdshim *s)
  */
 void nbdqueue_add_file(struct nbdqueue *q, enum nbdqueue_side side, int fd, uint64_t base,
                        uint64_t size);
+
+/* Discard what is written to the target, which takes size bytes. */
+void nbdqueue_add_null(struct nbdqueue *q, uint64_t size);
+
+/*
+ * Have copies find zeroes, in blocks of `block` bytes, or of the target's minimum block size if
+ * that is larger; 0 is off, as it is at first.  The blocks begin at multiples of their size; those
+ * at the ends of a piece may be shorter.  With target_is_zero, nothing is sent for zeroes that were
+ * found, or for NBDQUEUE_ZERO.  To be called before the first request.
+ */
+void nbdqueue_set_sparse(struct nbdqueue *q, uint32_t block, bool target_is_zero);
 
 /* The size of a side's endpoint, and its minimum block size, both in bytes. */
 uint64_t nbdqueue_size(const struct nbdqueue *q, enum nbdqueue_side side);
@@ -163,9 +180,15 @@ int nbdqueue_error(const struct nbdqueue *q, const struct nbdshim *s);
 /* The number of requests that were not taken yet. */
 unsigned nbdqueue_length(struct nbdqueue *q);
 
-/* The total number of bytes that copies have copied, and that zeroes have set to zero. */
+/*
+ * How many bytes copies have moved as data, and how many became zeroes, by copies and by
+ * NBDQUEUE_ZERO; how many copies have read from the source; and how many copies and NBDQUEUE_ZERO
+ * have written to the target as data.
+ */
 uint64_t nbdqueue_copied(struct nbdqueue *q);
 uint64_t nbdqueue_zeroed(struct nbdqueue *q);
+uint64_t nbdqueue_read(struct nbdqueue *q);
+uint64_t nbdqueue_written(struct nbdqueue *q);
 
 /*
  * Drop all requests, without waiting for the server.  Commands in flight become orphans.  Waits for

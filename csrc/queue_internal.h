@@ -9,8 +9,9 @@
  * `retire` when it does not need the slot any more, both in the thread that moves the connection;
  * that may be a thread inside another call.  Either of them puts the slot into q->answered.
  * pieces_reap takes the slots from there, in the thread that has the queue's turn, and `advance`
- * sends the next command of the piece or ends the piece.  A slot whose command has to wait for
- * another command is in q->blocked, and pieces_pump tries again to send it.
+ * sends the next command of the piece or ends the piece.  The piece of a copy is one read, and then
+ * one write or zero for each run of blocks that are all data or all zeroes.  A slot whose command
+ * has to wait for another command is in q->blocked, and pieces_pump tries again to send it.
  *
  * Locks.  The thread that has q->turn moves the queue: it sends, polls and reaps.  q->lock protects
  * the lists and counters, also from libnbd's callbacks.  These run while libnbd's lock is held, and
@@ -49,6 +50,7 @@ struct endpoint {
     uint64_t size;
     uint32_t minimum, maximum; /* the server's block size constraints; a maximum of 0 is none */
     bool has_zero;             /* the server has a zero command */
+    bool is_null;              /* it discards what is written */
     bool is_bounded;           /* maximum also limits commands without data */
 };
 
@@ -62,6 +64,7 @@ struct request {
     uint32_t flags;
     unsigned in_flight; /* slots that work on it */
     uint64_t moved;     /* bytes that were copied or set to zero */
+    uint64_t zeroed;    /* of these, bytes that became zeroes */
     int error;          /* of the piece that failed first */
     uint64_t error_offset, error_length;
     enum nbdqueue_side error_side;
@@ -78,6 +81,7 @@ struct slot {
     char *bounce; /* the bounce buffer, for widened commands and copies, or NULL */
     char *data;   /* that the command reads into or writes from */
     enum nbdqueue_operation command; /* that is in flight */
+    uint64_t zeroed;                 /* bytes of a copy's piece that were found to be zero */
     bool merges;                     /* it reads, merges and writes back */
     struct member *member;           /* that has the command; NULL if it was not sent */
     uint64_t cookie;
@@ -106,6 +110,8 @@ struct nbdqueue {
     unsigned depth, in_flight;
     unsigned forks; /* nbdshim_forks of the process that created the queue */
     uint32_t piece;
+    uint32_t sparse;     /* the size of the blocks in which copies find zeroes; 0 is off */
+    bool target_is_zero; /* nothing is sent for zeroes */
     struct endpoint endpoints[2];
     struct member members[NBDQUEUE_MAX_HANDLES];
     atomic_size_t added; /* members that were added; changed under q->lock */
@@ -120,7 +126,7 @@ struct nbdqueue {
     uint64_t serial;                 /* of the latest request */
     struct nbdshim_closure *closure; /* its token keeps the buffers */
     char *zeroes;                    /* a piece full of zeroes, or NULL */
-    atomic_uint_fast64_t copied, zeroed;
+    atomic_uint_fast64_t copied, zeroed, read, written;
     _Atomic int64_t last_moved; /* when a byte last moved, monotonic; 0 is never */
     atomic_bool is_moving;      /* the turn's holder updates last_moved */
     int64_t handlers_due;       /* when signal handlers have to run at the latest */

@@ -96,8 +96,7 @@ int queuefile_write(struct queuefile *file, const char *data, uint64_t length, u
     return error;
 }
 
-/* Let the file system or the device zero a range.  Returns whether it did. */
-static bool zero_range(int fd, uint64_t at, uint64_t length)
+bool nbdshim_zero_range(int fd, uint64_t at, uint64_t length)
 {
     uint64_t range[2] = {at, length};
 
@@ -111,7 +110,7 @@ static bool zero_range(int fd, uint64_t at, uint64_t length)
 int queuefile_zero(struct queuefile *file, uint64_t length, uint64_t offset, const char *zeroes,
                    uint64_t size)
 {
-    if (zero_range(file->fd, file->base + offset, length))
+    if (nbdshim_zero_range(file->fd, file->base + offset, length))
         return 0;
     for (uint64_t done = 0, n; done < length; done += n) {
         int error;

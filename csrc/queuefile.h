@@ -9,6 +9,8 @@
 #ifndef NBDSHIM_QUEUEFILE_H
 #define NBDSHIM_QUEUEFILE_H
 
+#include "nbdshim.h"
+
 #include <stdint.h>
 
 /* The largest number of writes under write-back; one more waits for the oldest. */
