@@ -23,7 +23,7 @@ from nbd._binding.errors import Error
 from nbd._binding.shim import ffi, lib
 from nbd._disks.background import BackgroundThread
 from nbd._disks.connect import CLOSE_TIMEOUT
-from nbd._disks.copystream import copy_stream
+from nbd._disks.copystream import Counts, copy_stream
 from nbd._disks.diskendpoint import open_disk
 from nbd._disks.endpoints import (
     DRAIN_TIMEOUT,
@@ -36,6 +36,7 @@ from nbd._disks.endpoints import (
     processors,
 )
 from nbd._disks.fileendpoint import open_file
+from nbd._disks.nullendpoint import Null
 from nbd._disks.queue import (
     COPY,
     MAX_DEPTH,
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from nbd._binding.methods import NBD
-    from nbd._disks.endpoints import Anything, Endpoint, OnError, Progress
+    from nbd._disks.endpoints import Anything, Endpoint, OnError, Progress, Ranges
 
     # What a queue is asked for: an operation, start and stop.
     Task = tuple[int, int, int]
@@ -64,18 +65,24 @@ if TYPE_CHECKING:
 _REQUEST = 8 * 1024 * 1024
 #: The size of the ranges that a worker takes.
 _MIN_RANGE = 8 * 1024 * 1024
-_MAX_RANGE = 128 * 1024 * 1024
+_MAX_RANGE = 1024 * 1024 * 1024
+
+_NOTHING = Counts(0, 0, 0, 0)
 
 _Copied = namedtuple("_Copied", ("copied", "zeroed"))
 
 
 class Copied(_Copied):
-    """What nbd.copy has done: a tuple of two numbers of bytes.
+    """What nbd.copy has done: a tuple of two numbers of bytes, whose sum is the size of the copy.
 
     Attributes:
-        copied: How many were read and written.
-        zeroed: How many became zeroes without being read: the source has a hole there, or cannot
-            read them.
+        copied: How many were copied as data.
+        zeroed: How many became zeroes, or were zeroes already: the source has a hole there, or
+            blocks of zeroes, or cannot read them.
+        read: How many were read from the source: the copied ones, and the zeroes that are not in a
+            hole.
+        written: How many were sent to the target as data: the copied ones, and zeroes for which it
+            has no other command.  With the target None it is 0.
         bad: The ranges that the source cannot read, as a tuple of (offset, length) in order; it is
             empty unless on_error has let the copy continue.
     """
@@ -84,6 +91,8 @@ class Copied(_Copied):
 
     copied: int
     zeroed: int
+    read: int = 0
+    written: int = 0
     bad: tuple[tuple[int, int], ...] = ()
 
     def __repr__(self) -> str:
@@ -93,23 +102,26 @@ class Copied(_Copied):
 
 def copy(
     source: Anything,
-    target: Anything,
+    target: Anything | None,
     *,
     connections: int | None = None,
     depth: int | None = None,
-    sparse: bool = True,
+    sparse: bool | int = True,
+    target_is_zero: bool = False,
+    ranges: Ranges | None = None,
     progress: Progress | None = None,
     timeout: float | None = None,
     flush: bool = True,
     on_error: OnError | None = None,
 ) -> Copied:
-    """Copy a whole disk.
+    """Copy a whole disk, or ranges of it.
 
     Source and target are each one of: a URI; a connected nbd.NBD; the command line of a server, as
     a list of str; the path of a file or block device; an open binary file, whose copy begins at its
-    position.
+    position.  With the target None, the source is read, and nothing is written.
 
-    A file that is named by its path is created, or truncated to 0 bytes, first.  A disk, a block
+    A file that is named by its path is created, or truncated to 0 bytes, first; with ranges, it
+    keeps its contents, and becomes as large as the source if it is smaller.  A disk, a block
     device and an open file keep their contents behind the copy.  Data that is written to a file is
     sent on to its disk at once and then leaves the page cache, so that a large copy does not fill
     the memory.
@@ -127,8 +139,16 @@ def copy(
         depth: How many commands may be in flight at once, of up to 256 KiB each; None is 16.  More
             help where replies take long, as over a slow network.  Each thread that joins with a
             further connection has a share of this number in addition.
-        sparse: Do not read the holes of the source, but write zeroes for them, or make holes in the
-            target if it can have them.  With False, everything is read and written.
+        sparse: Do not read the holes of the source, and do not write zeroes, but make holes in the
+            target where it can have them.  Zeroes are found in blocks of 4096 bytes; a number is
+            another size of the blocks in bytes, a power of two from 512 to 33,554,432.  Blocks are
+            at least as large as the minimum block size of the target.  With False, everything is
+            read and written.
+        target_is_zero: The target is known to read as zeroes, so nothing is sent for zeroes; data
+            that is there would stay.  A file that is created or truncated needs no such promise.
+        ranges: What to copy, each as (offset, length) in bytes or as an nbd.Extent; None is
+            everything.  They may overlap, and are copied in order, each byte once, to the same
+            offset of the target.  Neither side may be a stream.
         progress: Called as progress(done, total), in bytes, at most ten times a second and once at
             the end.  total is None if the source is a stream of unknown size.
         timeout: Raise nbd.Timeout when no byte has moved for this many seconds.  It bounds each
@@ -150,15 +170,33 @@ def copy(
             or a command has failed, in which case the message names the side and the range.
         nbd.Timeout: A server does not answer.
         OSError: A file cannot be opened.
-        ValueError: An argument is out of range, or source and target are the same file.
+        ValueError: An argument is out of range; source and target are the same file; or a range
+            is not inside the source, or a side is a stream.
 
     Example:
         >>> nbd.copy(["nbdkit", "-s", "memory", "1M"], "disk.img")
         Copied(copied=0, zeroed=1048576)
 
+        An incremental backup, of what a dirty bitmap has marked since the last one:
+
+        >>> context = "qemu:dirty-bitmap:since-monday"
+        >>> disk = nbd.connect(uri, contexts=[context, "base:allocation"])
+        >>> dirty = [extent for extent in nbd.extents(disk, context) if extent.flags & 1]
+        >>> nbd.copy(disk, "backup.img", ranges=dirty)
+
     C: nbd_aio_pread, nbd_aio_pwrite, nbd_aio_zero, nbd_block_status.
     """
-    settings = Settings(connections, depth, sparse, progress, timeout, flush, on_error)
+    settings = Settings(
+        connections,
+        depth,
+        sparse,
+        target_is_zero,
+        ranges,
+        progress,
+        timeout,
+        flush,
+        on_error,
+    )
     with ExitStack() as opened:  # it closes both, whatever one of them raises
         source_endpoint = open_endpoint(source, SOURCE, settings)
         opened.callback(source_endpoint.close)
@@ -167,7 +205,7 @@ def copy(
         return Copy(source_endpoint, target_endpoint, settings).run()
 
 
-def open_endpoint(what: Anything, side: int, settings: Settings) -> Endpoint:
+def open_endpoint(what: Anything | None, side: int, settings: Settings) -> Endpoint:
     """Open a side of a copy as its caller has named it.
 
     Raises:
@@ -175,6 +213,8 @@ def open_endpoint(what: Anything, side: int, settings: Settings) -> Endpoint:
         nbd.Timeout: A server does not answer, or nobody has opened the other side of a FIFO.
         TypeError: It cannot be copied.
     """
+    if what is None and side == TARGET:
+        return Null(settings)
     return open_disk(what, settings) or open_file(what, side, settings)
 
 
@@ -188,9 +228,10 @@ class Copy:
         if settings.timeout is None:
             timeouts = (source.timeout, target.timeout)
             settings.timeout = min((seconds for seconds in timeouts if seconds), default=None)
-        self._size = source.size or 0
-        ranges = -(-self._size // _MIN_RANGE)  # more workers would have nothing to do
-        limits = processors(), source.max_workers, target.max_workers, ranges
+        size = source.size or 0
+        self._ranges = [(0, size)] if settings.ranges is None else settings.ranges
+        self._total = sum(stop - start for start, stop in self._ranges)
+        limits = processors(), source.max_workers, target.max_workers, self._max_tasks()
         self._max_workers = max(1, min(limits))
         # Protects the next range, and the start of workers.  The lists of workers and of failures
         # are read without it: they only grow, and each loop goes over a copy.
@@ -206,7 +247,7 @@ class Copy:
         # anything, so it alone calls on_error.
         self._unread: deque[_Unread] = deque()
         self._again: deque[Task] = deque()
-        self._adjustment = 0  # corrects the number of bytes that the queues have counted as copied
+        self._adjustment = _NOTHING  # corrects what the queues have counted
         self._reported = 0
         self._reported_at = 0.0
 
@@ -215,16 +256,18 @@ class Copy:
         source, target, settings = self._source, self._target, self._settings
         check_sides(source, target)
         if source.has_offsets and target.has_offsets:
-            target.grow(self._size)
+            target.grow(source.size or 0)
             self._has_workers = True
             settings.check()
-            copied, zeroed = self._copy_ranges()
+            counts = self._copy_ranges()
+            end = self._ranges[-1][1] if self._ranges else 0
         else:
-            copied, zeroed = copy_stream(source, target, settings)
+            counts = copy_stream(source, target, settings)
+            end = counts.copied + counts.zeroed
         settings.check()
         target.flush()
-        self._finish(copied + zeroed)
-        return _result(copied, zeroed, settings.bad)
+        self._finish(end)
+        return _result(counts, settings.bad)
 
     def stop(self) -> None:
         """Have `run` raise soon, in its thread; called by another one."""
@@ -235,26 +278,22 @@ class Copy:
         self._source.abort()
         self._target.abort()
 
-    def _finish(self, count: int) -> None:
+    def _finish(self, end: int) -> None:
         """End our connections in order, within a bounded time; seek the caller's files."""
         endpoints = self._source, self._target
         for endpoint in endpoints:
-            endpoint.finish(count)
+            endpoint.finish(end)
         timeout = self._settings.timeout or CLOSE_TIMEOUT
         deadline = monotonic() + min(CLOSE_TIMEOUT, timeout)
         for endpoint in endpoints:
             endpoint.await_shutdown(deadline)
 
-    def _copy_ranges(self) -> tuple[int, int]:
-        """Copy between endpoints with offsets; the calling thread is the first worker.
-
-        Returns:
-            How many bytes were copied, and how many were zeroed.
-        """
+    def _copy_ranges(self) -> Counts:
+        """Copy between endpoints with offsets; the calling thread is the first worker."""
         try:
             self._begin()
             self._work_all()
-            self._copy_rest()
+            self._copy_edges()
             self._report(is_last=True)
         except Error as raised:
             self._stop_and_drain(raised)
@@ -265,32 +304,53 @@ class Copy:
             self._stop_and_drain(raised)
             raise
         finally:
-            copied, zeroed = self._end_workers()
-        if copied + zeroed != self._size:
-            text = f"nbd.copy: {copied + zeroed} of {self._size} bytes were copied"
+            counts = self._end_workers()
+        moved = counts.copied + counts.zeroed
+        if moved != self._total:
+            text = f"nbd.copy: {moved} of {self._total} bytes were copied"
             raise Error(f"{text}: this is a fault of nbd.copy; report it", errno.EIO)
-        return copied, zeroed
+        return counts
 
     def _begin(self) -> None:
         """Start the workers for which there are connections, and make further connections."""
         with self._lock:
             queue = self._new_worker().queue
             self._block = max(_minimum(queue, SOURCE), _minimum(queue, TARGET))
-            self._next_start = 0
-            self._aligned_size = self._size
-            has_rest = self._size % _minimum(queue, TARGET) != 0
-            if has_rest and self._size != lib.nbdqueue_size(queue.q, TARGET):
-                self._aligned_size -= self._size % self._block  # see _copy_rest
+            self._align(queue)
             self._range = self._range_size()
             self._start_workers()
-        ranges = -(-self._aligned_size // _MIN_RANGE)
         for endpoint, side in ((self._source, SOURCE), (self._target, TARGET)):
             join = partial(self._join, endpoint, side)
-            endpoint.start_joining(ranges - len(endpoint.handles), join)
+            endpoint.start_joining(self._max_tasks() - len(endpoint.handles), join)
+
+    def _max_tasks(self) -> int:
+        """How many workers have something to do."""
+        return -(-self._total // _MIN_RANGE)
+
+    def _align(self, queue: ShimQueue) -> None:
+        """Split the ranges into whole blocks, and edges that fill a block only in part.
+
+        An edge has to be read, merged into its block and written, which a request to copy does not
+        do.  The last block of a disk is as short as the disk, so the end of both is no edge.
+        """
+        block, size = self._block, self._source.size or 0
+        is_at_end = size % _minimum(queue, TARGET) == 0 or size == lib.nbdqueue_size(
+            queue.q, TARGET
+        )
+        self._todo: deque[tuple[int, int]] = deque()
+        self._edges: list[tuple[int, int]] = []
+        for start, stop in self._ranges:
+            first = start + -start % block
+            last = stop if stop == size and is_at_end else stop - stop % block
+            if first >= last:
+                self._edges.append((start, stop))
+                continue
+            self._todo.append((first, last))
+            self._edges += [edge for edge in ((start, first), (last, stop)) if edge[0] < edge[1]]
 
     def _range_size(self) -> int:
-        """How many bytes a worker takes at once."""
-        size = min(max(self._aligned_size // (8 * self._max_workers), _MIN_RANGE), _MAX_RANGE)
+        """How many bytes of the disk a worker takes at once."""
+        size = min(max(self._total // (8 * self._max_workers), _MIN_RANGE), _MAX_RANGE)
         return max(size - size % self._block, self._block)
 
     def _join(self, endpoint: Endpoint, side: int, handle: NBD) -> None:
@@ -320,8 +380,11 @@ class Copy:
         depth = self._settings.depth
         if number > 0:  # the first one gets all of it, as the others may never start
             depth = max(1, depth // self._max_workers)
-        queue = ShimQueue(min(depth, MAX_DEPTH), PIECE)
+        sparse = self._settings.sparse
+        queue = ShimQueue(min(depth, MAX_DEPTH), max(PIECE, sparse))
         try:
+            is_zero = self._settings.target_is_zero or self._target.is_zero
+            queue.set_sparse(sparse, bool(sparse) and is_zero)
             self._source.add_to(queue, SOURCE, number, self._max_workers)
             self._target.add_to(queue, TARGET, number, self._max_workers)
             worker = _Worker(number, queue)
@@ -395,21 +458,21 @@ class Copy:
                 return
             queue.take(*queue.wait(1, min(remaining, timer.remaining())))
 
-    def _end_workers(self) -> tuple[int, int]:
-        """End the threads and the queues; returns how many bytes were copied and zeroed."""
+    def _end_workers(self) -> Counts:
+        """End the threads and the queues; returns what they have done."""
         try:
             self._stop_joining()
             for worker in self._workers:
                 if worker.thread is not None and not worker.thread.cancel():
                     worker.thread.join()
         finally:
-            queues = [worker.queue for worker in self._workers]
-            copied = self._adjustment + sum(lib.nbdqueue_copied(queue.q) for queue in queues)
-            zeroed = sum(lib.nbdqueue_zeroed(queue.q) for queue in queues)
-            for queue in queues:
-                queue.close()  # now: an exception that is kept keeps this frame, and so the queues
+            counts = self._adjustment
+            for worker in self._workers:
+                counts = _sum(counts, worker.counts())
+                # Now: an exception that is kept keeps this frame, and so the queues.
+                worker.queue.close()
             self._failures.clear()  # their tracebacks refer to self
-        return copied, zeroed
+        return counts
 
     def _work_in_background(self, worker: _Worker) -> None:
         """The work of a background thread."""
@@ -483,7 +546,11 @@ class Copy:
             raise self._target.failure(ZERO if operation == ZERO else WRITE, *piece)
         if self._source.is_lost(worker.queue):
             raise self._source.failure(READ, *piece)
-        self._unread.append(_Unread(start, stop, *piece, done.moved))
+        # What has succeeded is copied again, with the rest: see _rescue_unread.
+        moved = Counts(
+            done.zeroed - done.moved, -done.zeroed, -done.moved, done.zeroed - done.moved
+        )
+        self._unread.append(_Unread(start, stop, *piece, moved))
         self._workers[0].queue.wake()
         return int(stop - start - done.moved)
 
@@ -491,11 +558,9 @@ class Copy:
         """Read around what could not be read, and have the rest of these requests copied again."""
         while self._unread:
             one = self._unread.popleft()
-            self._adjustment -= one.moved
-            self._target.write_at(
-                self._source.rescued(one.offset, one.length, one.errnum), one.offset
-            )
-            self._adjustment += one.length
+            self._adjustment = _sum(self._adjustment, one.moved)
+            data = self._source.rescued(one.offset, one.length, one.errnum)
+            self._write(data, one.offset)
             self._again.extend(_copy_tasks(one.start, one.offset))
             self._again.extend(_copy_tasks(one.offset + one.length, one.stop))
             self._report()
@@ -503,40 +568,62 @@ class Copy:
     def _tasks(self, worker: _Worker) -> Iterator[Task]:
         """What a worker asks its queue for."""
         while True:
-            with self._lock:
-                start = self._next_start
-                stop = self._next_start = min(start + self._range, self._aligned_size)
-            if start == stop:
+            spans = self._take()
+            if not spans:
                 return
-            at = start
-            for hole_start, hole_stop in self._holes(start, stop, worker):
-                yield from _copy_tasks(at, hole_start)
-                yield ZERO, hole_start, hole_stop
-                at = hole_stop
-            yield from _copy_tasks(at, stop)
+            holes = self._holes(spans[0][0], spans[-1][1], worker)
+            hole = next(holes, None)
+            for at, stop in spans:
+                while hole is not None and hole[0] < stop:
+                    first, last = max(hole[0], at), min(hole[1], stop)
+                    if first < last:
+                        yield from _copy_tasks(at, first)
+                        yield ZERO, first, last
+                        at = last
+                    if hole[1] > stop:
+                        break  # it reaches into the next span
+                    hole = next(holes, None)
+                yield from _copy_tasks(at, stop)
+
+    def _take(self) -> list[tuple[int, int]]:
+        """Take the next parts of the disk that no worker has taken: start and stop of each."""
+        taken: list[tuple[int, int]] = []
+        with self._lock:
+            todo = self._todo
+            limit = todo[0][0] + self._range if todo else 0
+            while todo and todo[0][0] < limit:
+                start, stop = todo.popleft()
+                if stop > limit:
+                    todo.appendleft((limit, stop))
+                taken.append((start, min(stop, limit)))
+        return taken
 
     def _holes(self, start: int, stop: int, worker: _Worker) -> Iterator[tuple[int, int]]:
-        """The whole blocks of a range that the source reports to read as zeroes."""
+        """The whole blocks of a part of the disk that the source reports to read as zeroes."""
         if not self._settings.sparse:
             return
         block = self._block
         for first, last in self._source.zeroes(start, stop, worker.number):
             first += -first % block
-            if last != self._size:
+            if last != self._source.size:
                 last -= last % block
             if first < last:
                 yield first, last
 
-    def _copy_rest(self) -> None:
-        """Copy the end of the source if it fills a block of the target only in part.
+    def _copy_edges(self) -> None:
+        """Copy what fills a block only in part; see _align."""
+        for start, stop in self._edges:
+            self._settings.check()
+            data = self._source.read_at(memoryview(bytearray(stop - start)), start)
+            self._write(data, start)
+            self._report()
 
-        The block has to be read, merged and written, which a request to copy does not do.
-        """
-        rest = self._size - self._aligned_size
-        if rest:
-            data = self._source.read_at(memoryview(bytearray(rest)), self._aligned_size)
-            self._target.write_at(data, self._aligned_size)
-            self._adjustment += rest
+    def _write(self, data: memoryview, offset: int) -> None:
+        """Write what was read outside of the queues."""
+        self._target.write_at(data, offset)
+        size = len(data)
+        written = 0 if self._target.discards else size
+        self._adjustment = _sum(self._adjustment, Counts(size, 0, size, written))
 
     def _report(self, is_last: bool = False) -> None:
         """Call the caller's progress, if it is time to do so."""
@@ -544,13 +631,14 @@ class Copy:
             return
         now = monotonic()
         if is_last:
-            self._settings.progress(self._size, self._size)
+            self._settings.progress(self._total, self._total)
         elif now - self._reported_at >= TICK:
             self._reported_at = now
-            moved = self._adjustment + sum(worker.moved() for worker in list(self._workers))
+            adjustment = self._adjustment.copied + self._adjustment.zeroed
+            moved = adjustment + sum(worker.moved() for worker in list(self._workers))
             # The figure never decreases, though a request that is copied again moves less.
             self._reported = max(self._reported, moved)
-            self._settings.progress(self._reported, self._size)
+            self._settings.progress(self._reported, self._total)
 
 
 class _Worker:
@@ -579,17 +667,32 @@ class _Worker:
         """How many bytes the queue has copied or zeroed."""
         return int(lib.nbdqueue_copied(self.queue.q) + lib.nbdqueue_zeroed(self.queue.q))
 
+    def counts(self) -> Counts:
+        """What the queue has done."""
+        q = self.queue.q
+        moved = lib.nbdqueue_copied(q), lib.nbdqueue_zeroed(q)
+        return Counts(*moved, lib.nbdqueue_read(q), lib.nbdqueue_written(q))
+
 
 class _Unread(namedtuple("_Unread", ("start", "stop", "offset", "length", "errnum", "moved"))):
-    """A request of which a piece could not be read: the request's range, and the piece."""
+    """A request of which a piece could not be read.
+
+    It has the request's range; the piece; and the Counts by which to correct those of the queues,
+    as the whole request is copied again.
+    """
 
     __slots__ = ()
 
 
-def _result(copied: int, zeroed: int, bad: list[tuple[int, int]]) -> Copied:
-    """What the caller gets; bad ranges were counted as copied."""
+def _sum(a: Counts, b: Counts) -> Counts:
+    return Counts(*map(sum, zip(a, b)))
+
+
+def _result(counts: Counts, bad: list[tuple[int, int]]) -> Copied:
+    """What the caller gets; bad ranges were counted as copied and read."""
     lost = sum(length for _, length in bad)
-    result = Copied(copied - lost, zeroed + lost)
+    result = Copied(counts.copied - lost, counts.zeroed + lost)
+    result.read, result.written = counts.read - lost, counts.written
     if bad:
         ranges = merged([(start, length, 0) for start, length in bad])
         result.bad = tuple((start, length) for start, length, _ in ranges)

@@ -8,11 +8,12 @@ the queue is dropped: nothing is flushed, and the first exception is the one tha
 from __future__ import annotations
 
 import errno
-from collections import deque
+from collections import deque, namedtuple
 from time import monotonic
 
 from nbd._binding.errors import Error
 from nbd._binding.memory import BOUNCES
+from nbd._binding.shim import ffi, lib
 from nbd._disks.buffering import new_memory
 from nbd._disks.endpoints import (
     CHUNK,
@@ -33,16 +34,19 @@ if TYPE_CHECKING:
     from nbd._disks.endpoints import Data, Endpoint, Settings
     from nbd._disks.queue import Request
 
+
+class Counts(namedtuple("Counts", ("copied", "zeroed", "read", "written"))):
+    """What a copy has done, in bytes; nbd.Copied defines the numbers."""
+
+    __slots__ = ()
+
+
 #: What is written for a hole.
 _ZEROES = bytes(CHUNK)
 
 
-def copy_stream(source: Endpoint, target: Endpoint, settings: Settings) -> tuple[int, int]:
-    """Copy everything in order.
-
-    Returns:
-        How many bytes were copied, and how many were zeroed.
-    """
+def copy_stream(source: Endpoint, target: Endpoint, settings: Settings) -> Counts:
+    """Copy everything in order."""
     copied = zeroed = 0
     reported_at = 0.0
     writer: Writer | None = None
@@ -68,7 +72,8 @@ def copy_stream(source: Endpoint, target: Endpoint, settings: Settings) -> tuple
                 writer.close()
     if settings.progress is not None:
         settings.progress(copied + zeroed, source.size)
-    return copied, zeroed
+    found = writer.zeroed
+    return Counts(copied - found, zeroed + found, copied, writer.written)
 
 
 def await_some(queue: Queue, settings: Settings) -> list[Request]:
@@ -111,9 +116,23 @@ class FileWriter(Writer):
         self._offset = 0
 
     def write(self, data: Data) -> None:
-        """Write the next bytes."""
-        self._target.write_at(memoryview(data), self._offset)
-        self._offset += len(data)
+        """Write the next bytes, or make holes where they are zeroes."""
+        settings = self._target.settings
+        is_zero = self._target.is_zero or settings.target_is_zero
+        view = memoryview(data)
+        pin = _pinned(data) if settings.sparse else None
+        for start, stop, is_hole in _runs(pin, len(view), self._offset, settings.sparse):
+            at, length = self._offset + start, stop - start
+            if is_hole:
+                self.zeroed += length
+            if not is_hole or not (is_zero or self._target.zero_at(at, length)):
+                self._target.write_at(view[start:stop], at)
+                self.written += length
+        self._offset += len(view)
+
+    def drain(self) -> None:
+        """Give the file its size, also if it ends with a hole."""
+        self._target.grow(self._offset)
 
 
 class _DiskQueue:
@@ -227,7 +246,12 @@ class DiskWriter(_DiskQueue, Writer):
         self._offset = 0  # of the next byte
         self._filling: tuple[Any, memoryview] | None = None
         self._filled = 0
-        self._in_flight: list[tuple[Request, tuple[Any, memoryview]]] = []
+        self._is_zero = target.settings.target_is_zero
+        can_zero = self._is_zero or target.handles[0].can_zero()
+        sparse = target.settings.sparse
+        self._block = max(sparse, self._queue.minimum) if sparse and can_zero else 0
+        # The chunks that are being written: the requests of each that are not done, and its memory.
+        self._in_flight: list[tuple[list[Request], tuple[Any, memoryview]]] = []
 
     def write(self, data: Data) -> None:
         """Take the next bytes; wait while too many writes are in flight."""
@@ -262,27 +286,70 @@ class DiskWriter(_DiskQueue, Writer):
             return
         while len(self._in_flight) >= self._max_requests:
             self._reap()
-        memory, view = self._filling
-        chunk: Any = view[: self._filled]
-        if BOUNCES:  # PyPy writes an nbd.Buffer, or a bytes, without copying it
-            chunk = memory if self._filled == CHUNK else bytes(chunk)
-        request = self._queue.write(chunk, self._offset - self._filled)
-        self._in_flight.append((request, self._filling))
+        offset = self._offset - self._filled
+        requests: list[Request] = []
+        pin = ffi.from_buffer(self._filling[1]) if self._block else None
+        for start, stop, is_zero in _runs(pin, self._filled, offset, self._block):
+            if is_zero:
+                self.zeroed += stop - start
+            if is_zero and not self._is_zero:
+                requests.append(self._queue.zero(stop - start, offset + start))
+            elif not is_zero:
+                requests.append(self._queue.write(self._chunk(start, stop), offset + start))
+                self.written += stop - start
+        self._in_flight.append((requests, self._filling))
         self._filling, self._filled = None, 0
 
+    def _chunk(self, start: int, stop: int) -> Any:
+        """A part of the chunk that was filled."""
+        assert self._filling is not None
+        memory, view = self._filling
+        if not BOUNCES:
+            return view[start:stop]
+        # PyPy writes an nbd.Buffer, or a bytes, without copying it.
+        return memory if stop - start == CHUNK else bytes(view[start:stop])
+
     def _reap(self) -> None:
-        """Wait for some writes, and raise the error of one that has failed."""
-        self.wait()
+        """Wait for some requests, and raise the error of one that has failed."""
+        if any(requests for requests, _ in self._in_flight):
+            self.wait()
         in_flight = []
-        for request, memory in self._in_flight:
-            if not request.is_done:
-                in_flight.append((request, memory))
-            elif request.error is not None:
-                errnum = request.error.errnum
-                raise self._target.failure(WRITE, request.offset, request.length, errnum)
+        for requests, memory in self._in_flight:
+            for request in requests:
+                if request.error is not None:
+                    errnum = request.error.errnum
+                    raise self._target.failure(WRITE, request.offset, request.length, errnum)
+            rest = [request for request in requests if not request.is_done]
+            if rest:
+                in_flight.append((rest, memory))
             else:
                 self._free.append(memory)
         self._in_flight = in_flight
+
+
+def _pinned(data: Data) -> Any:
+    """The memory of bytes, for C.  On PyPy it is a copy, as bytes can move there."""
+    return ffi.new("char[]", bytes(data)) if BOUNCES else ffi.from_buffer(data)
+
+
+def _runs(pin: Any, size: int, offset: int, block: int) -> Iterator[tuple[int, int, bool]]:
+    """Cut bytes into runs of blocks that are all zero, or all are not; see nbdshim_run.
+
+    Args:
+        pin: The bytes; it is not used if `block` is 0.
+        size: How many they are.
+        offset: Where they are on the disk.
+        block: The size of a block; 0 finds no zeroes.
+
+    Returns:
+        Where each run starts and stops in the bytes, and whether they are zeroes.
+    """
+    start = 0
+    while start < size:
+        run = lib.nbdshim_run(pin + start, size - start, offset + start, block) if block else size
+        stop = start + abs(run)
+        yield start, stop, run < 0
+        start = stop
 
 
 def _ranges(source: Endpoint) -> Iterator[tuple[int, int, bool]]:

@@ -280,7 +280,7 @@ class Disk(Endpoint):
         finally:
             queue.close()
 
-    def finish(self, count: int) -> None:
+    def finish(self, end: int) -> None:
         """Ask the server to close our connections, without waiting for that."""
         self.stop_joining()
         begin_shutdown(self._our_handles())  # everything is written and flushed

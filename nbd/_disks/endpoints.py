@@ -14,13 +14,21 @@ import stat
 from mmap import mmap
 from time import monotonic
 
-from nbd._binding.convert import as_seconds
+from nbd._binding.convert import as_number, as_seconds
 from nbd._binding.errors import Error, Timeout
-from nbd._disks.queue import READ, SOURCE, ZERO, IdleTimer, as_count, timeout_error
+from nbd._disks.queue import (
+    MAX_PIECE,
+    READ,
+    SOURCE,
+    ZERO,
+    IdleTimer,
+    as_count,
+    timeout_error,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from typing import Any, Union
 
     from nbd._binding.methods import NBD
@@ -30,6 +38,8 @@ if TYPE_CHECKING:
     Data = Union[bytes, memoryview]
     Progress = Callable[[int, Union[int, None]], object]
     OnError = Callable[[int, int, Error], object]
+    # What a copy is asked to copy, each as (offset, length) or as an nbd.Extent.
+    Ranges = Iterable[Sequence[int]]
     # A range that cannot be read: offset, length and errno.
     Bad = tuple[int, int, int]
 
@@ -55,12 +65,17 @@ _MAX_SEARCH = 1.0
 _DEPTH = 16
 #: How many connections to make by default, at most.
 _MAX_CONNECTIONS = 4
+#: The size of the blocks in which zeroes are found, and its minimum, in bytes.
+_SPARSE, _MIN_SPARSE = 4096, 512
 
 
 class Settings:
     """What the caller of a copy has asked for, and what all parts of the copy have to know.
 
     Attributes:
+        sparse: The size of the blocks in which zeroes are found, in bytes; 0 reads and writes
+            everything.
+        ranges: What to copy, as (start, stop) in order and without overlaps; None is everything.
         is_stopped: Whether the copy has to end, because a part of it has failed, or because its
             caller wants it.
         bad: The ranges that could not be read, as (offset, length), in any order.
@@ -70,7 +85,9 @@ class Settings:
         self,
         connections: int | None,
         depth: int | None,
-        sparse: bool,
+        sparse: bool | int,
+        target_is_zero: bool,
+        ranges: Ranges | None,
         progress: Progress | None,
         timeout: float | None,
         flush: bool,
@@ -81,7 +98,9 @@ class Settings:
             raise TypeError(f"on_error: a callable or None is needed, not {kind}")
         self.connections = _count("connections", connections)
         self.depth = _count("depth", depth) or _DEPTH
-        self.sparse = bool(sparse)
+        self.sparse = _as_granularity(sparse)
+        self.target_is_zero = bool(target_is_zero)
+        self.ranges = None if ranges is None else _as_ranges(ranges)
         self.progress = progress
         self.timeout = None if timeout is None else as_seconds("timeout", timeout)
         self.flush = bool(flush)
@@ -112,6 +131,8 @@ class Endpoint:
         capacity: How many bytes fit into it; None if it grows.
         has_offsets: Whether it can be read and written at any offset.
         is_read_only: Whether it refuses writes.
+        discards: Whether it keeps nothing of what is written.
+        is_zero: Whether it is known to read as zeroes wherever the copy has not written.
         timeout: The timeout of the caller's handle, in seconds; None if there is no such handle, or
             if it has none.
         handles: Its connections to a server; empty if there is no server.
@@ -124,6 +145,8 @@ class Endpoint:
     capacity: int | None = None
     has_offsets: bool = True
     is_read_only: bool = False
+    is_zero: bool = False
+    discards: bool = False
     timeout: float | None = None
     max_workers: int = 1
     #: The type of the exception for a range that cannot be read or written.
@@ -165,7 +188,7 @@ class Endpoint:
         """Make no further connection, without waiting for the one that is being made."""
 
     def grow(self, size: int) -> None:
-        """Prepare a target for the bytes that will be written to it."""
+        """Prepare a target for the bytes that will be written to it, and find out its is_zero."""
 
     def zeroes(self, start: int, stop: int, worker: int) -> Iterator[tuple[int, int]]:
         """The parts of a range that are known to read as zeroes: start and stop of each."""
@@ -231,6 +254,10 @@ class Endpoint:
         """Write everything, beginning at an offset."""
         raise NotImplementedError
 
+    def zero_at(self, offset: int, length: int) -> bool:
+        """Zero a range without writing, where that is possible; returns whether it was."""
+        return False
+
     def is_lost(self, queue: ShimQueue) -> bool:
         """Whether a queue has lost one of the connections."""
         return False
@@ -261,8 +288,8 @@ class Endpoint:
         """Have everything written to the disk, if the copy's settings ask for it."""
         raise NotImplementedError
 
-    def finish(self, count: int) -> None:
-        """End a copy of `count` bytes that has succeeded, without waiting for a server."""
+    def finish(self, end: int) -> None:
+        """End a copy up to offset `end` that has succeeded, without waiting for a server."""
 
     def await_shutdown(self, deadline: float) -> None:
         """Wait until servers have ended the connections, but not past a time.monotonic()."""
@@ -290,7 +317,15 @@ class Reader:
 
 
 class Writer:
-    """Writes an endpoint in order."""
+    """Writes an endpoint in order.
+
+    Attributes:
+        zeroed: How many of the bytes were found to be zeroes, and are zeroed instead of written.
+        written: How many bytes were sent as data.
+    """
+
+    zeroed = 0
+    written = 0
 
     def write(self, data: Data) -> None:
         """Write the next bytes, or keep a copy of them to be written later."""
@@ -420,11 +455,30 @@ def check_sides(source: Endpoint, target: Endpoint) -> None:
         )
     if target.is_read_only:
         raise Error("nbd.copy: the target is read-only; copy to another export", errno.EROFS)
-    if target.capacity is not None and target.capacity < (source.size or 0):
+    end = source.size or 0
+    ranges = source.settings.ranges
+    if ranges is not None:
+        _check_ranges(ranges, source, target)
+        end = ranges[-1][1] if ranges else 0
+    if target.capacity is not None and target.capacity < end:
+        what = "the source" if ranges is None else "the ranges end at"
         raise Error(
-            f"nbd.copy: the target has {target.capacity} bytes and the source {source.size}; "
+            f"nbd.copy: the target has {target.capacity} bytes and {what} {end}; "
             "copy to a larger one",
             errno.ENOSPC,
+        )
+
+
+def _check_ranges(ranges: list[tuple[int, int]], source: Endpoint, target: Endpoint) -> None:
+    for endpoint, side in ((source, "source"), (target, "target")):
+        if not endpoint.has_offsets:
+            raise ValueError(
+                f"ranges: the {side} is a stream, which has no offsets; leave ranges out, or use a "
+                "disk or file"
+            )
+    if ranges and ranges[-1][1] > (source.size or 0):
+        raise ValueError(
+            f"ranges: they end at {ranges[-1][1]}, and the source has {source.size} bytes"
         )
 
 
@@ -433,6 +487,44 @@ def processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # PyPy
+
+
+def _as_granularity(sparse: object) -> int:
+    """The argument `sparse` of a copy as a number of bytes; 0 is False."""
+    if isinstance(sparse, bool):
+        return _SPARSE if sparse else 0
+    size = as_number("sparse", sparse)
+    if size and (not _MIN_SPARSE <= size <= MAX_PIECE or size & (size - 1)):
+        raise ValueError(
+            f"sparse: {size} is not True, False or a power of two from {_MIN_SPARSE} to {MAX_PIECE}"
+        )
+    return size
+
+
+def _as_ranges(ranges: Ranges) -> list[tuple[int, int]]:
+    """The argument `ranges` of a copy, sorted and merged, as (start, stop)."""
+    pairs = sorted((start, start + length) for start, length in map(_as_range, ranges) if length)
+    result: list[tuple[int, int]] = []
+    for start, stop in pairs:
+        if result and start <= result[-1][1]:
+            result[-1] = result[-1][0], max(stop, result[-1][1])
+        else:
+            result.append((start, stop))
+    return result
+
+
+def _as_range(one: Sequence[int]) -> tuple[int, int]:
+    """The offset and the length of one of the ranges."""
+    try:
+        start, length = one[:2]
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"ranges: (offset, length) or an nbd.Extent is needed, not {one!r}"
+        ) from None
+    start, length = as_number("ranges: offset", start), as_number("ranges: length", length)
+    if start < 0 or length < 0:
+        raise ValueError(f"ranges: {length} bytes at offset {start} are not a range of a disk")
+    return start, length
 
 
 def _count(name: str, value: object) -> int | None:

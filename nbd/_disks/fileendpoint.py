@@ -16,6 +16,7 @@ from contextlib import suppress
 from time import sleep
 
 from nbd._binding.errors import DiskError
+from nbd._binding.shim import lib
 from nbd._disks.copystream import FileReader, FileWriter
 from nbd._disks.endpoints import (
     MIN_PART,
@@ -213,18 +214,26 @@ class File(Endpoint):
             data = data[count:]
             offset += count
 
+    def zero_at(self, offset: int, length: int) -> bool:
+        """Zero a range without writing, where the file system can; returns whether it did."""
+        return bool(lib.nbdshim_zero_range(self.fd, self._base + offset, length))
+
     def grow(self, size: int) -> None:
         """Make the file as large as the copy, after emptying a file that was named by its path.
+
+        If only ranges are copied, the file keeps its contents.
 
         Raises:
             nbd.DiskError: The file system refuses the size.
         """
         try:
-            if self._is_regular and self._owner is None and self.size > 0:
+            is_replaced = self._owner is None and self.settings.ranges is None
+            if self._is_regular and is_replaced and self.size > 0:
                 # An empty file is not truncated: ext4 writes a file that was truncated to 0 to its
                 # disk when it is closed.
                 os.ftruncate(self.fd, 0)
                 self.size = 0
+            self.is_zero = self._is_regular and self.size == 0
             if self._is_regular and self.size < size:
                 os.ftruncate(self.fd, self._base + size)
                 self.size = size
@@ -244,11 +253,11 @@ class File(Endpoint):
             self._fail("flushing", reason)
             raise
 
-    def finish(self, count: int) -> None:
+    def finish(self, end: int) -> None:
         """Close our file, and seek the caller's file to just past the copied bytes."""
         self.close()
         if self._owner is not None:
-            self._owner.seek(self._base + count)
+            self._owner.seek(self._base + end)
 
     def close(self) -> None:
         """Close our file, or put the position of the caller's descriptor back."""

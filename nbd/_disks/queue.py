@@ -61,7 +61,10 @@ PIECE = 256 * 1024
 MAX_CONNECTIONS: int = lib.NBDQUEUE_MAX_HANDLES
 #: The maximum number of commands in flight.
 MAX_DEPTH = 4096
-_MAX_PIECE = 32 * 1024 * 1024  # NBD's specification asks every server to accept this much
+#: The maximum size of a command: NBD's specification asks every server to accept this much.
+MAX_PIECE = 32 * 1024 * 1024
+#: The size of a target that takes everything.
+_MAX_SIZE = 2**63 - 1
 _MAX_OFFSET = 2**64 - 1
 _MAX_INT = 2**31 - 1
 #: The maximum number of requests that one call of the shim reports.
@@ -94,7 +97,7 @@ class ShimQueue:
 
     def __init__(self, depth: int, piece: int) -> None:
         depth = as_count("depth", depth, MAX_DEPTH)
-        piece = as_count("piece", piece, _MAX_PIECE)
+        piece = as_count("piece", piece, MAX_PIECE)
         token = next_token()
         self.kept: dict[int, Any] = {}
         made = ffi.new("struct nbdqueue *[1]")
@@ -143,6 +146,14 @@ class ShimQueue:
     def add_file(self, side: int, fd: int, base: int, size: int) -> None:
         """Make a file one side: `size` bytes of it, starting at `base`."""
         lib.nbdqueue_add_file(self.q, side, fd, base, size)
+
+    def add_null(self) -> None:
+        """Make nothing the target: what is written there is discarded."""
+        lib.nbdqueue_add_null(self.q, _MAX_SIZE)
+
+    def set_sparse(self, block: int, target_is_zero: bool) -> None:
+        """Have copies find zeroes in blocks of `block` bytes; 0 is off.  See csrc/queue.h."""
+        lib.nbdqueue_set_sparse(self.q, block, target_is_zero)
 
     def submit(
         self, operation: int, token: int, pointer: Any, length: int, offset: int, flags: int

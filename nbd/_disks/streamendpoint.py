@@ -230,6 +230,7 @@ class _StreamWriter(Writer):
     def write(self, data: Data) -> None:
         """Write the next bytes."""
         self._stream.write(data)
+        self.written += len(data)
 
 
 class Channel:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from nbd._binding.errors import Error
     from nbd._binding.methods import NBD
     from nbd._disks.copy import Copied
-    from nbd._disks.endpoints import Anything, Endpoint, OnError, Progress
+    from nbd._disks.endpoints import Anything, Endpoint, OnError, Progress, Ranges
 
     AnythingOrClient = Union[Anything, Client]
     # Opens one side of the copy; called in the copy's thread.
@@ -38,17 +38,19 @@ if TYPE_CHECKING:
 
 async def copy(
     source: AnythingOrClient,
-    target: AnythingOrClient,
+    target: AnythingOrClient | None,
     *,
     connections: int | None = None,
     depth: int | None = None,
-    sparse: bool = True,
+    sparse: bool | int = True,
+    target_is_zero: bool = False,
+    ranges: Ranges | None = None,
     progress: Progress | None = None,
     timeout: float | None = None,
     flush: bool = True,
     on_error: OnError | None = None,
 ) -> Copied:
-    """Copy a whole disk: nbd.copy, to be awaited.
+    """Copy a whole disk, or ranges of it: nbd.copy, to be awaited.
 
     The copy runs in threads of its own, so that it can use several processors and does not block
     the event loop.  An nbd.aio.Client can be used for other commands meanwhile.  A file object is
@@ -60,8 +62,8 @@ async def copy(
     Args:
         source, target: As for nbd.copy; or an nbd.aio.Client, of which the copy uses the
             connections that have been made by then.
-        connections, depth, sparse, timeout, flush: As for nbd.copy.  With an nbd.aio.Client, a
-            timeout of None is the client's own.
+        connections, depth, sparse, target_is_zero, ranges, timeout, flush: As for nbd.copy.  With
+            an nbd.aio.Client, a timeout of None is the client's own.
         progress: Called in the event loop as progress(done, total), in bytes; see nbd.copy.
         on_error: Called in the event loop as on_error(offset, length, error); see nbd.copy.  The
             copy waits for its result.
@@ -82,7 +84,17 @@ async def copy(
     for name, function in (("progress", progress), ("on_error", on_error)):
         if iscoroutinefunction(function):
             raise TypeError(f"{name}: a function is needed, not a coroutine function")
-    settings = Settings(connections, depth, sparse, progress, timeout, flush, on_error)
+    settings = Settings(
+        connections,
+        depth,
+        sparse,
+        target_is_zero,
+        ranges,
+        progress,
+        timeout,
+        flush,
+        on_error,
+    )
     return await _CopyThread(settings).run(source, target)
 
 
@@ -107,7 +119,7 @@ class _CopyThread:
         self._copy: Copy | None = None
         self._thread: Thread | None = None
 
-    async def run(self, source: AnythingOrClient, target: AnythingOrClient) -> Copied:
+    async def run(self, source: AnythingOrClient, target: AnythingOrClient | None) -> Copied:
         """Connect servers in the event loop; open everything else, and copy, in the thread."""
         try:
             openers = await self._opener(source, SOURCE), await self._opener(target, TARGET)

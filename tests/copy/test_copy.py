@@ -227,7 +227,7 @@ def test_a_disk_is_copied_to_an_object(nbdkit: StartServer, image: Path, is_spar
 
 def test_an_object_is_copied_to_a_disk(nbdkit: StartServer, image: Path, empty: Path) -> None:
     result = nbd.copy(io.BytesIO(image.read_bytes()), served(nbdkit, empty))
-    assert holes_read(image, result)
+    assert result.read == image.stat().st_size
     assert empty.read_bytes() == image.read_bytes()
 
 
