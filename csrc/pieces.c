@@ -629,6 +629,7 @@ static void finish_piece(struct slot *slot)
         r->error_offset = is_copy ? slot->wide_offset : slot->offset;
         r->error_length = is_copy ? slot->wide_length : slot->length;
         r->error_side = side_of(slot);
+        r->error_command = slot->command;
     }
     if (slot->error != 0) {
         r->cut = r->stop; /* send no more; next_piece finishes it if it is queued */

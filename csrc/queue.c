@@ -527,7 +527,8 @@ static int report(struct nbdqueue *q, struct nbdqueue_done *done, int capacity)
                                                .moved = r->moved,
                                                .zeroed = r->zeroed,
                                                .error = r->error,
-                                               .side = (int)r->error_side};
+                                               .side = (int)r->error_side,
+                                               .command = (int)r->error_command};
     }
     q->reported = (unsigned)count;
     q->is_woken = false;
@@ -740,6 +741,7 @@ int nbdqueue_submit(struct nbdqueue *q, enum nbdqueue_operation operation, uintp
                           .start = offset,
                           .cut = offset,
                           .stop = offset + length,
+                          .error_command = operation,
                           .flags = flags};
     /* Nobody else knows r yet, so this needs no lock. */
     r->error = pieces_check(q, r);

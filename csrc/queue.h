@@ -71,7 +71,8 @@ struct nbdqueue_done {
     uint64_t moved;  /* how many bytes were copied or set to zero; */
     uint64_t zeroed; /* of these, how many became zeroes */
     int error;       /* its errno, or 0 if no piece failed */
-    int side;        /* enum nbdqueue_side: the side that failed */
+    int side;        /* enum nbdqueue_side: the side that failed, */
+    int command;     /* and the enum nbdqueue_operation of its command */
 };
 
 struct nbdqueue;

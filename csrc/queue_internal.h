@@ -68,6 +68,7 @@ struct request {
     int error;          /* of the piece that failed first */
     uint64_t error_offset, error_length;
     enum nbdqueue_side error_side;
+    enum nbdqueue_operation error_command;
     bool is_cancelled; /* nobody waits for it any more */
 };
 

@@ -23,7 +23,7 @@ from nbd._binding.errors import Error
 from nbd._binding.shim import ffi, lib
 from nbd._disks.background import BackgroundThread
 from nbd._disks.connect import CLOSE_TIMEOUT
-from nbd._disks.copystream import Counts, copy_stream
+from nbd._disks.copystream import Counts, copy_stream, write_runs
 from nbd._disks.diskendpoint import open_disk
 from nbd._disks.endpoints import (
     DRAIN_TIMEOUT,
@@ -44,7 +44,6 @@ from nbd._disks.queue import (
     READ,
     SOURCE,
     TARGET,
-    WRITE,
     ZERO,
     IdleTimer,
     ShimQueue,
@@ -538,18 +537,18 @@ class Copy:
 
     def _finish_task(self, worker: _Worker, done: Any) -> int:
         """Note that a request is done; returns how many of its bytes were not moved."""
-        operation, start, stop = worker.in_flight.pop(done.token)
+        _, start, stop = worker.in_flight.pop(done.token)
         if not done.error:
             return 0
         piece = done.offset, done.length or stop - start, done.error
         if done.side != SOURCE:
-            raise self._target.failure(ZERO if operation == ZERO else WRITE, *piece)
+            raise self._target.failure(done.command, *piece)
         if self._source.is_lost(worker.queue):
             raise self._source.failure(READ, *piece)
         # What has succeeded is copied again, with the rest: see _rescue_unread.
-        moved = Counts(
-            done.zeroed - done.moved, -done.zeroed, -done.moved, done.zeroed - done.moved
-        )
+        data = done.moved - done.zeroed
+        written = 0 if self._target.discards else data
+        moved = Counts(-data, -done.zeroed, -done.moved, -written)
         self._unread.append(_Unread(start, stop, *piece, moved))
         self._workers[0].queue.wake()
         return int(stop - start - done.moved)
@@ -559,8 +558,9 @@ class Copy:
         while self._unread:
             one = self._unread.popleft()
             self._adjustment = _sum(self._adjustment, one.moved)
+            before = len(self._settings.bad)
             data = self._source.rescued(one.offset, one.length, one.errnum)
-            self._write(data, one.offset)
+            self._write(data, one.offset, self._settings.bad[before:])
             self._again.extend(_copy_tasks(one.start, one.offset))
             self._again.extend(_copy_tasks(one.offset + one.length, one.stop))
             self._report()
@@ -614,16 +614,28 @@ class Copy:
         """Copy what fills a block only in part; see _align."""
         for start, stop in self._edges:
             self._settings.check()
+            before = len(self._settings.bad)
             data = self._source.read_at(memoryview(bytearray(stop - start)), start)
-            self._write(data, start)
+            self._write(data, start, self._settings.bad[before:])
             self._report()
 
-    def _write(self, data: memoryview, offset: int) -> None:
-        """Write what was read outside of the queues."""
-        self._target.write_at(data, offset)
+    def _write(self, data: memoryview, offset: int, bad: list[tuple[int, int]]) -> None:
+        """Write what was read outside of the queues; `bad` ranges of it could not be read."""
+        at = 0
+        for start, length in sorted(bad):
+            start -= offset
+            self._write_part(data[at:start], offset + at, is_bad=False)
+            self._write_part(data[start : start + length], offset + start, is_bad=True)
+            at = start + length
+        self._write_part(data[at:], offset + at, is_bad=False)
+
+    def _write_part(self, data: memoryview, offset: int, is_bad: bool) -> None:
         size = len(data)
-        written = 0 if self._target.discards else size
-        self._adjustment = _sum(self._adjustment, Counts(size, 0, size, written))
+        zeroed, written = write_runs(self._target, data, offset, self._block)
+        counts = (
+            Counts(0, size, 0, written) if is_bad else Counts(size - zeroed, zeroed, size, written)
+        )
+        self._adjustment = _sum(self._adjustment, counts)
 
     def _report(self, is_last: bool = False) -> None:
         """Call the caller's progress, if it is time to do so."""
@@ -689,10 +701,9 @@ def _sum(a: Counts, b: Counts) -> Counts:
 
 
 def _result(counts: Counts, bad: list[tuple[int, int]]) -> Copied:
-    """What the caller gets; bad ranges were counted as copied and read."""
-    lost = sum(length for _, length in bad)
-    result = Copied(counts.copied - lost, counts.zeroed + lost)
-    result.read, result.written = counts.read - lost, counts.written
+    """What the caller gets."""
+    result = Copied(counts.copied, counts.zeroed)
+    result.read, result.written = counts.read, counts.written
     if bad:
         ranges = merged([(start, length, 0) for start, length in bad])
         result.bad = tuple((start, length) for start, length, _ in ranges)

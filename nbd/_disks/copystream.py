@@ -24,7 +24,7 @@ from nbd._disks.endpoints import (
     Reader,
     Writer,
 )
-from nbd._disks.queue import PIECE, READ, WRITE, Queue
+from nbd._disks.queue import PIECE, READ, Queue
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,8 +72,9 @@ def copy_stream(source: Endpoint, target: Endpoint, settings: Settings) -> Count
                 writer.close()
     if settings.progress is not None:
         settings.progress(copied + zeroed, source.size)
-    found = writer.zeroed
-    return Counts(copied - found, zeroed + found, copied, writer.written)
+    lost = sum(length for _, length in settings.bad)  # was written as zeroes
+    copied -= lost
+    return Counts(copied - writer.zeroed, zeroed + lost + writer.zeroed, copied, writer.written)
 
 
 def await_some(queue: Queue, settings: Settings) -> list[Request]:
@@ -117,22 +118,38 @@ class FileWriter(Writer):
 
     def write(self, data: Data) -> None:
         """Write the next bytes, or make holes where they are zeroes."""
-        settings = self._target.settings
-        is_zero = self._target.is_zero or settings.target_is_zero
-        view = memoryview(data)
-        pin = _pinned(data) if settings.sparse else None
-        for start, stop, is_hole in _runs(pin, len(view), self._offset, settings.sparse):
-            at, length = self._offset + start, stop - start
-            if is_hole:
-                self.zeroed += length
-            if not is_hole or not (is_zero or self._target.zero_at(at, length)):
-                self._target.write_at(view[start:stop], at)
-                self.written += length
-        self._offset += len(view)
+        zeroed, written = write_runs(self._target, data, self._offset)
+        self.zeroed += zeroed
+        self.written += written
+        self._offset += len(data)
 
     def drain(self) -> None:
         """Give the file its size, also if it ends with a hole."""
         self._target.grow(self._offset)
+
+
+def write_runs(target: Endpoint, data: Data, offset: int, minimum: int = 1) -> tuple[int, int]:
+    """Write bytes to a target with offsets, or zero it where the settings ask to find zeroes.
+
+    Args:
+        minimum: The minimum size of a block of zeroes, in bytes.
+
+    Returns:
+        How many bytes were found to be zeroes, and how many were written.
+    """
+    settings = target.settings
+    block = max(settings.sparse, minimum) if settings.sparse and not target.discards else 0
+    is_zero = target.is_zero or settings.target_is_zero
+    view = memoryview(data)
+    zeroed = written = 0
+    for start, stop, is_hole in _runs(_pinned(data) if block else None, len(view), offset, block):
+        length = stop - start
+        if is_hole:
+            zeroed += length
+        if not is_hole or not (is_zero or target.zero_at(offset + start, length)):
+            target.write_at(view[start:stop], offset + start)
+            written += 0 if target.discards else length
+    return zeroed, written
 
 
 class _DiskQueue:
@@ -318,7 +335,9 @@ class DiskWriter(_DiskQueue, Writer):
             for request in requests:
                 if request.error is not None:
                     errnum = request.error.errnum
-                    raise self._target.failure(WRITE, request.offset, request.length, errnum)
+                    raise self._target.failure(
+                        request._operation, request.offset, request.length, errnum
+                    )
             rest = [request for request in requests if not request.is_done]
             if rest:
                 in_flight.append((rest, memory))

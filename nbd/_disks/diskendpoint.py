@@ -39,7 +39,16 @@ from nbd._disks.endpoints import (
     parts,
 )
 from nbd._disks.extents import Survey
-from nbd._disks.queue import FLUSH, MAX_CONNECTIONS, READ, TARGET, WRITE, Queue, ShimQueue
+from nbd._disks.queue import (
+    FLUSH,
+    MAX_CONNECTIONS,
+    READ,
+    TARGET,
+    WRITE,
+    ZERO,
+    Queue,
+    ShimQueue,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -243,6 +252,17 @@ class Disk(Endpoint):
             error = await_some(queue, self.settings)[0].error
         if error is not None:
             raise self.failure(WRITE, offset, len(data), error.errnum)
+
+    def zero_at(self, offset: int, length: int) -> bool:
+        """Zero a range without sending zeroes, if the server can; returns whether it did."""
+        if not self.handles[0].can_zero():
+            return False
+        with self._short_queue() as queue:
+            queue.zero(length, offset)
+            error = await_some(queue, self.settings)[0].error
+        if error is not None:
+            raise self.failure(ZERO, offset, length, error.errnum)
+        return True
 
     @contextmanager
     def _short_queue(self, depth: int = 1) -> Iterator[Queue]:

@@ -503,6 +503,8 @@ def _as_granularity(sparse: object) -> int:
 
 def _as_ranges(ranges: Ranges) -> list[tuple[int, int]]:
     """The argument `ranges` of a copy, sorted and merged, as (start, stop)."""
+    if not hasattr(ranges, "__iter__"):
+        raise TypeError(f"ranges: an iterable is needed, not {type(ranges).__name__}")
     pairs = sorted((start, start + length) for start, length in map(_as_range, ranges) if length)
     result: list[tuple[int, int]] = []
     for start, stop in pairs:

@@ -35,6 +35,10 @@ class Null(Endpoint):
     def write_at(self, data: memoryview, offset: int) -> None:
         """Discard the bytes."""
 
+    def zero_at(self, offset: int, length: int) -> bool:
+        """Discard the zeroes."""
+        return True
+
     def flush(self) -> None:
         """Do nothing."""
 
