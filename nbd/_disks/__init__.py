@@ -16,5 +16,6 @@ Each imports from nbd._binding, and here only from those above it:
     diskendpoint  the endpoint that is a disk
     streamendpoint  the endpoint that is a stream
     fileendpoint  the endpoint that is a file
+    nullendpoint  the endpoint that discards what is written to it
     copy          nbd.copy
 """
