@@ -422,6 +422,8 @@ static uint64_t stop_of_piece(const struct nbdqueue *q, const struct request *r)
                                                     : MAX_RANGE;
     uint64_t last = smaller(r->stop, block + largest);
 
+    if (r->operation == NBDQUEUE_COPY) /* later pieces are aligned, and so are their blocks */
+        return smaller(r->stop, round_down(r->cut, q->piece) + q->piece);
     if (r->operation != NBDQUEUE_ZERO)
         return last;
     if (r->cut != block) /* an edge of a zero is a piece of its own */

@@ -316,6 +316,7 @@ class Copy:
             queue = self._new_worker().queue
             self._block = max(_minimum(queue, SOURCE), _minimum(queue, TARGET))
             self._align(queue)
+            self._request = max(_REQUEST, self._settings.sparse, self._block)
             self._range = self._range_size()
             self._start_workers()
         for endpoint, side in ((self._source, SOURCE), (self._target, TARGET)):
@@ -350,7 +351,7 @@ class Copy:
     def _range_size(self) -> int:
         """How many bytes of the disk a worker takes at once."""
         size = min(max(self._total // (8 * self._max_workers), _MIN_RANGE), _MAX_RANGE)
-        return max(size - size % self._block, self._block)
+        return max(size - size % self._request, self._request)
 
     def _join(self, endpoint: Endpoint, side: int, handle: NBD) -> None:
         """Use a further connection; called by the thread that has made it."""
@@ -492,7 +493,7 @@ class Copy:
         while not self._settings.is_stopped:
             if is_first:
                 self._rescue_unread()
-            while submitted - worker.moved() < 2 * _REQUEST:
+            while submitted - worker.moved() < 2 * self._request:
                 has_again = is_first and self._again
                 task = self._again.popleft() if has_again else next(tasks, None)
                 if task is None:
@@ -561,8 +562,8 @@ class Copy:
             before = len(self._settings.bad)
             data = self._source.rescued(one.offset, one.length, one.errnum)
             self._write(data, one.offset, self._settings.bad[before:])
-            self._again.extend(_copy_tasks(one.start, one.offset))
-            self._again.extend(_copy_tasks(one.offset + one.length, one.stop))
+            self._again.extend(self._copy_tasks(one.start, one.offset))
+            self._again.extend(self._copy_tasks(one.offset + one.length, one.stop))
             self._report()
 
     def _tasks(self, worker: _Worker) -> Iterator[Task]:
@@ -577,20 +578,27 @@ class Copy:
                 while hole is not None and hole[0] < stop:
                     first, last = max(hole[0], at), min(hole[1], stop)
                     if first < last:
-                        yield from _copy_tasks(at, first)
+                        yield from self._copy_tasks(at, first)
                         yield ZERO, first, last
                         at = last
                     if hole[1] > stop:
                         break  # it reaches into the next span
                     hole = next(holes, None)
-                yield from _copy_tasks(at, stop)
+                yield from self._copy_tasks(at, stop)
+
+    def _copy_tasks(self, start: int, stop: int) -> Iterator[Task]:
+        """Requests to copy a range, which end at multiples of their size, and so do the blocks."""
+        while start < stop:
+            end = min(start - start % self._request + self._request, stop)
+            yield COPY, start, end
+            start = end
 
     def _take(self) -> list[tuple[int, int]]:
         """Take the next parts of the disk that no worker has taken: start and stop of each."""
         taken: list[tuple[int, int]] = []
         with self._lock:
             todo = self._todo
-            limit = todo[0][0] + self._range if todo else 0
+            limit = todo[0][0] // self._range * self._range + self._range if todo else 0
             while todo and todo[0][0] < limit:
                 start, stop = todo.popleft()
                 if stop > limit:
@@ -708,12 +716,6 @@ def _result(counts: Counts, bad: list[tuple[int, int]]) -> Copied:
         ranges = merged([(start, length, 0) for start, length in bad])
         result.bad = tuple((start, length) for start, length, _ in ranges)
     return result
-
-
-def _copy_tasks(start: int, stop: int) -> Iterator[Task]:
-    """Requests to copy a range."""
-    for at in range(start, stop, _REQUEST):
-        yield COPY, at, min(at + _REQUEST, stop)
 
 
 def _minimum(queue: ShimQueue, side: int) -> int:

@@ -157,6 +157,7 @@ class _DiskQueue:
 
     def __init__(self, disk: Endpoint) -> None:
         self._settings = disk.settings
+        self._chunk = CHUNK
         depth = self._settings.depth
         #: How many requests of a chunk keep `depth` commands in flight.
         self._max_requests = -(-depth * PIECE // CHUNK) + 1
@@ -181,7 +182,7 @@ class _DiskQueue:
             self._queue.close()
 
     def _memory(self) -> tuple[Any, memoryview]:
-        return self._free.pop() if self._free else new_memory(CHUNK)
+        return self._free.pop() if self._free else new_memory(self._chunk)
 
 
 class _Part:
@@ -267,6 +268,7 @@ class DiskWriter(_DiskQueue, Writer):
         can_zero = self._is_zero or target.handles[0].can_zero()
         sparse = target.settings.sparse
         self._block = max(sparse, self._queue.minimum) if sparse and can_zero else 0
+        self._chunk = max(CHUNK, self._block)
         # The chunks that are being written: the requests of each that are not done, and its memory.
         self._in_flight: list[tuple[list[Request], tuple[Any, memoryview]]] = []
 
@@ -282,12 +284,12 @@ class DiskWriter(_DiskQueue, Writer):
         while rest:
             if self._filling is None:
                 self._filling = self._memory()
-            count = min(len(rest), CHUNK - self._filled)
+            count = min(len(rest), self._chunk - self._filled)
             self._filling[1][self._filled : self._filled + count] = rest[:count]
             self._filled += count
             self._offset += count
             rest = rest[count:]
-            if self._filled == CHUNK:
+            if self._filled == self._chunk:
                 self._send()
 
     def drain(self) -> None:
@@ -312,19 +314,19 @@ class DiskWriter(_DiskQueue, Writer):
             if is_zero and not self._is_zero:
                 requests.append(self._queue.zero(stop - start, offset + start))
             elif not is_zero:
-                requests.append(self._queue.write(self._chunk(start, stop), offset + start))
+                requests.append(self._queue.write(self._part(start, stop), offset + start))
                 self.written += stop - start
         self._in_flight.append((requests, self._filling))
         self._filling, self._filled = None, 0
 
-    def _chunk(self, start: int, stop: int) -> Any:
+    def _part(self, start: int, stop: int) -> Any:
         """A part of the chunk that was filled."""
         assert self._filling is not None
         memory, view = self._filling
         if not BOUNCES:
             return view[start:stop]
         # PyPy writes an nbd.Buffer, or a bytes, without copying it.
-        return memory if stop - start == CHUNK else bytes(view[start:stop])
+        return memory if stop - start == self._chunk else bytes(view[start:stop])
 
     def _reap(self) -> None:
         """Wait for some requests, and raise the error of one that has failed."""
