@@ -27,6 +27,7 @@ import pytest
 PACKAGES = {
     "certtool": "gnutls-bin",
     "mke2fs": "e2fsprogs",
+    "nbdcopy": "libnbd-bin",
     "nbd-server": "nbd-server",
     "nbdkit": "nbdkit",
     "psktool": "gnutls-bin",
