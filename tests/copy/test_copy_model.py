@@ -476,6 +476,9 @@ class Round:
         self.expect(lambda: taker.content, self.data)
         return taker
 
+    def target_none(self) -> Any:
+        return None
+
     def target_packed(self) -> Any:
         packed = io.BytesIO()
         file = gzip.GzipFile(fileobj=packed, mode="wb", compresslevel=1)
@@ -581,7 +584,8 @@ def replay(seed: int, folder: Path) -> None:
         rng = one.rng
         source, target = rng.choice(_kinds("source_")), rng.choice(_kinds("target_"))
         options = one.options
-        options.update(sparse=rng.random() < 0.7, flush=rng.random() < 0.5)
+        sparse = rng.choice([False, False, True, True, 512, 4096, 65536, 32 * MIB])
+        options.update(sparse=sparse, flush=rng.random() < 0.5)
         if rng.random() < 0.5:
             options.update(connections=rng.randint(1, 3), depth=rng.randint(1, 20))
         if rng.random() < 0.5:
@@ -590,6 +594,8 @@ def replay(seed: int, folder: Path) -> None:
             pair = getattr(one, source)(), getattr(one, target)()
             copied = nbd.copy(*pair, **options)
             assert sum(copied) == len(one.data)
+            assert copied.copied <= copied.read
+            assert one.bad or copied.read <= len(one.data)
             lost, bad = _blocks(copied.bad), _blocks(one.bad)
             assert lost <= bad if options["sparse"] else lost == bad  # holes are not read
             assert options["sparse"] or copied.zeroed == BLOCK * len(bad)
