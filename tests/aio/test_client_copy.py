@@ -392,3 +392,77 @@ def test_stop_iteration_of_a_file_ends_the_copy(tmp_path: Path) -> None:
 
     error = run(outcome(nbd.aio.copy(Odd(), tmp_path / "copy")))
     assert isinstance(error, RuntimeError)
+
+
+def test_the_granularity_of_zeroes_is_passed_on(nbdkit: StartServer, tmp_path: Path) -> None:
+    path = tmp_path / "source"
+    path.write_bytes((b"x" + bytes(4095)) * 4 + bytes(65536 - 16384))
+    uri = nbdkit("--filter=noextents", "file", str(path)).uri
+    for sparse, copied in ((512, 4 * 512), (True, 16384), (65536, 65536), (False, 65536)):
+        result = run(nbd.aio.copy(uri, tmp_path / "copy", sparse=sparse))
+        assert (result, result.read, result.written) == ((copied, 65536 - copied), 65536, copied)
+        assert (tmp_path / "copy").read_bytes() == path.read_bytes()
+    assert isinstance(run(outcome(nbd.aio.copy(uri, tmp_path / "copy", sparse=1000))), ValueError)
+
+
+def test_a_target_that_is_zero_is_not_sent_zeroes(
+    nbdkit: StartServer, image: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    server = nbdkit("--filter=log", "memory", "20M", f"logfile={log}")
+    result = run(nbd.aio.copy(image, server.uri, target_is_zero=True))
+    assert (result, result.written) == ((4 * MIB, 16 * MIB), 4 * MIB)
+    assert " Zero " not in log.read_text()
+    with nbd.open(server.uri) as file:
+        assert file.read() == image.read_bytes()
+
+
+def test_ranges_of_a_client_are_copied(nbdkit: StartServer, image: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.write_bytes(b"x" * 20 * MIB)
+    calls: list[tuple[int, int | None]] = []
+
+    async def main() -> nbd.Copied:
+        async with nbd.aio.connect(nbdkit("file", str(image)).uri) as disk:
+            extents = [extent async for extent in disk.extents()]
+            ranges = [extent for extent in extents if not extent.flags & nbd.STATE_ZERO]
+            return await nbd.aio.copy(
+                disk, copy, ranges=ranges, progress=lambda *call: calls.append(call)
+            )
+
+    assert run(main()) == (4 * MIB, 0)
+    assert calls[-1] == (4 * MIB, 4 * MIB)
+    data, content = image.read_bytes(), copy.read_bytes()
+    for start in range(0, 20 * MIB, 5 * MIB):
+        assert content[start : start + MIB] == data[start : start + MIB]
+        assert content[start + MIB : start + 5 * MIB] == b"x" * 4 * MIB
+
+
+def test_ranges_that_are_wrong_fail_as_with_nbd_copy(image: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    for ranges, kind in (([(0, 21 * MIB)], ValueError), ([(-1, 1)], ValueError), ([1], TypeError)):
+        wrong: Any = ranges
+        assert isinstance(run(outcome(nbd.aio.copy(image, copy, ranges=wrong))), kind)
+
+
+def test_a_disk_is_read_and_discarded(nbdkit: StartServer, image: Path) -> None:
+    async def main() -> nbd.Copied:
+        async with nbd.aio.connect(nbdkit("file", str(image)).uri) as disk:
+            return await nbd.aio.copy(disk, None)
+
+    for result in (run(main()), run(nbd.aio.copy(image, None))):
+        assert (result, result.read, result.written) == ((4 * MIB, 16 * MIB), 4 * MIB, 0)
+    nothing: Any = None
+    assert isinstance(run(outcome(nbd.aio.copy(nothing, None))), TypeError)
+
+
+def test_a_copy_to_nowhere_that_is_cancelled_ends_at_once(nbdkit: StartServer) -> None:
+    server = nbdkit("--filter=delay", "memory", "64M", "rdelay=1")
+
+    async def main() -> None:
+        copying = asyncio.ensure_future(nbd.aio.copy(server.uri, None, sparse=False))
+        await until(copies)
+        await cancel_when(copying, copies)
+        await until(lambda: not copies())
+
+    run(main())
