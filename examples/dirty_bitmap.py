@@ -3,6 +3,7 @@
 
 The backup is a raw image.  The meta context qemu:dirty-bitmap:BITMAP reports which parts were
 written after the bitmap was added.  qemu-nbd -B BITMAP and running virtual machines provide it.
+backup_chain.py makes one backup after the other.
 
     python dirty_bitmap.py                    # makes a disk, writes to it, and backs it up
     python dirty_bitmap.py nbd://localhost/disk BITMAP backup.img
@@ -17,29 +18,21 @@ from pathlib import Path
 
 import nbd
 
-BLOCK = 1024 * 1024  # bytes read at once
 CONTEXT = "qemu:dirty-bitmap:"
 DIRTY = 1  # the flag of an extent in the meta contexts of dirty bitmaps
 
 
-def back_up(h: nbd.NBD, context: str, target: Path) -> None:
-    """Copy the dirty extents to the same offsets of the file."""
-    with nbd.open(h) as disk, target.open("r+b") as file:
-        file.truncate(h.get_size())
-        for offset, length, flags in nbd.extents(h, context):
-            if not flags & DIRTY:
-                continue
-            print(f"dirty: {length} bytes at {offset}", flush=True)
-            disk.seek(offset)
-            file.seek(offset)
-            while length:
-                length -= file.write(disk.read(min(BLOCK, length)))
+def back_up(h: nbd.NBD, context: str, backup: Path) -> None:
+    """Copy the dirty extents to the same offsets of the backup."""
+    dirty = [extent for extent in nbd.extents(h, context) if extent.flags & DIRTY]
+    nbd.copy(h, backup, ranges=dirty)
+    for extent in dirty:
+        print(f"dirty: {extent.length} bytes at {extent.offset}")
 
 
 def demonstrate(folder: Path) -> None:
-    """Make a disk and an old backup of it, write to the disk, update the backup, and compare."""
-    disk, backup = folder / "disk.qcow2", folder / "backup.img"
-    backup.touch()  # the disk was empty
+    """Make an empty disk, write to it, back up what was written, and compare."""
+    disk, backup = folder / "disk.qcow2", folder / "backup.img"  # nbd.copy makes the backup
     qemu_img("create", "-q", "-f", "qcow2", str(disk), "64M")
     qemu_img("bitmap", "--add", str(disk), "new")
     with nbd.NBD() as h:

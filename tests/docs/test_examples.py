@@ -103,6 +103,12 @@ def pattern(size: int) -> bytes:
     return offsets.tobytes()
 
 
+def needs_qemu() -> None:
+    """Skip the test if one of qemu's tools is missing."""
+    for tool in ("qemu-img", "qemu-nbd"):
+        servers.program(tool)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_docstring_says_how_to_run_it(name: str) -> None:
     text = (EXAMPLES / name).read_text(encoding="utf-8")
@@ -274,8 +280,7 @@ def test_tls_psk_does_without_no_tls(run: Run, nbdkit: Serve) -> None:
 
 
 def test_dirty_bitmap_makes_the_backup_equal(run: Run) -> None:
-    for tool in ("qemu-img", "qemu-nbd"):
-        servers.program(tool)
+    needs_qemu()
     assert run("dirty_bitmap.py").stdout.splitlines() == [
         "dirty: 65536 bytes at 0",
         "dirty: 3080192 bytes at 49938432",
@@ -300,6 +305,85 @@ def test_dirty_bitmap_needs_the_bitmap(
     (tmp_path / "backup").write_bytes(b"B")
     failed = run("dirty_bitmap.py", server.uri, "bitmap0", "backup", status=1)
     assert "qemu:dirty-bitmap:bitmap0 was not negotiated" in complaint(failed)
+
+
+def test_dirty_bitmap_makes_a_backup_as_large_as_the_disk(
+    run: Run, qemu_nbd: Serve, dirty_qcow2: Path, tmp_path: Path
+) -> None:
+    server = qemu_nbd(dirty_qcow2, "--format=qcow2", "--bitmap=bitmap0")
+    assert run("dirty_bitmap.py", server.uri, "bitmap0", "backup").stdout == (
+        "dirty: 65536 bytes at 131072\n"
+    )
+    assert (tmp_path / "backup").read_bytes() == bytes(131072) + b"Z" * 65536 + bytes(MIB - 196608)
+
+
+def test_backup_chain_makes_each_backup_equal(run: Run) -> None:
+    needs_qemu()
+    assert run("backup_chain.py").stdout.splitlines() == [
+        "full: 67108864 bytes",
+        "Images are identical.",
+        "incremental: 1048576 bytes",
+        "Images are identical.",
+        "incremental: 1048576 bytes",
+        "Images are identical.",
+        "incremental: 1048576 bytes",
+        "Images are identical.",
+    ]
+
+
+def write_to(disk: Path, data: str, offset: str, length: str) -> None:
+    """Write a pattern to a qcow2 disk."""
+    command = f"write -P {data} {offset} {length}"
+    servers.run("qemu-io", "-f", "qcow2", "-c", command, str(disk))
+
+
+def is_equal(disk: Path, backup: Path) -> bool:
+    """Return whether a raw backup is equal to a qcow2 disk."""
+    compare = ("qemu-img", "compare", "-f", "qcow2", "-F", "raw")
+    return "identical" in servers.run(*compare, str(disk), str(backup))
+
+
+def test_backup_chain_copies_only_what_was_written(run: Run, tmp_path: Path) -> None:
+    needs_qemu()
+    disk, backup = tmp_path / "disk.qcow2", tmp_path / "backup.img"
+    servers.run("qemu-img", "create", "-q", "-f", "qcow2", str(disk), "8M")
+    write_to(disk, "1", "0", "1M")
+    shown = [run("backup_chain.py", "disk.qcow2", "backup.img").stdout]
+    write_to(disk, "2", "1M", "64k")
+    write_to(disk, "3", "5M", "64k")
+    for _ in range(2):
+        shown.append(run("backup_chain.py", "disk.qcow2", "backup.img").stdout)
+        assert is_equal(disk, backup)
+    assert shown == [
+        "full: 8388608 bytes\n",
+        "incremental: 131072 bytes\n",
+        "incremental: 0 bytes\n",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["backup.img", "disk.qcow2"]
+
+
+def test_backup_chain_that_failed_loses_nothing(run: Run, tmp_path: Path) -> None:
+    needs_qemu()
+    disk, backup = tmp_path / "disk.qcow2", tmp_path / "backup.img"
+    servers.run("qemu-img", "create", "-q", "-f", "qcow2", str(disk), "8M")
+    run("backup_chain.py", "disk.qcow2", "backup.img")
+    write_to(disk, "1", "1M", "64k")
+    servers.run("qemu-img", "bitmap", "--add", str(disk), "backup-2")  # and then it failed
+    write_to(disk, "2", "2M", "64k")
+    shown = run("backup_chain.py", "disk.qcow2", "backup.img").stdout
+    assert shown == "incremental: 131072 bytes\n"
+    assert is_equal(disk, backup)
+    backup.unlink()
+    assert run("backup_chain.py", "disk.qcow2", "backup.img").stdout == "full: 8388608 bytes\n"
+    assert is_equal(disk, backup)
+
+
+def test_backup_chain_reports_a_disk_that_is_not_there(run: Run, tmp_path: Path) -> None:
+    needs_qemu()
+    failed = run("backup_chain.py", "missing.qcow2", "backup.img", status=1)
+    assert "missing.qcow2" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert not (tmp_path / "backup.img").exists()
 
 
 def test_parallel_read_of_a_disk_of_its_own(run: Run) -> None:
