@@ -400,6 +400,63 @@ def test_an_error_of_zeroing_a_block_of_zeroes_names_the_offset(
     assert failed.value.errno == "EPERM"
 
 
+def alternating(tmp_path: Path, size: int) -> Path:
+    """Return an image in which each block of data is followed by a block of zeroes."""
+    path = tmp_path / "alternating"
+    path.write_bytes((b"x" * 4096 + bytes(4096)) * (size // 8192))
+    return path
+
+
+@pytest.mark.parametrize("depth", [1, None, 200])
+def test_each_block_may_need_a_command_of_its_own(
+    nbdkit: StartServer, tmp_path: Path, depth: int | None
+) -> None:
+    path, target = alternating(tmp_path, 4 * MIB), tmp_path / "target"
+    target.write_bytes(b"\xff" * 4 * MIB)
+    source = nbdkit("--threads=4", "--filter=noextents", "file", str(path)).uri
+    result = nbd.copy(source, nbdkit("--threads=4", "file", str(target)).uri, depth=depth)
+    assert counts(result) == (2 * MIB, 2 * MIB, 4 * MIB, 2 * MIB)
+    assert target.read_bytes() == path.read_bytes()
+
+
+def test_a_target_that_dies_between_blocks_of_zeroes_ends_the_copy(
+    nbdkit: StartServer, tmp_path: Path
+) -> None:
+    target = nbdkit("--filter=delay", "memory", "64M", "delay-zero=2ms")
+
+    def kill(done: int, total: int | None) -> None:
+        target.kill()
+
+    with pytest.raises(nbd.Error, match="target failed") as failed:
+        nbd.copy(alternating(tmp_path, 16 * MIB), target.uri, progress=kill)
+    assert failed.value.errno in ("ENOTCONN", "ECONNRESET", "EPIPE", "ESHUTDOWN")
+
+
+def test_a_target_that_hangs_at_blocks_of_zeroes_ends_the_copy_by_its_timeout(
+    nbdkit: StartServer, tmp_path: Path
+) -> None:
+    target = nbdkit("--filter=delay", "memory", "64M", "delay-zero=2ms")
+
+    def pause(done: int, total: int | None) -> None:
+        target.pause()
+
+    with pytest.raises(nbd.Timeout):
+        nbd.copy(alternating(tmp_path, 16 * MIB), target.uri, progress=pause, timeout=1)
+    target.resume()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_zero_commands_that_fail_at_random_end_the_copy(
+    nbdkit: StartServer, tmp_path: Path, seed: int
+) -> None:
+    path = alternating(tmp_path, 4 * MIB)
+    options = ("error=EIO", "error-zero-rate=5%")
+    target = nbdkit("--threads=4", "--filter=error", "memory", "8M", *options).uri
+    with pytest.raises(nbd.Error, match="zeroing the target failed at offset") as failed:
+        nbd.copy(path, target, depth=4**seed)
+    assert failed.value.errno == "EIO"
+
+
 # Space.
 
 
