@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -397,6 +398,19 @@ def test_a_source_of_large_blocks_is_read_in_part(
     target = served(nbdkit, old) if target_kind == "disk" else old
     assert sum(nbd.copy(in_blocks(nbdkit, image), target, ranges=ranges)) == covered(ranges)
     check(old, before, image, ranges)
+
+
+def test_only_the_first_request_of_a_range_is_not_aligned(
+    nbdkit: StartServer, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    source = nbdkit("--threads=4", "--filter=log", "pattern", "32M", f"logfile={log}").uri
+    target = nbdkit("--threads=4", "memory", "32M").uri
+    start, length = 1000, 20 * MIB
+    assert nbd.copy(source, target, ranges=[(start, length)]) == (length, 0)
+    reads = re.findall(r" Read id=\d+ offset=0x([0-9a-f]+) count=0x([0-9a-f]+)", log.read_text())
+    assert sum(int(count, 16) for _, count in reads) == length
+    assert sorted(int(place, 16) % 4096 for place, _ in reads)[:-1] == [0] * (len(reads) - 1)
 
 
 def test_several_ranges_in_one_block_are_all_copied(

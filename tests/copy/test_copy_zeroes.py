@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import random
+import re
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -337,6 +338,34 @@ def test_a_block_may_be_larger_than_a_request(
         result = nbd.copy(source, target, sparse=sparse)
         assert result.zeroed == zeroes
         assert target.read_bytes() == data
+
+
+@pytest.mark.parametrize("sparse", [4 * MIB, 32 * MIB])
+def test_a_block_may_be_larger_than_what_is_copied_at_once(tmp_path: Path, sparse: int) -> None:
+    data = bytearray(40 * MIB)
+    data[5 * MIB] = 1
+    path, target = tmp_path / "source", tmp_path / "target"
+    path.write_bytes(data)
+    result = nbd.copy(path, target, sparse=sparse, flush=False)
+    assert counts(result) == (sparse, 40 * MIB - sparse, 40 * MIB, sparse)
+    assert filecmp.cmp(path, target, shallow=False)
+
+
+@pytest.mark.parametrize("size", [24 * MIB + 512, 23 * MIB + 4096 + 1, 25 * MIB - 1000])
+def test_requests_begin_at_whole_blocks_whatever_the_size(
+    nbdkit: StartServer, tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nbd._disks import copy as copying
+
+    monkeypatch.setattr(copying, "_MIN_RANGE", 512 * KIB)
+    monkeypatch.setattr(copying, "processors", lambda: 3)
+    log = tmp_path / "log"
+    source = nbdkit("--threads=8", "--filter=log", "pattern", str(size), f"logfile={log}").uri
+    target = nbdkit("--threads=8", "memory", "32M").uri
+    assert sum(nbd.copy(source, target, connections=3)) == size
+    places = re.findall(r" Read id=\d+ offset=0x([0-9a-f]+) ", log.read_text())
+    assert len(places) >= size // (256 * KIB)
+    assert {int(place, 16) % 4096 for place in places} == {0}
 
 
 @pytest.mark.parametrize("last", [1, 511, 4095])
