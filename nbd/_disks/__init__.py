@@ -5,6 +5,7 @@ Each imports from nbd._binding, and here only from those above it:
 
     queue         the shim's queue, and nbd.queue.Queue
     connect       nbd.connect
+    handles       connections that the caller provides: a callable, or a list of handles
     background    threads, and further connections that are made while the first one works
     extents       nbd.extents
     connections   the connections of a file, and the waits on them

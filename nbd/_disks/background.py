@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from nbd._binding.methods import NBD
+    from nbd._disks.handles import Maker
 
 #: How many seconds the end of the program waits for the threads that it has stopped.
 _EXIT_TIMEOUT = 0.5
@@ -94,25 +95,34 @@ class Joining:
     waits for a connection that never completes, as with a server that admits no further client.
 
     `stop` does not wait for the thread, and the end of the program waits only for a moment, because
-    the look-up of a host's name cannot be interrupted.  The thread refers to `add` until it ends,
-    so nothing that is reachable from `add` is collected before.
+    the look-up of a host's name cannot be interrupted, nor can a callable of the caller.  A handle
+    that is connected too late is closed.  The thread refers to `add` and to the callable until it
+    ends, so nothing that is reachable from them is collected before.
 
     Args:
-        uri: The URI of the server.
+        server: The URI of the server, or the caller's callable.
         count: How many connections to make at most.
-        timeout: How many seconds one connection may take; None is for ever.
+        timeout: How many seconds one connection to a URI may take; None is for ever.
         add: Called in the thread with each connected handle, which it takes over.  If it raises,
             the handle is closed and no other is made.  It must not wait for a lock that a caller
             of `stop` holds.
+        fail: Called in the thread, and under the same condition, if a callable returns what is not
+            a handle, or the same one again.
     """
 
     def __init__(
-        self, uri: str, count: int, timeout: float | None, add: Callable[[NBD], object]
+        self,
+        server: str | Maker,
+        count: int,
+        timeout: float | None,
+        add: Callable[[NBD], object],
+        fail: Callable[[Exception], object] | None = None,
     ) -> None:
-        self._uri = uri
+        self._server: str | Maker | None = server
         self._count = count
         self._timeout = timeout
         self._add = add
+        self._fail = fail
         self._process = os.getpid()
         self._lock = RLock()  # held while a handle is handed over
         self._is_stopped = False
@@ -124,6 +134,8 @@ class Joining:
         # RuntimeError: the system has no thread left, or the program is ending.
         with suppress(RuntimeError):
             self._thread.start()
+            return
+        self._server = None
 
     def stop(self) -> None:
         """Abandon the connection that is being made, and make no other.
@@ -131,6 +143,7 @@ class Joining:
         `add` is not called any more once this has returned.  Stopping twice does nothing.
         """
         self._is_stopped = True
+        self._server = None  # a callable may refer to anything, also to who has this object
         if os.getpid() != self._process:
             return  # the parent's thread, which the fork did not copy, may have held the lock
         with self._lock:
@@ -139,10 +152,31 @@ class Joining:
             connecting.__exit__(None, None, None)  # makes the thread's call return
 
     def _run(self) -> None:
-        # The program works without the connection, whatever is raised here.
-        with suppress(Exception):
+        # The program works without the connection, whatever is raised here; nobody else could
+        # handle what a callable raises, such as SystemExit.
+        with suppress(BaseException):
             for _ in range(self._count):
-                self._hand_over(connect(self._uri, timeout=self._timeout, prepare=self._note))
+                self._hand_over(self._connected())
+        self._server = None
+
+    def _connected(self) -> NBD:
+        server = self._server
+        if server is None:
+            raise RuntimeError("the connection is not needed any more")
+        if isinstance(server, str):
+            return connect(server, timeout=self._timeout, prepare=self._note)
+        return self._checked(server, server.call())
+
+    def _checked(self, maker: Maker, made: object) -> NBD:
+        """Return what a callable has made; report a mistake of its author."""
+        try:
+            return maker.checked(made)
+        except (TypeError, ValueError) as mistake:
+            with self._lock:
+                self._check()
+                if self._fail is not None:
+                    self._fail(mistake)
+            raise
 
     def _note(self, handle: NBD) -> None:
         """Remember a handle that is about to be connected, so that `stop` can close it."""

@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 CLOSE_TIMEOUT = 1.0
 #: Errnos of a connection attempt while the server is not listening yet.
 NOT_LISTENING = (errno.ECONNREFUSED, errno.ENOENT)
+#: What libnbd says to call for a URI with tls-certificates or tls-psk-file.
+_LOCAL_FILE = "set_uri_allow_local_file"
+#: What the caller of nbd.connect, or of a function without the argument `prepare`, has to type.
+TO_PREPARE = f"pass prepare=lambda h: h.{_LOCAL_FILE}(True)"
+TO_CALL = (
+    f"replace it by functools.partial(nbd.connect, uri, prepare=lambda h: h.{_LOCAL_FILE}(True))"
+)
 #: Seconds between two attempts to connect.
 _MIN_RETRY_INTERVAL, _MAX_RETRY_INTERVAL = 0.01, 0.25
 
@@ -77,8 +84,36 @@ def connect(
         except Error as reason:
             interval = next(intervals, None) if reason.errnum in NOT_LISTENING else None
             if interval is None:
+                advise(reason)
                 raise
         _rest(interval)
+
+
+def connect_uri(uri: Uri, *, timeout: float | None, retry_for: float | None = None) -> NBD:
+    """nbd.connect for nbd.open and nbd.copy, which have no argument `prepare`."""
+    try:
+        return connect(uri, timeout=timeout, retry_for=retry_for)
+    except Error as reason:
+        advise(reason, TO_CALL)
+        raise
+
+
+def advise(refused: Error, advice: str = TO_PREPARE) -> None:
+    """Raise a better exception for a connection that failed because libnbd forbids its URI.
+
+    libnbd names a function of C, which a caller who has no handle cannot call.
+
+    Args:
+        refused: The exception of the call; if the reason was another one, nothing is raised.
+        advice: What to type: TO_PREPARE or TO_CALL.
+    """
+    if refused.errnum == errno.EPERM and _LOCAL_FILE in refused.string:
+        method = refused.string.partition(":")[0]
+        raise Error(
+            f"{method}: the URI names local files, which libnbd reads only if the handle allows "
+            f"it; if you trust the URI, {advice}",
+            errno.EPERM,
+        ) from None
 
 
 def context_names(contexts: Iterable[str]) -> list[str]:

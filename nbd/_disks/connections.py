@@ -3,7 +3,7 @@
 
 A file can be used as soon as its first connection is made.  Further connections are an
 optimisation: they are made while the file waits or is used, and join the queue when they are ready.
-No thread is needed for that.
+No thread is needed for that, unless a callable of the caller makes them.
 
 This module refers to the connections of every open file until the file is closed, so that the
 file's finalizer can still use them.  Otherwise the garbage collector could find a file and its
@@ -15,12 +15,14 @@ collected.
 from __future__ import annotations
 
 import signal
+from collections import deque
 from contextlib import suppress
 from time import monotonic
 
 from nbd._binding.errors import ClosedHandle, Error, Timeout
 from nbd._binding.handle import hold, let_go
 from nbd._binding.methods import NBD
+from nbd._disks.background import Joining
 from nbd._disks.connect import (
     CLOSE_TIMEOUT,
     agreed,
@@ -29,6 +31,7 @@ from nbd._disks.connect import (
     finish_shutdown,
     prepared,
 )
+from nbd._disks.handles import export_of
 from nbd._disks.queue import TARGET, IdleTimer, Queue, timeout_error
 
 TYPE_CHECKING = False
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from nbd._disks.handles import Maker
     from nbd._disks.queue import Request
 
 #: Seconds between two checks of the connections that are being made.  The interval doubles while
@@ -47,7 +51,7 @@ _kept: dict[Connections, Any] = {}
 
 
 class _Borrowed(NBD):
-    """The caller's handle, without the attributes that the program has set on it."""
+    """A handle of the program's, without the attributes that the program has set on it."""
 
     def __init__(self, handle: NBD) -> None:
         self._h = handle._h
@@ -59,6 +63,13 @@ class _Borrowed(NBD):
 class Connections:
     """The connections of one file.
 
+    Args:
+        handles: The connections that are made already, all to one export.
+        is_ours: Whether they are closed with the file.
+        is_of_program: Whether the program has made them, and may refer to them, or they to it.
+        timeout: How many seconds nothing may move; None is for ever.
+        depth, piece: Those of the queue.
+
     Attributes:
         ours: The handles that are closed with the file, including those that are being connected.
         queue: The queue over all connections.
@@ -68,29 +79,49 @@ class Connections:
     """
 
     def __init__(
-        self, handle: NBD, ours: list[NBD], timeout: float | None, depth: int, piece: int
+        self,
+        handles: list[NBD],
+        timeout: float | None,
+        depth: int,
+        piece: int,
+        *,
+        is_ours: bool,
+        is_of_program: bool,
     ) -> None:
-        handle.get_size()  # raises if the size is too large for a file of Python's
-        self.can_flush = handle.can_flush()
-        self.ours = ours
-        self._borrowed = None if ours else _Borrowed(handle)
+        handles[0].get_size()  # raises if the size is too large for a file of Python's
+        self.can_flush = handles[0].can_flush()
+        if is_of_program:
+            handles = [_Borrowed(handle) for handle in handles]
+        self.ours = list(handles) if is_ours else []
+        self._borrowed = handles if is_of_program else []
         self.is_stalled = False
         self.is_hurried = False
         self._timeout = timeout
         self._joining: list[NBD] = []
+        # Those that a callable makes: the thread that calls it, what it has made, and mistakes.
+        self._maker_thread: Joining | None = None
+        self._made: deque[NBD] = deque()
+        self._mistakes: deque[Exception] = deque()
         self._check_at = 0.0
         self._interval = _MIN_CHECK_INTERVAL
         self._is_late = False
-        self.queue = Queue(self._borrowed or handle, depth=depth, piece=piece)
+        self.queue = Queue(handles, depth=depth, piece=piece)
 
     def keep(self, file: Any) -> None:
         """Keep the connections, and the file if it is given, until `close` or `abandon`."""
-        if self._borrowed is not None:
-            hold(self._borrowed._h, self)
+        for handle in self._borrowed:
+            hold(handle._h, self)
         _kept[self] = file
 
-    def add(self, uri: str, count: int) -> None:
+    def add(self, server: str | Maker, count: int) -> None:
         """Begin to make further connections; those that fail are left out."""
+        if isinstance(server, str):
+            self._begin_to_connect(server, count)
+            return
+        self._maker_thread = Joining(server, count, None, self._note_made, self._mistakes.append)
+        self._maker_thread.start()
+
+    def _begin_to_connect(self, uri: str, count: int) -> None:
         uri = agreed(uri, "", {})
         for _ in range(count):
             try:
@@ -105,8 +136,28 @@ class Connections:
                 self._leave_out(handle)
                 return
 
+    def _note_made(self, handle: NBD) -> None:
+        """Note what the callable has made; called in the thread."""
+        borrowed = _Borrowed(handle)
+        hold(borrowed._h, self)
+        self._borrowed.append(borrowed)
+        self.ours.append(borrowed)
+        self._made.append(borrowed)
+
+    def _let_made_join(self) -> None:
+        """Use what the callable has made."""
+        while self._made:
+            handle = self._made.popleft()
+            with suppress(Error, ClosedHandle, ValueError):  # it is lost, or of another export
+                if export_of(handle) == export_of(self.ours[0]):
+                    self.queue._shim_queue.add(TARGET, handle)
+                    continue
+            handle.__exit__(None, None, None)
+
     def let_join(self) -> None:
         """Advance the connections that are being made, unless that was tried a moment ago."""
+        if self._maker_thread is not None:
+            self._let_made_join()
         if not self._joining or monotonic() < self._check_at:
             return
         has_moved = False
@@ -122,9 +173,12 @@ class Connections:
 
         Raises:
             nbd.Timeout: Nothing has moved on the connections for the whole timeout.
+            TypeError, ValueError: The caller's callable has returned what cannot be a connection.
         """
         if is_over():
             return
+        if self._mistakes and not self.is_hurried:
+            raise self._mistakes.popleft()
         self.is_stalled = True  # this stays if an exception stops the wait
         queue, shim_queue = self.queue, self.queue._shim_queue
         timer = IdleTimer(shim_queue, self._timeout)
@@ -178,14 +232,16 @@ class Connections:
     def abandon(self) -> None:
         """Close the connections at once.  A second call does nothing."""
         try:
+            if self._maker_thread is not None:
+                self._maker_thread.stop()
             self.queue.close()
             close_all(self.ours)
         finally:
             self._let_go()
 
     def _let_go(self) -> None:
-        if self._borrowed is not None:
-            let_go(self._borrowed._h, self)
+        for handle in self._borrowed:
+            let_go(handle._h, self)
         _kept.pop(self, None)
 
     def _slice(self, seconds: float) -> float:

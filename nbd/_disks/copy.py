@@ -115,9 +115,17 @@ def copy(
 ) -> Copied:
     """Copy a whole disk, or ranges of it.
 
-    Source and target are each one of: a URI; a connected nbd.NBD; the command line of a server, as
-    a list of str; the path of a file or block device; an open binary file, whose copy begins at its
-    position.  With the target None, the source is read, and nothing is written.
+    Source and target are each one of: a URI; a connected nbd.NBD, or a list of them, which are
+    connections to one export; the command line of a server, as a list of str; a callable without
+    arguments that returns a connected nbd.NBD; the path of a file or block device; an open binary
+    file, whose copy begins at its position.  With the target None, the source is read, and nothing
+    is written.
+
+    The callable is called once for each connection, the first time by the calling thread, then by
+    another one.  The copy closes what it returns, but no handle that it is given.  The copy's
+    timeout does not bound the callable, and without one, the timeout of the first handle applies.
+    functools.partial(nbd.connect, uri, prepare=...) sets up TLS, an export name and so on for all
+    connections.  An object that can be read or written is a file, even if it can be called.
 
     A file that is named by its path is created, or truncated to 0 bytes, first; with ranges, it
     keeps its contents, and becomes as large as the source if it is smaller.  A disk, a block
@@ -214,7 +222,7 @@ def open_endpoint(what: Anything | None, side: int, settings: Settings) -> Endpo
     """
     if what is None and side == TARGET:
         return Null(settings)
-    return open_disk(what, settings) or open_file(what, side, settings)
+    return open_disk(what, side, settings) or open_file(what, side, settings)
 
 
 class Copy:
@@ -321,7 +329,7 @@ class Copy:
             self._start_workers()
         for endpoint, side in ((self._source, SOURCE), (self._target, TARGET)):
             join = partial(self._join, endpoint, side)
-            endpoint.start_joining(self._max_tasks() - len(endpoint.handles), join)
+            endpoint.start_joining(self._max_tasks() - len(endpoint.handles), join, self._fail)
 
     def _max_tasks(self) -> int:
         """How many workers have something to do."""
@@ -474,13 +482,17 @@ class Copy:
             self._failures.clear()  # their tracebacks refer to self
         return counts
 
+    def _fail(self, raised: BaseException) -> None:
+        """End the copy because of an exception in another thread, which `run` then raises."""
+        self._failures.append(raised)
+        self._stop_workers(raised)
+
     def _work_in_background(self, worker: _Worker) -> None:
         """The work of a background thread."""
         try:
             self._work(worker)
         except BaseException as raised:
-            self._failures.append(raised)
-            self._stop_workers(raised)
+            self._fail(raised)
         if self._settings.is_stopped:
             with suppress(Exception):  # the first failure is the one that is raised
                 self._drain(worker)

@@ -11,12 +11,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from time import monotonic
 
-from nbd._binding.constants import (
-    CONTEXT_BASE_ALLOCATION,
-    SIZE_MAXIMUM,
-    SIZE_MINIMUM,
-    STATE_ZERO,
-)
+from nbd._binding.constants import CONTEXT_BASE_ALLOCATION, STATE_ZERO
 from nbd._binding.errors import Error, Timeout
 from nbd._binding.methods import NBD
 from nbd._binding.shim import ffi
@@ -25,7 +20,7 @@ from nbd._disks.connect import (
     CLOSE_TIMEOUT,
     begin_shutdown,
     close_all,
-    connect,
+    connect_uri,
     finish_shutdown,
 )
 from nbd._disks.copystream import DiskReader, DiskWriter, await_some
@@ -37,8 +32,19 @@ from nbd._disks.endpoints import (
     Endpoint,
     is_past,
     parts,
+    side_name,
 )
 from nbd._disks.extents import Survey
+from nbd._disks.handles import (
+    Maker,
+    can_have_more,
+    check_can_share,
+    export_of,
+    has_process,
+    is_maker,
+    listed,
+    name_of_made,
+)
 from nbd._disks.queue import (
     FLUSH,
     MAX_CONNECTIONS,
@@ -76,7 +82,8 @@ class Disk(Endpoint):
         settings: Those of the copy.
         is_ours: Whether the copy has made the connections, and closes them.
         name: What messages call it; None is the repr of the first handle.
-        uri: Where further connections can be made; None if they cannot.
+        server: The URI or the callable by which further connections can be made; None if they
+            cannot.
         max_further: How many further connections can be made.
         is_command: Whether a handle of ours has started the server.
     """
@@ -90,7 +97,7 @@ class Disk(Endpoint):
         *,
         is_ours: bool,
         name: str | None = None,
-        uri: str | None = None,
+        server: str | Maker | None = None,
         max_further: int = 0,
         is_command: bool = False,
     ) -> None:
@@ -100,10 +107,10 @@ class Disk(Endpoint):
         self.size = self.capacity = first.get_size()
         self.name = repr(first) if name is None else name
         self.is_read_only = first.is_read_only()
-        self.timeout = None if is_ours else first.gettimeout()
+        self.timeout = first.gettimeout()
         self._is_ours = is_ours
-        self._uri = uri
-        self._max_further = max_further if uri is not None else 0
+        self._server = server
+        self._max_further = max_further if server is not None else 0
         self.max_workers = len(handles) + self._max_further  # each needs a handle of its own
         self._connect_timeout = settings.timeout
         self._is_command = is_command
@@ -133,21 +140,23 @@ class Disk(Endpoint):
         for handle in self.handles[worker::workers][:_MAX_HANDLES]:
             queue.add(side, handle)
 
-    def start_joining(self, count: int, add: Callable[[NBD], object]) -> None:
+    def start_joining(
+        self, count: int, add: Callable[[NBD], object], fail: Callable[[Exception], object]
+    ) -> None:
         """Make at most `count` further connections; call `add` with each, in another thread.
 
         `add` appends the handle to `handles`.  A connection to another export is refused.
         """
         count = min(count, self._max_further)
-        if count <= 0 or self._uri is None:
+        if count <= 0 or self._server is None:
             return
 
         def check_and_add(handle: NBD) -> None:
-            if _export_of(handle) != _export_of(self.handles[0]):
+            if export_of(handle) != export_of(self.handles[0]):
                 raise ValueError("handles: the export is not the same")
             add(handle)
 
-        self._joining = Joining(self._uri, count, self._connect_timeout, check_and_add)
+        self._joining = Joining(self._server, count, self._connect_timeout, check_and_add, fail)
         self._joining.start()
 
     def stop_joining(self) -> None:
@@ -386,10 +395,12 @@ class _Reply:
                 self.poll(max(0.001, deadline - monotonic()))
 
 
-def open_disk(what: Any, settings: Settings) -> Disk | None:
-    """Open a side of a copy if its caller has named a disk: by a handle, a URI or a command line.
+def open_disk(what: Any, side: int, settings: Settings) -> Disk | None:
+    """Open a side of a copy if its caller has named a disk.
 
-    A URI is connected once; further connections are made when the copy begins.
+    It is named by a handle, a list of them, a URI, a command line, or a callable that makes
+    connections.  Of a URI and a callable, one connection is made; further ones are made when the
+    copy begins.
 
     Returns:
         The endpoint; None if `what` is not a disk.
@@ -397,14 +408,53 @@ def open_disk(what: Any, settings: Settings) -> Disk | None:
     Raises:
         nbd.Error: The server cannot be reached, or refuses.
         nbd.Timeout: The server does not answer.
+        TypeError, ValueError: The handles cannot be used.
     """
-    if isinstance(what, NBD):
-        return Disk([what], settings, is_ours=False)
+    handles = [what] if isinstance(what, NBD) else listed(side_name(side), what)
+    if handles is not None:
+        return _disk_of_caller(handles, side, settings)
+    if is_maker(what):
+        return _made_disk(what, side, settings)
     if not is_server(what):
         return None
-    handle = connect(what, timeout=settings.timeout)
+    handle = connect_uri(what, timeout=settings.timeout)
     try:
         return disk_over(handle, what, settings)
+    except BaseException:
+        handle.__exit__(None, None, None)
+        raise
+
+
+def _disk_of_caller(handles: list[NBD], side: int, settings: Settings) -> Disk:
+    """The endpoint over handles of the caller.
+
+    Source and target may have one handle in common, which has one worker then.
+    """
+    shims = dict.fromkeys((handle._h for handle in handles), False)
+    is_same = shims == settings.given and len(shims) == 1
+    if not is_same and not shims.keys().isdisjoint(settings.given):
+        raise ValueError(f"{side_name(side)}: one of its handles is in use on the other side")
+    if side == TARGET:
+        check_can_share(side_name(side), handles)
+    settings.given.update(shims)
+    return Disk(handles, settings, is_ours=False)
+
+
+def _made_disk(function: Callable[[], object], side: int, settings: Settings) -> Disk:
+    """The endpoint over a connection that the caller's callable makes."""
+    maker = Maker(side_name(side), function, settings.given)
+    handle = maker.first()
+    try:
+        settings.check()  # nbd.aio.copy may have been cancelled meanwhile
+        return Disk(
+            [handle],
+            settings,
+            is_ours=True,
+            name=name_of_made(handle, function),
+            server=maker,
+            max_further=settings.max_connections - 1 if can_have_more(handle) else 0,
+            is_command=has_process(handle),
+        )
     except BaseException:
         handle.__exit__(None, None, None)
         raise
@@ -419,7 +469,7 @@ def disk_over(handle: NBD, what: Any, settings: Settings) -> Disk:
         settings,
         is_ours=True,
         name=what if is_uri else repr(what),
-        uri=what if is_uri else None,
+        server=what if is_uri else None,
         max_further=settings.max_connections - 1 if can_join else 0,
         is_command=not is_uri,
     )
@@ -427,15 +477,11 @@ def disk_over(handle: NBD, what: Any, settings: Settings) -> Disk:
 
 def is_server(what: object) -> bool:
     """Whether `what` is a URI, or the command line of a server."""
-    return isinstance(what, (list, tuple)) or (isinstance(what, str) and _is_uri(what))
+    if isinstance(what, (list, tuple)):
+        return not any(isinstance(one, NBD) for one in what)
+    return isinstance(what, str) and _is_uri(what)
 
 
 def _is_uri(text: str) -> bool:
     scheme, colon, _ = text.partition(":")
     return colon != "" and scheme.lower().partition("+")[0] in _SCHEMES
-
-
-def _export_of(handle: NBD) -> tuple[int, ...]:
-    """What all connections to one export have in common."""
-    sizes = (handle.get_block_size(which) for which in (SIZE_MINIMUM, SIZE_MAXIMUM))
-    return handle.get_size(), *sizes

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from nbd._binding.methods import NBD
     from nbd._disks.queue import Moving, ShimQueue
 
-    Anything = Union[str, "os.PathLike[str]", bytes, Sequence[str], NBD, Any]
+    Anything = Union[
+        str, "os.PathLike[str]", bytes, Sequence[str], NBD, Sequence[NBD], Callable[[], NBD], Any
+    ]
     Data = Union[bytes, memoryview]
     Progress = Callable[[int, Union[int, None]], object]
     OnError = Callable[[int, int, Error], object]
@@ -79,6 +81,8 @@ class Settings:
         is_stopped: Whether the copy has to end, because a part of it has failed, or because its
             caller wants it.
         bad: The ranges that could not be read, as (offset, length), in any order.
+        given: The shim's handles that the caller has provided for both sides, and whether a
+            callable has made them.
     """
 
     def __init__(
@@ -107,6 +111,7 @@ class Settings:
         self.on_error = on_error
         self.is_stopped = False
         self.bad: list[tuple[int, int]] = []
+        self.given: dict[Any, bool] = {}
 
     @property
     def max_connections(self) -> int:
@@ -133,8 +138,8 @@ class Endpoint:
         is_read_only: Whether it refuses writes.
         discards: Whether it keeps nothing of what is written.
         is_zero: Whether it is known to read as zeroes wherever the copy has not written.
-        timeout: The timeout of the caller's handle, in seconds; None if there is no such handle, or
-            if it has none.
+        timeout: The timeout of the first handle, in seconds; None if there is no handle, or if it
+            has none.
         handles: Its connections to a server; empty if there is no server.
         max_workers: How many threads can share it, now or when further connections have joined.
         settings: Those of the copy.
@@ -181,8 +186,13 @@ class Endpoint:
         """Give the queue of one worker of several its share of the endpoint."""
         raise NotImplementedError
 
-    def start_joining(self, count: int, add: Callable[[NBD], object]) -> None:
-        """Make at most `count` further connections; call `add` with each, in another thread."""
+    def start_joining(
+        self, count: int, add: Callable[[NBD], object], fail: Callable[[Exception], object]
+    ) -> None:
+        """Make at most `count` further connections; call `add` with each, in another thread.
+
+        `fail` is called there if the caller's callable returns what cannot be a connection.
+        """
 
     def stop_joining(self) -> None:
         """Make no further connection, without waiting for the one that is being made."""

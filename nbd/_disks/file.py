@@ -29,8 +29,16 @@ from nbd._binding.errors import DiskError
 from nbd._binding.memory import as_bytes
 from nbd._binding.methods import NBD
 from nbd._binding.shim import IS_CPYTHON
-from nbd._disks.connect import connect
+from nbd._disks.connect import connect_uri
 from nbd._disks.connections import Connections
+from nbd._disks.handles import (
+    Maker,
+    can_have_more,
+    check_can_share,
+    is_maker,
+    listed,
+    name_of_made,
+)
 from nbd._disks.queue import MAX_CONNECTIONS, PIECE, as_count
 from nbd._disks.rawfile import DiskFile
 
@@ -41,6 +49,8 @@ if TYPE_CHECKING:
     from typing import Any, BinaryIO, TypeVar
 
     from _typeshed import ReadableBuffer, WriteableBuffer
+
+    from nbd._disks.handles import Source
 
     Class = TypeVar("Class", bound=type)
 
@@ -58,7 +68,7 @@ _gone: list[ref[Any]] = []
 
 
 def open(
-    source: str | list[str] | tuple[str, ...] | NBD,
+    source: Source,
     mode: str = "rb",
     *,
     buffering: int = -1,
@@ -84,18 +94,22 @@ def open(
     the file; in that case nothing is flushed.
 
     Args:
-        source: A URI; the command line of a server, as a list of str; or a connected nbd.NBD, which
-            stays open.
+        source: A URI; the command line of a server, as a list of str; a connected nbd.NBD, which
+            stays open; a list of them, which are connections to one export; or a callable without
+            arguments that returns a connected nbd.NBD.  It is called once for each connection,
+            after the first in another thread, and its handles are closed with the file.
+            functools.partial(nbd.connect, uri, prepare=...) is one, for TLS or an export name.
         mode: "rb" to read; "r+b" to read and write; "wb" to write, which does not empty the disk.
         buffering: The size of the buffer in bytes; -1 chooses a size.  With 0 the file has no
             buffer, and reads and writes may be short, as with io.RawIOBase.
-        connections: How many connections to make to a URI, at most 64.  If the server does not
-            allow several, only one is made.  The file can be used as soon as the first is
-            connected; the others join when they are ready.
-        timeout: Raise nbd.Timeout when no byte has moved for this many seconds.  None waits for
-            ever or, with an nbd.NBD, uses the handle's own timeout.
+        connections: How many connections to make to a URI or by a callable, at most 64.  If the
+            server does not allow several, only one is made.  The file can be used as soon as the
+            first is connected; the others join when they are ready, and one that fails is left out.
+        timeout: Raise nbd.Timeout when no byte has moved for this many seconds.  It does not bound
+            a callable.  None waits for ever or, with an nbd.NBD that the caller has connected, uses
+            the handle's own timeout.
         retry_for: How many seconds to keep trying while the server is not listening.  See
-            nbd.connect.
+            nbd.connect.  Only for a URI or a command line.
 
     Returns:
         A file of the module io.  Its errors are nbd.DiskError, which is an OSError and an
@@ -105,7 +119,9 @@ def open(
     Raises:
         nbd.Error: The server cannot be reached, or the export has 2**63 bytes or more (EOVERFLOW).
         nbd.DiskError: The mode is for writing, and the export is read-only (EROFS).
-        ValueError: mode, buffering or connections has another value than those above.
+        ValueError: mode, buffering or connections has another value than those above; or handles
+            are given twice, or are connected to different exports.
+        TypeError: A callable returns something other than an nbd.NBD.
 
     Example:
         >>> with nbd.open(["nbdkit", "-s", "memory", "1M"], "r+b") as disk:
@@ -124,36 +140,60 @@ def open(
     size = PIECE if size == -1 else size
     seconds = None if timeout is None else as_seconds("timeout", timeout)
     number = _number(connections, source)
-    if isinstance(source, NBD):
-        seconds = source.gettimeout() if seconds is None else seconds
-        return _opened(source, [], source, mode, can, seconds, size)
-    handle = connect(source, timeout=seconds, retry_for=retry_for)
+    handles = [source] if isinstance(source, NBD) else listed("source", source)
+    if handles is not None:
+        made = _connections(handles, can, seconds, is_ours=False, is_of_program=True)
+        return _opened(made, source, mode, can, size)
+    server: Any = source
+    is_made = is_maker(source)
+    if is_made:
+        server = Maker("source", server, {})
+        handle: NBD = server.first()
+    else:
+        handle = connect_uri(server, timeout=seconds, retry_for=retry_for)
     try:
-        more = number - 1 if number > 1 and handle.can_multi_conn() else 0
-        return _opened(handle, [handle], source, mode, can, seconds, size, more)
+        more = number - 1 if number > 1 and can_have_more(handle) else 0
+        name = name_of_made(handle, source) if is_made else source
+        made = _connections([handle], can, seconds, is_ours=True, is_of_program=is_made)
+        return _opened(made, name, mode, can, size, server, more)
     except BaseException:
         handle.__exit__(None, None, None)
         raise
 
 
+def _connections(
+    handles: list[NBD],
+    can: tuple[bool, bool],
+    timeout: float | None,
+    *,
+    is_ours: bool,
+    is_of_program: bool,
+) -> Connections:
+    """Return the connections of a file; without a timeout, the handles have their own."""
+    if can[1]:
+        check_can_share("source", handles)
+        if handles[0].is_read_only():
+            raise DiskError("the export is read-only; open it with mode 'rb'", errno.EROFS)
+    seconds = handles[0].gettimeout() if timeout is None else timeout
+    return Connections(
+        handles, seconds, _DEPTH, PIECE, is_ours=is_ours, is_of_program=is_of_program
+    )
+
+
 def _opened(
-    handle: NBD,
-    ours: list[NBD],
+    connections: Connections,
     source: object,
     mode: str,
     can: tuple[bool, bool],
-    timeout: float | None,
     size: int,
+    server: str | Maker = "",
     more: int = 0,
 ) -> BinaryIO:
-    """Make a file on a connected handle; if that fails, the handles in `ours` are closed."""
-    if can[1] and handle.is_read_only():
-        raise DiskError("the export is read-only; open it with mode 'rb'", errno.EROFS)
-    connections = Connections(handle, ours, timeout, _DEPTH, PIECE)
+    """Make a file, and begin to make `more` connections; if that fails, its handles are closed."""
     try:
         raw = DiskFile(connections, source, mode, *can, size)
         if more:
-            connections.add(str(source), more)
+            connections.add(server, more)
         file = _buffered(raw, *can, size)
         _close_at_exit(raw, file)
         connections.keep(raw if size else None)
@@ -179,8 +219,10 @@ def _parsed(mode: object) -> tuple[bool, bool]:
 def _number(connections: object, source: object) -> int:
     """Return how many connections to make."""
     number = as_count("connections", connections, MAX_CONNECTIONS)
-    if number > 1 and not isinstance(source, str):
-        raise ValueError(f"connections: {number} need a URI; a command or a handle has only one")
+    if number > 1 and not isinstance(source, str) and not is_maker(source):
+        raise ValueError(
+            f"connections: {number} need a URI or a callable; a command or a handle has only one"
+        )
     return number
 
 

@@ -308,7 +308,8 @@ def open_file(what: Anything, side: int, settings: Settings) -> Endpoint:
         raise TypeError(f"{name}: a text file cannot be copied; open it with mode 'rb' or 'wb'")
     if not hasattr(what, "read" if side == SOURCE else "write"):
         raise TypeError(
-            f"{name}: a URI, nbd.NBD, path or binary file is needed, not {type(what).__name__}"
+            f"{name}: a URI, nbd.NBD, callable, path or binary file is needed, "
+            f"not {type(what).__name__}"
         )
     return _open_object(what, side, settings)
 

@@ -24,7 +24,15 @@ from nbd._binding.convert import as_number, as_seconds
 from nbd._binding.errors import ClosedHandle, Error, failure_of, pending, raise_pending
 from nbd._binding.methods import NBD
 from nbd._binding.shim import lib
-from nbd._disks.connect import NOT_LISTENING, close_all, context_names, prepared, retry_intervals
+from nbd._disks.connect import (
+    NOT_LISTENING,
+    TO_PREPARE,
+    advise,
+    close_all,
+    context_names,
+    prepared,
+    retry_intervals,
+)
 from nbd._disks.queue import MAX_CONNECTIONS, as_count, timeout_error
 from nbd.aio._client import Client, extended, limited
 from nbd.aio._threads import close_in_thread, in_thread
@@ -190,8 +198,8 @@ class Plan:
         self.retry_for = retry_for
 
 
-async def connected(plan: Plan) -> NBD:
-    """Connect a handle, and retry as long as the plan allows."""
+async def connected(plan: Plan, advice: str = TO_PREPARE) -> NBD:
+    """Connect a handle, and retry as long as the plan allows; `advice` is for `advise`."""
     loop = asyncio.get_running_loop()
     intervals = retry_intervals(plan.retry_for)
     while True:
@@ -200,6 +208,7 @@ async def connected(plan: Plan) -> NBD:
         except Error as reason:
             interval = next(intervals, None) if reason.errnum in NOT_LISTENING else None
             if interval is None:
+                advise(reason, advice)
                 raise
         await asyncio.sleep(interval)
 

@@ -12,6 +12,7 @@ from inspect import iscoroutinefunction
 from threading import Thread
 
 from nbd._binding.constants import CONTEXT_BASE_ALLOCATION
+from nbd._disks.connect import TO_CALL
 from nbd._disks.copy import Copy, open_endpoint
 from nbd._disks.diskendpoint import Disk, disk_over, is_server
 from nbd._disks.endpoints import TICK, Settings
@@ -61,7 +62,8 @@ async def copy(
 
     Args:
         source, target: As for nbd.copy; or an nbd.aio.Client, of which the copy uses the
-            connections that have been made by then.
+            connections that have been made by then.  A callable is called in a thread, so it may
+            block, as nbd.connect does.  It must not be a coroutine function.
         connections, depth, sparse, target_is_zero, ranges, timeout, flush: As for nbd.copy.  With
             an nbd.aio.Client, a timeout of None is the client's own.
         progress: Called in the event loop as progress(done, total), in bytes; see nbd.copy.
@@ -103,7 +105,11 @@ _running: set[_CopyThread] = set()
 
 
 class _CopyThread:
-    """The thread of one copy, and what the event loop needs to begin, follow and stop it."""
+    """The thread of one copy, and what the event loop needs to begin, follow and stop it.
+
+    Until the copy begins, a callable or a FIFO of the caller may keep the thread from returning.
+    If the copy is stopped meanwhile, the event loop closes what has been opened by then.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._loop = asyncio.get_running_loop()
@@ -116,6 +122,7 @@ class _CopyThread:
             settings.on_error = self._ask
         self._ended: Future[Copied] = self._loop.create_future()
         self._ours: list[tuple[list[NBD], Plan]] = []
+        self._opened: list[Endpoint] = []  # by the thread
         self._copy: Copy | None = None
         self._thread: Thread | None = None
 
@@ -133,10 +140,13 @@ class _CopyThread:
             self._settings.is_stopped = True
             if self._copy is not None:  # in a thread: it waits for the end of a server's process
                 in_thread(self._loop, self._copy.stop)
-            if self._thread is None or self._thread.ident is None:  # it was not started
-                _running.discard(self)
+            else:
                 for handles, plan in self._ours:
                     close_soon(handles, plan)
+                for endpoint in list(self._opened):
+                    in_thread(self._loop, endpoint.abort)
+            if self._thread is None or self._thread.ident is None:  # it was not started
+                _running.discard(self)
             raise
 
     def join(self) -> None:
@@ -148,10 +158,10 @@ class _CopyThread:
     async def _opener(self, what: Any, side: int) -> Opener:
         """How the thread opens one side of the copy; a server is connected here already."""
         settings = self._settings
-        if not is_server(what):
+        if not is_server(what):  # such as a callable, which may block
             return partial(open_endpoint, what, side, settings)
         plan = Plan(what, [CONTEXT_BASE_ALLOCATION], None, settings.timeout, 0.0)
-        handle = await connected(plan)
+        handle = await connected(plan, TO_CALL)
         self._ours.append(([handle], plan))
         disk = disk_over(handle, what, settings)
         return lambda: disk
@@ -171,10 +181,8 @@ class _CopyThread:
         failure: BaseException | None = None
         try:
             with ExitStack() as opened:
-                source = open_source()
-                opened.callback(source.close)
-                target = open_target()
-                opened.callback(target.close)
+                source = self._open(opened, open_source)
+                target = self._open(opened, open_target)
                 self._copy = Copy(source, target, self._settings)
                 self._settings.check()
                 copied = self._copy.run()
@@ -184,6 +192,14 @@ class _CopyThread:
             _running.discard(self)
         with suppress(RuntimeError):  # the loop was closed
             self._loop.call_soon_threadsafe(end_future, self._ended, copied, failure)
+
+    def _open(self, opened: ExitStack, opener: Opener) -> Endpoint:
+        """Open one side; called in the thread."""
+        endpoint = opener()
+        opened.callback(endpoint.close)
+        self._opened.append(endpoint)
+        self._settings.check()  # in this order: a stop in between does not see the endpoint
+        return endpoint
 
     def _ask(self, offset: int, length: int, error: Error) -> bool:
         """Call the caller's on_error in the event loop; called in the thread, which waits."""
