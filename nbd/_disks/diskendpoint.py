@@ -426,17 +426,12 @@ def open_disk(what: Any, side: int, settings: Settings) -> Disk | None:
 
 
 def _disk_of_caller(handles: list[NBD], side: int, settings: Settings) -> Disk:
-    """The endpoint over handles of the caller.
-
-    Source and target may have one handle in common, which has one worker then.
-    """
-    shims = dict.fromkeys((handle._h for handle in handles), False)
-    is_same = shims == settings.given and len(shims) == 1
-    if not is_same and not shims.keys().isdisjoint(settings.given):
-        raise ValueError(f"{side_name(side)}: one of its handles is in use on the other side")
+    """The endpoint over handles of the caller."""
+    if any(handle._h in settings.given for handle in handles):
+        raise ValueError("target: one of its handles is in use on the other side; connect another")
+    settings.given += (handle._h for handle in handles)
     if side == TARGET:
         check_can_share(side_name(side), handles)
-    settings.given.update(shims)
     return Disk(handles, settings, is_ours=False)
 
 

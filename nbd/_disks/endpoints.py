@@ -81,8 +81,7 @@ class Settings:
         is_stopped: Whether the copy has to end, because a part of it has failed, or because its
             caller wants it.
         bad: The ranges that could not be read, as (offset, length), in any order.
-        given: The shim's handles that the caller has provided for both sides, and whether a
-            callable has made them.
+        given: The shim's handles that the caller or a callable has provided for both sides.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class Settings:
         self.on_error = on_error
         self.is_stopped = False
         self.bad: list[tuple[int, int]] = []
-        self.given: dict[Any, bool] = {}
+        self.given: list[Any] = []
 
     @property
     def max_connections(self) -> int:

@@ -147,7 +147,7 @@ def open(
     server: Any = source
     is_made = is_maker(source)
     if is_made:
-        server = Maker("source", server, {})
+        server = Maker("source", server, [])
         handle: NBD = server.first()
     else:
         handle = connect_uri(server, timeout=seconds, retry_for=retry_for)

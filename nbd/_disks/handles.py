@@ -30,12 +30,11 @@ class Maker:
     Args:
         name: What messages call it: the caller's argument.
         function: The callable.
-        given: The shim's handles that are in use, and whether a callable has made them; those that
-            this one makes are added.  The caller's objects may refer to anything, so they are not
-            kept.
+        given: The shim's handles that are in use; those that this callable makes are added.  The
+            caller's objects may refer to anything, so they are not kept.
     """
 
-    def __init__(self, name: str, function: Callable[[], object], given: dict[Any, bool]) -> None:
+    def __init__(self, name: str, function: Callable[[], object], given: list[Any]) -> None:
         self._name = name
         self._function = function
         self._given = given
@@ -63,7 +62,7 @@ class Maker:
                 f"{self._name}: the callable has returned a handle that is in use already; it has "
                 "to make a new connection at each call"
             )
-        self._given[made._h] = True
+        self._given.append(made._h)
         try:
             check_connected(f"{self._name}: what the callable has returned", made)
         except BaseException:

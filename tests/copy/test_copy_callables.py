@@ -284,7 +284,7 @@ def test_a_further_connection_to_another_export_is_left_out(
 def test_a_signal_ends_the_first_call(server: Any, tmp_path: Path) -> None:
     maker = Maker(server.uri)
     with alarm(), pytest.raises(Stop):
-        nbd.copy(maker, lambda: time.sleep(TIMEOUT))
+        nbd.copy(maker, partial(time.sleep, TIMEOUT))
     assert maker.all_closed()
 
 
