@@ -19,6 +19,7 @@ import stat
 import sys
 
 from nbd._binding.convert import as_number
+from nbd._binding.shim import IS_CPYTHON
 from nbd._disks.endpoints import (
     CHUNK,
     BoundedWait,
@@ -131,7 +132,9 @@ class Stream(Endpoint):
         if type(data) is bytes:
             return data
         try:
-            return memoryview(data).cast("B")
+            view = memoryview(data)
+            # PyPy 7.3 copies a slice of a view that was cast byte by byte, at 3 MB/s.
+            return view.cast("B") if IS_CPYTHON or not view.c_contiguous else view.tobytes()
         except TypeError:
             kind = type(data).__name__
             raise TypeError(
@@ -427,14 +430,8 @@ def _dont_wait() -> int:
 def _size_of_rest(file: Any) -> int | None:
     """How many bytes follow the position of a file object; None if that is not known.
 
-    Only io's own types are asked: seeking to the end of another object, such as a gzip.GzipFile,
-    may take as long as reading it.
+    Only a BytesIO is asked.  Seeking to the end of another object, such as a gzip.GzipFile, also
+    one below a buffer of io, may take as long as reading it.  A file that is copied as a stream has
+    more content than its size says.
     """
-    if type(file) not in (io.BytesIO, *BUFFERED) or type(raw_of(file)) is io.FileIO:
-        return None  # a file that is copied as a stream has more content than its size says
-    if not file.seekable():
-        return None
-    position = int(file.tell())
-    size = int(file.seek(0, os.SEEK_END))
-    file.seek(position)
-    return max(0, size - position)
+    return max(0, len(file.getbuffer()) - file.tell()) if type(file) is io.BytesIO else None
