@@ -171,12 +171,14 @@ class Joining:
         """Return what a callable has made; report a mistake of its author."""
         try:
             return maker.checked(made)
-        except (TypeError, ValueError) as mistake:
-            with self._lock:
-                self._check()
-                if self._fail is not None:
-                    self._fail(mistake)
-            raise
+        except (TypeError, ValueError) as raised:
+            # Without its traceback, whose frames refer to the callable.
+            mistake = raised.with_traceback(None)
+        with self._lock:
+            self._check()
+            if self._fail is not None:
+                self._fail(mistake)
+        raise RuntimeError("the callable cannot make a connection")
 
     def _note(self, handle: NBD) -> None:
         """Remember a handle that is about to be connected, so that `stop` can close it."""

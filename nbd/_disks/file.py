@@ -106,8 +106,8 @@ def open(
             server does not allow several, only one is made.  The file can be used as soon as the
             first is connected; the others join when they are ready, and one that fails is left out.
         timeout: Raise nbd.Timeout when no byte has moved for this many seconds.  It does not bound
-            a callable.  None waits for ever or, with an nbd.NBD that the caller has connected, uses
-            the handle's own timeout.
+            a callable.  None waits for ever or, with an nbd.NBD or a callable, uses the timeout of
+            the first handle.
         retry_for: How many seconds to keep trying while the server is not listening.  See
             nbd.connect.  Only for a URI or a command line.
 

@@ -122,6 +122,36 @@ def test_a_dropped_file_is_closed_though_its_callable_and_handles_refer_to_it(se
     assert is_there() is None
 
 
+def test_a_dropped_file_is_closed_though_a_mistake_of_its_callable_was_not_raised(
+    server: Any,
+) -> None:
+    class Owner:
+        disk: Any = None
+        has_made = False
+
+        def connect(self) -> Any:
+            if self.has_made:
+                return None
+            self.has_made = True
+            return nbd.connect(server.uri, timeout=TIMEOUT)
+
+    owner: Any = Owner()
+    owner.disk = nbd.open(owner.connect, connections=2)
+    until = time.monotonic() + TIMEOUT
+    while not raw_of(owner.disk)._connections._mistakes:
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    while running and time.monotonic() < until:
+        time.sleep(0.001)
+    is_there = weakref.ref(owner)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        owner = None
+        collect_garbage()
+        gc.collect()
+    assert is_there() is None
+
+
 def fail() -> Any:
     """Raise what no caller expects."""
     raise LookupError
