@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
 """Read-ahead and write-behind of a file.
 
-ReadAhead keeps a window of pieces in front of the reader, and enlarges it whenever the reader has
-to wait.  It never reads further ahead than the reader has read sequentially since the last jump, so
-a program that jumps fetches at most twice what it uses.
+ReadAhead keeps a window of pieces in front of the reader, and enlarges it if the reader has to wait
+for long.  It never reads further ahead than the reader has read sequentially since the last jump,
+so a program that jumps fetches at most twice what it uses.
 
 WriteBehind copies the data of each write, sends it without waiting, and keeps the first error for a
 later call.
@@ -32,6 +32,10 @@ SECTOR = 512
 _MAX_PIECES = 32
 #: The maximum number of writes in flight: 8 MiB.
 _MAX_WRITES = 32
+#: Pieces end at multiples of this size, as servers read their disks in blocks.
+_BLOCK = 4096
+#: A wait of this many seconds for a piece is long: more pieces in flight would shorten it.
+_SLOW = 0.0005
 
 
 def new_memory(size: int) -> tuple[Any, memoryview]:
@@ -60,19 +64,34 @@ class Piece:
 class ReadAhead:
     """The window of one file: adjacent pieces in front of the reader.  It never waits.
 
+    A run is what the program reads sequentially, from one jump to the next.  What a call of the
+    program asks for is read at once, in as many pieces as it needs.  Beyond that, at most as many
+    bytes are read as the run had before the call, so that a program which jumps fetches at most
+    twice what it uses, and only what it uses if it jumps before each call.
+
+    No piece is submitted in advance for the first call after a seek, as the next seek may drop it.
+
     The memory of a piece is reused when the reader has consumed the whole piece.  The memory of a
     piece that is dropped earlier is not reused, because the server may still write to it.
 
+    Args:
+        queue: The queue of the disk.
+        size: The size of the disk in bytes.
+        credit: How many bytes count as read sequentially before the first call.
+
     Attributes:
-        in_order: The number of bytes that were read sequentially since the last jump.
+        stop: A bound for where the window ends, since the last `aim`.
     """
 
-    def __init__(self, queue: Queue, size: int) -> None:
-        self.in_order = 0
+    def __init__(self, queue: Queue, size: int, credit: int) -> None:
+        self.stop = 0
         self._queue = queue
         self._size = size
         self._pieces: deque[Piece] = deque()
-        self._limit = 1
+        self._run = -credit  # where the run began
+        self._needed = 0  # where the program's call ends
+        self._limit = 0  # how many pieces the window has; none is read ahead until it is 2
+        self._quick = 0  # how many waits were short since a long one
         self._free: list[tuple[Any, memoryview]] = []
 
     def __len__(self) -> int:
@@ -83,48 +102,63 @@ class ReadAhead:
         """Return whether the window contains a position."""
         return bool(self._pieces) and self._pieces[0].start <= at < self._pieces[-1].stop
 
-    def reset(self) -> None:
-        """Drop the window, because the reader has jumped, or a part cannot be read."""
+    def drop(self) -> None:
+        """Drop the window, as it may be outdated.  The run continues if the next read does."""
         self._pieces.clear()
-        self._limit = 1
-        self.in_order = 0
+        self._limit = 0
+
+    def jump(self, at: int) -> None:
+        """Begin a run, because the reader has jumped, or a part cannot be read."""
+        self.drop()
+        self._run = at
+        self._quick = 0
 
     def forget(self, start: int, stop: int) -> None:
         """Drop the window if it overlaps a range that will be written."""
         if self._pieces and self._pieces[0].start < stop and start < self._pieces[-1].stop:
             self._pieces.clear()
 
-    def reach(self, at: int) -> int:
-        """Return a bound for where the window can end when `piece_at` is called now."""
-        return min(at + self.in_order + PIECE, self._size)
+    def aim(self, start: int, stop: int) -> None:
+        """Note which range a call of the program asks for."""
+        if self._limit < 2:
+            self._limit += 1
+        ahead = stop + start - self._run
+        self._needed = min(stop, self._size)
+        self.stop = min(max(stop, ahead - ahead % _BLOCK), self._size)
 
-    def grow(self, at: int) -> None:
-        """Enlarge the window, because the reader has to wait."""
-        self._limit = min(2 * self._limit, _MAX_PIECES)
-        self._fill_up(at)
+    def waited(self, seconds: float) -> None:
+        """Enlarge the window if the reader has waited long, and has done so a moment ago, too.
 
-    def piece_at(self, at: int) -> Piece:
-        """Return the piece that contains a position; submit it if it is not in the window."""
+        The window of a server that is near stays small, and so in the processor's cache: a process
+        that the system has put aside waits long once, but not again within two windows.
+        """
+        if seconds < _SLOW:
+            self._quick += 1
+            return
+        count = max(self._limit, len(self._pieces))
+        if self._limit > 1 and self._quick <= 2 * count:
+            self._limit = min(2 * count, _MAX_PIECES)
+        self._quick = 0
+
+    def piece_at(self, at: int) -> Piece | None:
+        """Return the piece that contains a position; submit it if the program asks for it."""
+        pieces = self._pieces
         if not self.covers(at):
-            self._pieces.clear()
-            stop = at + max(self.in_order, 1)
-            self._add(at, stop + -stop % SECTOR)
-        while self._pieces[0].stop <= at:
-            self._pieces.popleft()
+            pieces.clear()
+        while pieces and pieces[0].stop <= at:
+            pieces.popleft()
         self._fill_up(at)
-        return self._pieces[0]
+        return pieces[0] if pieces else None
 
     def take(self, piece: Piece, view: memoryview, at: int) -> int:
         """Copy bytes of a piece, starting at a position, into a view; returns how many."""
         start = at - piece.start
         count = min(len(view), piece.stop - at)
         view[:count] = piece.view[start : start + count]
-        self.in_order += count
         if at + count == piece.stop:
             self._pieces.popleft()
             self._keep(piece)
-            if self._pieces:
-                self._fill_up(at + count)
+            self._fill_up(at + count)
         return count
 
     def _keep(self, piece: Piece) -> None:
@@ -134,18 +168,21 @@ class ReadAhead:
 
     def _fill_up(self, at: int) -> None:
         """Submit more pieces, within the bounds of the window."""
-        while len(self._pieces) < self._limit:
-            start = self._pieces[-1].stop
-            stop = self._stop_of_piece(start)
-            if start == stop or stop > at + self.in_order:
-                break
-            self._add(start, stop)
+        pieces = self._pieces
+        while len(pieces) < _MAX_PIECES:
+            start = pieces[-1].stop if pieces else at
+            if start >= self._needed:
+                stop = min(start + PIECE, self._size)
+                is_full = self._limit < 2 or len(pieces) >= self._limit
+                if is_full or start == stop or stop > self.stop:
+                    break
+            self._add(start, self._stop_of_piece(start))
 
     def _stop_of_piece(self, start: int) -> int:
-        return min(start - start % PIECE + PIECE, self._size)
+        stop = start + PIECE
+        return self.stop if stop >= self.stop else stop - stop % _BLOCK
 
     def _add(self, start: int, stop: int) -> None:
-        stop = min(stop, self._stop_of_piece(start))
         if stop - start == PIECE and self._free:
             memory = self._free.pop()
         else:

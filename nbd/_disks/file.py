@@ -58,6 +58,8 @@ if TYPE_CHECKING:
 #: read that the program waits for need not queue behind them.
 _DEPTH = 64
 _READS = ("read", "read1", "readinto", "readinto1", "readline", "readlines", "peek")
+#: Those whose argument says how many bytes are read at most.
+_SIZED = ("read", "read1", "readinto", "readinto1")
 _WRITES = ("write", "writelines")
 
 # Weak references to open files and their buffers, and the references whose object is gone.  This is
@@ -79,8 +81,9 @@ def open(
     """Open a disk as a binary file, as the built-in open does for files.
 
     With a buffer, sequential reads read ahead: as many bytes as were read sequentially so far, and
-    at most 8 MiB.  A seek outside of the buffer reads from the server again.  Without a buffer,
-    each read returns what is on the disk at that moment.
+    at most 8 MiB.  After a seek outside of the buffer, a read asks the server for what it returns,
+    or for 32 KiB if it is smaller than 4 KiB.  Without a buffer, each read returns what is on the
+    disk at that moment.
 
     Up to 8 MiB, a write does not wait for the server; if it fails, the next write, flush or close
     raises the error.  A disk has a fixed size: a write past its end is refused with ENOSPC, and
@@ -246,7 +249,8 @@ def _moving_together(*names: str) -> Callable[[Class], Class]:
 
     def decorate(cls: Class) -> Class:
         for name in names:
-            setattr(cls, name, _alone(_going_back(getattr(cls, name), cls.tell)))  # type: ignore[attr-defined]
+            method = _going_back(getattr(cls, name), cls.tell, name in _SIZED)  # type: ignore[attr-defined]
+            setattr(cls, name, _alone(method))
         return cls
 
     return decorate
@@ -265,10 +269,11 @@ def _alone(method: Any) -> Any:
     return call
 
 
-def _going_back(method: Any, tell: Callable[[Any], int]) -> Any:
+def _going_back(method: Any, tell: Callable[[Any], int], is_sized: bool) -> Any:
     @wraps(method)
     def call(self: Any, *args: Any) -> Any:
         start = tell(self)
+        self.raw.asked = (start, args) if is_sized else None
         try:
             return method(self, *args)
         except ValueError:

@@ -29,6 +29,8 @@ import sys
 import warnings
 from _thread import RLock
 from contextlib import suppress
+from operator import index
+from time import monotonic
 
 from nbd._binding.convert import as_number
 from nbd._binding.errors import DiskError, Timeout
@@ -52,8 +54,9 @@ if TYPE_CHECKING:
 _MIN_DIRECT = 1024 * 1024
 #: The exceptions with which a call fails by itself; others interrupt it.
 _OWN_ERRORS = (DiskError, TypeError, ValueError)
-#: How many bytes are read into io's buffer after the reader has jumped.
-_AFTER_JUMP = 32 * 1024
+#: A program that jumps and asks for less than _SMALL bytes reads small structures, which are often
+#: close to each other: then _AFTER_JUMP bytes are read into io's buffer, if it is that large.
+_SMALL, _AFTER_JUMP = 4 * 1024, 32 * 1024
 #: How many contexts of an exception are followed: a program can make a cycle of them.
 _MAX_CONTEXTS = 100
 
@@ -118,6 +121,8 @@ class DiskFile(io.RawIOBase):
         is_inherited: Whether a parent process opened it; then it can only be closed.
         has_given_up: Whether it is being closed without being flushed.
         closing: The lock of the thread that closes it.
+        asked: The buffer's call that reads: its position and arguments; None if they do not say how
+            many bytes it needs.
     """
 
     __module__ = "nbd"
@@ -144,13 +149,15 @@ class DiskFile(io.RawIOBase):
         self.closing: Any = RLock()
         self._size = queue.size
         self._sector = max(SECTOR, queue.minimum)
-        self._ahead = ReadAhead(queue, self._size)
+        self._ahead = ReadAhead(queue, self._size, buffering)
         self._behind = WriteBehind(connections)
         self._at = 0
-        self._read_to = -1  # where the last read stopped
+        self._read_to = 0  # where the last read stopped
+        self._is_outdated = False  # whether what was read ahead is, since a seek
         # Each call that moves the position has a list, into which it puts the old position.
         self._last_move: list[int] = []
         self._is_stopped = False  # whether commands of an interrupted call may be in flight
+        self.asked: tuple[int, tuple[Any, ...]] | None = None
         # The id of the exception that interrupted the last call; 0 if it failed by itself.
         self._interrupted_by = 0
         self._is_dirty = False  # whether it was written to since the last flush
@@ -188,7 +195,7 @@ class DiskFile(io.RawIOBase):
         if position < 0:
             raise DiskError(f"seeking to {position}, before the start of the disk", errno.EINVAL)
         if whence != os.SEEK_CUR or position != self._at:  # else io only asks for the position
-            self._read_to = -1  # what was read ahead may be outdated
+            self._is_outdated = True
         self._at = position
         return position
 
@@ -590,35 +597,28 @@ class DiskFile(io.RawIOBase):
         """
         if not view:
             return 0
-        is_sequential = self._reads_ahead and at == self._read_to
-        if not is_sequential:
-            self._ahead.reset()
         next_sector = at - at % self._sector + self._sector
-        read = self._read_sequential if is_sequential else self._read_random
+        read = self._read_ahead if self._reads_ahead else self._read_now
         try:
             count = read(view, at)
         except DiskError:
-            if not is_sequential and at + len(view) <= next_sector:
+            if not self._reads_ahead and at + len(view) <= next_sector:
                 raise  # only the first sector was read
             count = 0
         if not count:
-            self._ahead.reset()
+            self._ahead.jump(at)
             count = self._read_readable(view, at, next_sector - at)
-        if not is_sequential or not self._ahead.in_order:
-            self._ahead.in_order = count
         self._read_to = at + count
         return count
 
-    def _read_random(self, view: memoryview, at: int) -> int:
-        """Read only what was asked for: the reader has jumped, or reads without a buffer."""
-        count = len(view)
+    def _read_now(self, view: memoryview, at: int) -> int:
+        """Read what was asked for, without a buffer."""
         if _can_be_direct(view):
             self._read_direct(view, at)
-            return count
-        count = min(count, _AFTER_JUMP if count <= self._buffering else _MIN_DIRECT)
-        with view[:count] as part:
+            return len(view)
+        with view[:_MIN_DIRECT] as part:
             self._read_copied(part, at)
-        return count
+            return len(part)
 
     def _read_direct(self, view: memoryview, at: int) -> None:
         """Read directly into the caller's memory."""
@@ -659,31 +659,64 @@ class DiskFile(io.RawIOBase):
             count *= 2
         return filled
 
-    def _read_sequential(self, view: memoryview, at: int) -> int:
+    def _read_ahead(self, view: memoryview, at: int) -> int:
         """Read what has arrived in the window; wait if nothing has."""
         ahead = self._ahead
+        if self._is_outdated:
+            ahead.drop()
+            self._is_outdated = False
+        start, stop = self._asked_for(at)
+        if at != self._read_to:
+            ahead.jump(at)
+            if stop - at < _SMALL:
+                stop = at + min(_AFTER_JUMP, self._buffering)
+        ahead.aim(start, stop)
         if not ahead.covers(at) and _can_be_direct(view):
-            ahead.in_order += len(view)
             self._read_direct(view, at)
             return len(view)
-        self._behind.drain(at, ahead.reach(at))
+        self._behind.drain(at, ahead.stop)
         filled = 0
         while filled < len(view):
             piece = ahead.piece_at(at + filled)
-            if not piece.request.is_done and not filled:
-                ahead.grow(at)
-                self._opened().wait_for(piece.request)
-            if filled and not _has_arrived(piece):
+            if piece is None or (filled and not _has_arrived(piece)):
                 break
+            if not piece.request.is_done:
+                since = monotonic()
+                self._opened().wait_for(piece.request)
+                ahead.waited(monotonic() - since)
             _raise_error(piece.request)
             with view[filled:] as rest:
                 filled += ahead.take(piece, rest, at + filled)
         return filled
 
+    def _asked_for(self, at: int) -> tuple[int, int]:
+        """Return which range the program's call asks for; it contains the position.
+
+        The call may say less than it needs, as readline does.
+        """
+        if self.asked is not None:
+            start, arguments = self.asked
+            count = _size_of(arguments)
+            stop = self._size if count < 0 else start + count
+            if start <= at < stop:
+                return start, stop
+        return at, at + 1
+
     def _finish(self, request: Request) -> None:
         """Wait for a request, and raise its error."""
         self._opened().wait_for(request)
         _raise_error(request)
+
+
+def _size_of(arguments: tuple[Any, ...]) -> int:
+    """Return how many bytes a method of io reads at most with these arguments; -1 for all."""
+    if not arguments or arguments[0] is None:
+        return -1
+    try:
+        return index(arguments[0])
+    except TypeError:
+        with memoryview(arguments[0]) as view:
+            return view.nbytes
 
 
 def _can_be_direct(view: memoryview) -> bool:

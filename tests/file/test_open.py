@@ -9,7 +9,6 @@ import io
 import os
 import pickle
 import random
-import re
 import threading
 from array import array
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Callable, cast
 
 import pytest
 from support.files import BUFFERINGS, raw_of, read_fully
+from support.logs import Logged
 from support.programs import output_of, run_program
 from support.servers import Server, StartServer
 from support.sizes import KIB, MIB
@@ -39,38 +39,10 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-class Logged:
-    """A server on a file, with a log of its requests."""
-
-    def __init__(self, nbdkit: StartServer, log: Path, path: Path, *options: str) -> None:
-        self.log = log
-        self.uri = nbdkit(
-            "--filter=log", "--threads=64", "file", str(path), f"logfile={log}", *options
-        ).uri
-
-    def lines(self, what: str) -> list[str]:
-        """Return the lines of the log at the start of each request."""
-        text = self.log.read_text()
-        return [line for line in text.splitlines() if re.search(rf" {what} id=\d+ ", line)]
-
-    def reads(self) -> list[tuple[int, int]]:
-        """Return the offset and the size of each read."""
-        found = (re.search(r"offset=(\w+) count=(\w+)", line) for line in self.lines("Read"))
-        return [(int(one[1], 16), int(one[2], 16)) for one in found if one]
-
-    def max_at_once(self) -> int:
-        """Return the maximum number of concurrent reads."""
-        now = most = 0
-        for line in self.log.read_text().splitlines():
-            now += 1 if " Read id=" in line else -1 if "...Read id=" in line else 0
-            most = max(most, now)
-        return most
-
-
 @pytest.fixture
 def logged(nbdkit: StartServer, tmp_path: Path, image: Path) -> Logged:
     """Return a server on the image that logs its requests."""
-    return Logged(nbdkit, tmp_path / "log", image)
+    return Logged(nbdkit, tmp_path / "log", "file", str(image))
 
 
 @pytest.mark.parametrize("buffering", BUFFERINGS)
@@ -348,12 +320,8 @@ def test_reading_in_order_reads_ahead_each_byte_once(logged: Logged) -> None:
 
 
 def test_reading_ahead_grows_while_the_server_is_slow(nbdkit: StartServer, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    filters = "--filter=log", "--filter=delay", "--threads=64"
-    server = nbdkit(*filters, "null", "24M", "rdelay=20ms", f"logfile={log}")
-    logged = Logged.__new__(Logged)
-    logged.log = log
-    with nbd.open(server.uri) as disk:
+    logged = Logged(nbdkit, tmp_path / "log", "--filter=delay", "null", "24M", "rdelay=20ms")
+    with nbd.open(logged.uri) as disk:
         while disk.read(64 * KIB):
             pass
     assert 8 <= logged.max_at_once() <= 32
@@ -362,7 +330,7 @@ def test_reading_ahead_grows_while_the_server_is_slow(nbdkit: StartServer, tmp_p
 def test_read_ahead_is_bounded_by_what_was_read_in_order(
     nbdkit: StartServer, tmp_path: Path
 ) -> None:
-    logged = Logged(nbdkit, tmp_path / "log", sparse(tmp_path / "large", 32 * MIB))
+    logged = Logged(nbdkit, tmp_path / "log", "null", "32M")
     wanted = 0
     with nbd.open(logged.uri, buffering=4096) as disk:
         for offset in range(0, 32 * MIB, MIB):
@@ -371,13 +339,6 @@ def test_read_ahead_is_bounded_by_what_was_read_in_order(
                 wanted += len(disk.read(4096))
     fetched = sum(count for _, count in logged.reads())
     assert fetched <= 2 * wanted
-
-
-def sparse(path: Path, size: int) -> Path:
-    """Make a file that is one hole."""
-    with path.open("wb") as file:
-        file.truncate(size)
-    return path
 
 
 def test_a_large_read_goes_straight_to_the_callers_memory(server: Server) -> None:
