@@ -428,7 +428,9 @@ def open_disk(what: Any, side: int, settings: Settings) -> Disk | None:
 def _disk_of_caller(handles: list[NBD], side: int, settings: Settings) -> Disk:
     """The endpoint over handles of the caller."""
     if any(handle._h in settings.given for handle in handles):
-        raise ValueError("target: one of its handles is in use on the other side; connect another")
+        raise ValueError(
+            "target: a handle is given twice, as it is in use on the other side; connect another"
+        )
     settings.given += (handle._h for handle in handles)
     if side == TARGET:
         check_can_share(side_name(side), handles)
