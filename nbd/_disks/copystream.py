@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from nbd._disks.endpoints import Data, Endpoint, Settings
     from nbd._disks.queue import Request
 
+_Counts = namedtuple("_Counts", ("copied", "zeroed", "read", "written"))
 
-class Counts(namedtuple("Counts", ("copied", "zeroed", "read", "written"))):
+
+class Counts(_Counts):
     """What a copy has done, in bytes; nbd.Copied defines the numbers."""
 
     __slots__ = ()

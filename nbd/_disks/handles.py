@@ -80,7 +80,7 @@ class Maker:
         return TypeError(f"{self._name}: the callable has returned {kind}: {needed}")
 
 
-def is_maker(what: object) -> bool:
+def is_maker(what: Any) -> bool:
     """Whether `what` is a callable that makes connections; a file or a path is not."""
     return callable(what) and not any(hasattr(what, name) for name in _OF_FILES)
 
