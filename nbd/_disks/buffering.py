@@ -232,6 +232,8 @@ class WriteBehind:
 
     def drain(self, start: int, stop: int) -> None:
         """Wait for the writes that overlap a range, as NBD does not order commands."""
+        if not self._flying:
+            return
         for write in self._flying:
             request = write.request
             if request.offset < stop and start < request.offset + request.length:

@@ -36,7 +36,7 @@ from nbd._binding.convert import as_number
 from nbd._binding.errors import DiskError, Timeout
 from nbd._binding.memory import BOUNCES, as_bytes, is_unowned
 from nbd._disks.buffering import SECTOR, ReadAhead, WriteBehind, new_memory
-from nbd._disks.queue import READ, failure
+from nbd._disks.queue import PIECE, READ, failure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -446,10 +446,13 @@ class DiskFile(io.RawIOBase):
             raise ValueError("the disk belongs to the parent process; open it again after a fork")
 
     def _check_read(self) -> None:
-        self._check_open()
-        if not self._readable:
-            raise io.UnsupportedOperation("read: the disk was opened for writing; use mode 'r+b'")
-        self._check_entry()
+        if self._connections is None or self.is_inherited or not self._readable:  # a shortcut
+            self._check_open()
+            if not self._readable:
+                text = "read: the disk was opened for writing; use mode 'r+b'"
+                raise io.UnsupportedOperation(text)
+            self._check_ours()
+        self.check_not_in_call()
 
     def _check_entry(self) -> None:
         self._check_ours()
@@ -670,6 +673,10 @@ class DiskFile(io.RawIOBase):
             ahead.jump(at)
             if stop - at < _SMALL:
                 stop = at + min(_AFTER_JUMP, self._buffering)
+            if stop - at <= min(PIECE, len(view)):  # one command is enough: save the window's cost
+                with view[: stop - at] as part:
+                    self._read_copied(part, at)
+                    return len(part)
         ahead.aim(start, stop)
         if not ahead.covers(at) and _can_be_direct(view):
             self._read_direct(view, at)

@@ -149,6 +149,14 @@ def test_all_of_a_large_read_is_asked_for_at_once(nbdkit: StartServer, tmp_path:
     assert logged.max_at_once() == 12
 
 
+def test_a_read_that_is_larger_than_the_buffer_asks_once(logged: Logged) -> None:
+    with nbd.open(logged.uri, buffering=4096) as disk:
+        for place in (5 * MIB, 2 * MIB):
+            disk.seek(place)
+            assert len(disk.read(60_000)) == 60_000
+    assert logged.reads() == [(5 * MIB, 60_000), (2 * MIB, 60_000)]
+
+
 def test_a_read_of_all_the_rest_fetches_each_byte_once(logged: Logged) -> None:
     with nbd.open(logged.uri) as disk:
         disk.seek(SIZE - 3 * MIB - 7)
