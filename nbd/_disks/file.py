@@ -249,8 +249,8 @@ def _moving_together(*names: str) -> Callable[[Class], Class]:
 
     def decorate(cls: Class) -> Class:
         for name in names:
-            method = _going_back(getattr(cls, name), cls.tell, name in _SIZED)  # type: ignore[attr-defined]
-            setattr(cls, name, _alone(method))
+            going_back = _sized if name in _SIZED else _going_back
+            setattr(cls, name, _alone(going_back(getattr(cls, name), cls.tell)))  # type: ignore[attr-defined]
         return cls
 
     return decorate
@@ -269,22 +269,47 @@ def _alone(method: Any) -> Any:
     return call
 
 
-def _going_back(method: Any, tell: Callable[[Any], int], is_sized: bool) -> Any:
+def _going_back(method: Any, tell: Callable[[Any], int]) -> Any:
     @wraps(method)
     def call(self: Any, *args: Any) -> Any:
         start = tell(self)
-        self.raw.asked = (start, args) if is_sized else None
         try:
             return method(self, *args)
-        except ValueError:
-            self._explain()
-            _go_back(self, start)
-            raise
-        except BaseException:
-            _go_back(self, start)
+        except BaseException as error:
+            _give_back(self, start, error)
             raise
 
     return call
+
+
+def _sized(method: Any, tell: Callable[[Any], int]) -> Any:
+    """Do the same for a method whose argument says how many bytes it reads at most.
+
+    The DiskFile gets to know the argument while the method runs, and not longer: it must not refer
+    to objects of the program.  The argument has no star, which reads of 512 bytes would notice.
+    """
+
+    @wraps(method)
+    def call(self: Any, size: Any = -1, /) -> Any:
+        start = tell(self)
+        raw = self.raw
+        try:
+            raw.asked = start, size
+            try:
+                return method(self, size)
+            finally:
+                raw.asked = None
+        except BaseException as error:
+            _give_back(self, start, error)
+            raise
+
+    return call
+
+
+def _give_back(file: Any, start: int, error: BaseException) -> None:
+    if isinstance(error, ValueError):
+        file._explain()
+    _go_back(file, start)
 
 
 def _go_back(file: Any, start: int) -> None:

@@ -121,8 +121,8 @@ class DiskFile(io.RawIOBase):
         is_inherited: Whether a parent process opened it; then it can only be closed.
         has_given_up: Whether it is being closed without being flushed.
         closing: The lock of the thread that closes it.
-        asked: The buffer's call that reads: its position and arguments; None if they do not say how
-            many bytes it needs.
+        asked: The buffer's call that is running: its position, and the size to read or the memory
+            to fill.  None if no call is running, or it does not say how much it reads.
     """
 
     __module__ = "nbd"
@@ -157,7 +157,7 @@ class DiskFile(io.RawIOBase):
         # Each call that moves the position has a list, into which it puts the old position.
         self._last_move: list[int] = []
         self._is_stopped = False  # whether commands of an interrupted call may be in flight
-        self.asked: tuple[int, tuple[Any, ...]] | None = None
+        self.asked: tuple[int, Any] | None = None
         # The id of the exception that interrupted the last call; 0 if it failed by itself.
         self._interrupted_by = 0
         self._is_dirty = False  # whether it was written to since the last flush
@@ -702,8 +702,8 @@ class DiskFile(io.RawIOBase):
         The call may say less than it needs, as readline does.
         """
         if self.asked is not None:
-            start, arguments = self.asked
-            count = _size_of(arguments)
+            start, argument = self.asked
+            count = _size_of(argument)
             stop = self._size if count < 0 else start + count
             if start <= at < stop:
                 return start, stop
@@ -715,14 +715,14 @@ class DiskFile(io.RawIOBase):
         _raise_error(request)
 
 
-def _size_of(arguments: tuple[Any, ...]) -> int:
-    """Return how many bytes a method of io reads at most with these arguments; -1 for all."""
-    if not arguments or arguments[0] is None:
+def _size_of(argument: Any) -> int:
+    """Return how many bytes a method of io reads at most with this argument; -1 for all."""
+    if argument is None:
         return -1
     try:
-        return index(arguments[0])
+        return index(argument)
     except TypeError:
-        with memoryview(arguments[0]) as view:
+        with memoryview(argument) as view:
             return view.nbytes
 
 

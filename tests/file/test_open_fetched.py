@@ -8,11 +8,13 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 from support.logs import Logged
 from support.servers import StartServer
 from support.sizes import KIB, MIB
+from support.usage import collect_garbage
 
 import nbd
 
@@ -162,6 +164,28 @@ def test_a_read_of_all_the_rest_fetches_each_byte_once(logged: Logged) -> None:
         disk.seek(SIZE - 3 * MIB - 7)
         assert len(disk.read()) == 3 * MIB + 7
     assert logged.fetched() == 3 * MIB + 7
+
+
+@pytest.mark.parametrize("size", [-1, None])
+def test_a_read_without_a_size_fetches_the_rest_once(logged: Logged, size: int | None) -> None:
+    with nbd.open(logged.uri) as disk:
+        disk.seek(SIZE - MIB)
+        assert len(disk.read(size)) == MIB  # type: ignore[arg-type]
+    assert logged.fetched() == MIB
+
+
+def test_memory_that_was_filled_is_not_kept(logged: Logged) -> None:
+    class Memory(bytearray):
+        pass
+
+    disk: Any
+    with nbd.open(logged.uri) as disk:
+        memory = Memory(MIB)
+        kept = ref(memory)
+        disk.readinto(memory)
+        del memory
+        collect_garbage()
+        assert kept() is None
 
 
 def test_a_jump_after_a_long_run_reads_nothing_ahead(logged: Logged) -> None:
