@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Reads that are awaited in asyncio's or uvloop's event loop.
+"""Reads that are awaited in asyncio's event loop.
 
 For libnbd's own module, Callbacks is the client that its users would write by its manual: each
 command has an nbd.Buffer and a future, which its completion callback resolves, and the event loop
@@ -71,22 +71,12 @@ async def _read_all(disk: Any, offsets: Iterator[int], size: int) -> None:
 
 
 async def _main(uri: str, offsets: Sequence[int], size: int, depth: int) -> None:
-    is_ours = hasattr(nbd, "open")
-    disk: Any = await nbd.aio.connect(uri, depth=depth) if is_ours else Callbacks(uri)
+    disk: Any = await nbd.aio.connect(uri, depth=depth) if hasattr(nbd, "aio") else Callbacks(uri)
     todo = iter(offsets)
     await asyncio.gather(*(_read_all(disk, todo, size) for _ in range(depth)))
     await disk.close()
 
 
-def read_all(uri: str, offsets: Sequence[int], size: int, depth: int, is_uvloop: bool) -> None:
+def read_all(uri: str, offsets: Sequence[int], size: int, depth: int) -> None:
     """Read at each offset, with ``depth`` tasks that each await one read at a time."""
-    if is_uvloop:
-        import uvloop
-
-        loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
-    else:
-        loop = asyncio.new_event_loop()
-    try:
-        loop.run_until_complete(_main(uri, offsets, size, depth))
-    finally:
-        loop.close()
+    asyncio.run(_main(uri, offsets, size, depth))

@@ -8,7 +8,6 @@
 
 #define _POSIX_C_SOURCE 200809L /* clock_gettime in a C11 build */
 
-#include <inttypes.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -18,157 +17,54 @@
 
 #include <libnbd.h>
 
-enum { MAX_DEPTH = 256 };
+enum { MAX_DEPTH = 64 };
 
-struct job {
-    struct nbd_handle *h;
-    uint64_t operations;
-    size_t size;
-    unsigned depth;
-};
+static struct nbd_handle *h;
+static size_t size, depth, nr_free;
+static void *memory[MAX_DEPTH]; /* the buffers that no command uses are the first */
 
-static void fail(const char *what)
+static void check(const char *what, bool is_good)
 {
     const char *reason = nbd_get_error();
 
+    if (is_good)
+        return;
     fprintf(stderr, "limit: %s: %s\n", what, reason ? reason : "unexpected result");
     exit(EXIT_FAILURE);
 }
 
-static void check(const char *what, int64_t result)
+static int release(void *buffer, int *error)
 {
-    if (result == -1)
-        fail(what);
-}
-
-static void *allocate(size_t size)
-{
-    void *memory = malloc(size);
-
-    if (!memory)
-        fail("malloc");
-    memset(memory, 'w', size);
-    return memory;
-}
-
-static void sync_read(struct job *job)
-{
-    void *buffer = allocate(job->size);
-
-    for (uint64_t i = 0; i < job->operations; i++)
-        check("pread", nbd_pread(job->h, buffer, job->size, i * job->size, 0));
-    free(buffer);
-}
-
-static void sync_write(struct job *job)
-{
-    void *buffer = allocate(job->size);
-
-    for (uint64_t i = 0; i < job->operations; i++)
-        check("pwrite", nbd_pwrite(job->h, buffer, job->size, i * job->size, 0));
-    free(buffer);
-}
-
-/* A fixed set of buffers; the completion callback of a command returns its buffer. */
-struct pool {
-    struct slot {
-        struct pool *pool;
-        void *memory;
-    } slots[MAX_DEPTH];
-    struct slot *free[MAX_DEPTH];
-    size_t nr_free;
-};
-
-static void fill_pool(struct pool *pool, const struct job *job)
-{
-    pool->nr_free = 0;
-    for (unsigned i = 0; i < job->depth; i++) {
-        pool->slots[i] = (struct slot){.pool = pool, .memory = allocate(job->size)};
-        pool->free[pool->nr_free++] = &pool->slots[i];
-    }
-}
-
-static void empty_pool(struct pool *pool, const struct job *job)
-{
-    for (unsigned i = 0; i < job->depth; i++)
-        free(pool->slots[i].memory);
-}
-
-static int release_slot(void *user_data, int *error)
-{
-    struct slot *slot = user_data;
-
-    if (*error)
-        fail("a command failed");
-    slot->pool->free[slot->pool->nr_free++] = slot;
+    check("a command failed", *error == 0);
+    memory[nr_free++] = buffer;
     return 1;
 }
 
-static void drain(struct nbd_handle *h)
+static void start(bool writing, uint64_t offset)
 {
+    while (nr_free == 0)
+        check("poll", nbd_poll(h, -1) != -1);
+    void *buffer = memory[--nr_free];
+    nbd_completion_callback callback = {.callback = release, .user_data = buffer};
+    int64_t cookie = writing ? nbd_aio_pwrite(h, buffer, size, offset, callback, 0)
+                             : nbd_aio_pread(h, buffer, size, offset, callback, 0);
+
+    check("aio", cookie != -1);
+}
+
+static void run(const char *kind, uint64_t operations)
+{
+    bool pipelined = strncmp(kind, "aio-", 4) == 0, writing = strstr(kind, "pwrite");
+
+    for (uint64_t offset = 0; offset < operations * size; offset += size)
+        if (pipelined)
+            start(writing, offset);
+        else if (writing)
+            check("pwrite", nbd_pwrite(h, memory[0], size, offset, 0) == 0);
+        else
+            check("pread", nbd_pread(h, memory[0], size, offset, 0) == 0);
     while (nbd_aio_in_flight(h) > 0)
-        check("poll", nbd_poll(h, -1));
-}
-
-static void pipelined(struct job *job, bool writing)
-{
-    struct nbd_handle *h = job->h;
-    struct pool pool;
-
-    fill_pool(&pool, job);
-    for (uint64_t i = 0; i < job->operations; i++) {
-        while (pool.nr_free == 0)
-            check("poll", nbd_poll(h, -1));
-        struct slot *slot = pool.free[--pool.nr_free];
-        nbd_completion_callback callback = {.callback = release_slot, .user_data = slot};
-        uint64_t offset = i * job->size;
-        int64_t cookie = writing ? nbd_aio_pwrite(h, slot->memory, job->size, offset, callback, 0)
-                                 : nbd_aio_pread(h, slot->memory, job->size, offset, callback, 0);
-        check("aio", cookie);
-    }
-    drain(h);
-    empty_pool(&pool, job);
-}
-
-static void pipelined_read(struct job *job)
-{
-    pipelined(job, false);
-}
-
-static void pipelined_write(struct job *job)
-{
-    pipelined(job, true);
-}
-
-static const struct kind {
-    const char *name;
-    void (*run)(struct job *job);
-} kinds[] = {
-    {"pread", sync_read},
-    {"pread-into", sync_read},
-    {"pwrite", sync_write},
-    {"aio-pread", pipelined_read},
-    {"aio-pread-bytearray", pipelined_read},
-    {"aio-pwrite", pipelined_write},
-};
-
-static const struct kind *find_kind(const char *name)
-{
-    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
-        if (strcmp(kinds[i].name, name) == 0)
-            return &kinds[i];
-    fprintf(stderr, "limit: unknown workload %s\n", name);
-    exit(EXIT_FAILURE);
-}
-
-static struct nbd_handle *open_handle(const char *uri)
-{
-    struct nbd_handle *h = nbd_create();
-
-    if (!h)
-        fail("create");
-    check("connect_uri", nbd_connect_uri(h, uri));
-    return h;
+        check("poll", nbd_poll(h, -1) != -1);
 }
 
 static double now(clockid_t clock)
@@ -179,37 +75,25 @@ static double now(clockid_t clock)
     return (double)time.tv_sec + (double)time.tv_nsec / 1e9;
 }
 
-static void measure(const struct kind *kind, struct job *job)
-{
-    double wall = now(CLOCK_MONOTONIC), cpu = now(CLOCK_PROCESS_CPUTIME_ID);
-
-    kind->run(job);
-    wall = now(CLOCK_MONOTONIC) - wall;
-    cpu = now(CLOCK_PROCESS_CPUTIME_ID) - cpu;
-    printf("{\"operations\": %" PRIu64 ", \"wall\": %.9f, \"cpu\": %.9f}\n", job->operations, wall,
-           cpu);
-}
-
 int main(int argc, char *argv[])
 {
-    struct job job = {0};
-
-    if (argc != 7) {
-        fprintf(stderr, "usage: limit KIND OPERATIONS WARM-UP SIZE DEPTH URI\n");
-        return EXIT_FAILURE;
+    check("usage: limit KIND OPERATIONS WARM-UP SIZE DEPTH URI", argc == 7);
+    size = strtoull(argv[4], NULL, 10);
+    depth = strtoull(argv[5], NULL, 10);
+    check("depth", depth <= MAX_DEPTH);
+    for (; nr_free < depth; nr_free++) {
+        memory[nr_free] = malloc(size);
+        check("malloc", memory[nr_free]);
+        memset(memory[nr_free], 'w', size);
     }
-    const struct kind *kind = find_kind(argv[1]);
-    uint64_t operations = strtoull(argv[2], NULL, 10), warm_up = strtoull(argv[3], NULL, 10);
-
-    job.size = strtoull(argv[4], NULL, 10);
-    job.depth = (unsigned)strtoul(argv[5], NULL, 10);
-    if (job.depth > MAX_DEPTH)
-        fail("depth");
-    job.h = open_handle(argv[6]);
-    job.operations = warm_up;
-    kind->run(&job);
-    job.operations = operations;
-    measure(kind, &job);
-    nbd_close(job.h);
+    h = nbd_create();
+    check("connect_uri", h && nbd_connect_uri(h, argv[6]) == 0);
+    run(argv[1], strtoull(argv[3], NULL, 10));
+    double wall = now(CLOCK_MONOTONIC), cpu = now(CLOCK_PROCESS_CPUTIME_ID);
+    run(argv[1], strtoull(argv[2], NULL, 10));
+    wall = now(CLOCK_MONOTONIC) - wall;
+    cpu = now(CLOCK_PROCESS_CPUTIME_ID) - cpu;
+    printf("{\"operations\": %s, \"wall\": %.9f, \"cpu\": %.9f}\n", argv[2], wall, cpu);
+    nbd_close(h);
     return EXIT_SUCCESS;
 }

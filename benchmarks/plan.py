@@ -7,6 +7,7 @@ module, one run takes 0.2 to 1 s on a small machine.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -27,9 +28,9 @@ class Workload:
 
     ``kind`` names a function of ``workloads.py`` and a case of ``limit.c``.  ``servers`` has one
     entry for each handle to connect.  ``warm_up`` operations run before the clock starts, for
-    caches and just-in-time compilers.  ``clock`` is ``wall`` for elapsed time, or ``cpu`` for the
-    client's processor time.  ``fresh`` workloads allocate memory for each operation: a buffer, or
-    the contents of a new target.  ``python_only`` workloads are not measured in C.
+    caches and just-in-time compilers.  ``clock`` is ``wall`` for elapsed time, or ``both`` for
+    the client's processor time as well.  ``fresh`` workloads allocate memory for each operation: a
+    buffer, or the contents of a new target.  ``python_only`` workloads are not measured in C.
     """
 
     name: str
@@ -59,11 +60,11 @@ class Workload:
         return [self.kind, *map(str, numbers), *(uris[server] for server in self.servers)]
 
 
-NULL = ("null",)
+NULL, MEMORY = ("null",), ("memory",)
 #: The kind of the workloads that copies.py runs.
 WHOLE_COPY = "whole-copy"
-#: The kind of the workloads that need uvloop.
-UVLOOP = "await-uvloop"
+#: The contents of disks repeat after this part of them, so that the archive can be made quickly.
+REPEATS = 16
 
 _ALL = (
     Workload("import", "import", 10, python_only=True),
@@ -74,40 +75,39 @@ _ALL = (
     Workload("pread-1m", "pread", 1_000, NULL, MIB),
     Workload("pread-32m", "pread", 20, NULL, 32 * MIB, fresh=True),
     Workload("pread-into-64k", "pread-into", 7_000, NULL, 64 * KIB),
-    Workload("pread-into-1m", "pread-into", 1_000, NULL, MIB),
     Workload("pwrite-64k", "pwrite", 7_000, NULL, 64 * KIB),
-    Workload("pwrite-1m", "pwrite", 1_500, NULL, MIB),
     Workload("aio-pread-4k", "aio-pread", 30_000, NULL, 4 * KIB, 64, fresh=True),
     Workload("aio-pread-64k", "aio-pread", 5_000, NULL, 64 * KIB, 16, fresh=True),
     Workload("aio-pread-1m", "aio-pread", 600, NULL, MIB, 8, fresh=True),
     Workload("aio-pread-4k-bytearray", "aio-pread-bytearray", 30_000, NULL, 4 * KIB, 64),
     Workload("aio-pread-64k-bytearray", "aio-pread-bytearray", 10_000, NULL, 64 * KIB, 16),
-    Workload("aio-pread-1m-bytearray", "aio-pread-bytearray", 1_200, NULL, MIB, 8),
     Workload("aio-pwrite-64k", "aio-pwrite", 10_000, NULL, 64 * KIB, 16),
-    Workload("pread-structured-1m", "pread-structured", 1_000, NULL, MIB, python_only=True),
-    # nbdkit takes some 130 ms to send 100,000 extents, the client 1 to 10 ms to receive them:
-    # elapsed time would measure nbdkit.
-    Workload("block-status-100k", "block-status", 8, ("extents",), clock="cpu", python_only=True),
     Workload("threads-8", "threads", 8_000, NULL * 8, 64 * KIB, python_only=True),
     Workload("handles", "handles", 300_000, python_only=True),
     Workload("queue-4k", "queue", 60_000, NULL, 4 * KIB, 64, python_only=True),
     Workload("queue-64k", "queue", 20_000, NULL, 64 * KIB, 16, python_only=True),
+    Workload("file-4k", "file", 131_072, MEMORY, 4 * KIB, clock="both", python_only=True),
+    Workload("file-64k", "file", 16_384, MEMORY, 64 * KIB, clock="both", python_only=True),
     Workload("file-64k-1ms", "file", 4_096, ("late",), 64 * KIB, python_only=True),
-    Workload("file-sha256", "checksum", 4_096, ("memory",), 256 * KIB, python_only=True),
-    Workload("await-4k", "await", 30_000, NULL, 4 * KIB, 64, fresh=True, python_only=True),
-    Workload("await-64k", "await", 20_000, NULL, 64 * KIB, 16, fresh=True, python_only=True),
-    Workload("await-4k-uvloop", UVLOOP, 30_000, NULL, 4 * KIB, 64, fresh=True, python_only=True),
-    Workload("await-64k-uvloop", UVLOOP, 20_000, NULL, 64 * KIB, 16, fresh=True, python_only=True),
+    Workload("await-4k", "awaited", 30_000, NULL, 4 * KIB, 64, fresh=True, python_only=True),
+    Workload("await-64k", "awaited", 20_000, NULL, 64 * KIB, 16, fresh=True, python_only=True),
     Workload("copy-memory-null", WHOLE_COPY, 1, ("memory", "null"), GIB, fresh=True),
     Workload("copy-memory-memory", WHOLE_COPY, 1, ("memory", "target"), GIB, fresh=True),
-    Workload("copy-sparse-memory", WHOLE_COPY, 1, ("sparse", "target"), GIB, fresh=True),
-    Workload("copy-memory-file", WHOLE_COPY, 1, ("memory", "file"), GIB, fresh=True),
+    Workload("copy-sparse-file", WHOLE_COPY, 1, ("sparse", "file"), GIB, fresh=True),
+    Workload("copy-half-file", WHOLE_COPY, 1, ("half", "file"), GIB, fresh=True),
+    Workload("copy-half-qcow2", WHOLE_COPY, 1, ("half", "qcow2"), GIB, fresh=True),
+    Workload("copy-gzip-memory", WHOLE_COPY, 1, ("gzip", "target"), GIB, fresh=True),
 )
+
+
+def is_chosen(name: str, only: list[str]) -> bool:
+    """Whether a name matches one of the patterns; all do, if there are none."""
+    return not only or any(fnmatchcase(name, pattern) for pattern in only)
 
 
 def workloads(only: list[str], quick: bool) -> list[Workload]:
     """The workloads whose name matches one of the patterns in ``only``; all, if that is empty."""
-    chosen = [w for w in _ALL if not only or any(fnmatchcase(w.name, p) for p in only)]
+    chosen = [w for w in _ALL if is_chosen(w.name, only)]
     sized = [_sized(w, quick) for w in chosen]
     size = memory_size(sized)
     return [replace(w, size=size) if w.is_whole_copy else w for w in sized]
@@ -124,31 +124,27 @@ def _sized(workload: Workload, quick: bool) -> Workload:
     return replace(workload, operations=operations, warm_up=warm_up)
 
 
-def of_length(workload: Workload, operations: int) -> Workload:
-    """The same workload with another number of operations and no warm-up."""
-    return replace(workload, operations=operations, warm_up=0)
-
-
 def memory_size(chosen: list[Workload]) -> int:
     """The size in bytes of the servers that have contents."""
-    return max(
-        (
-            -(-max(w.operations, w.warm_up) * w.size // MIB) * MIB
-            for w in chosen
-            if {"memory", "sparse"}.intersection(w.servers)
-        ),
-        default=0,
-    )
+    sizes = [max(w.operations, w.warm_up) * w.size for w in chosen if _FILLED & {*w.servers}]
+    return -(-max(sizes, default=0) // (REPEATS * MIB)) * REPEATS * MIB
 
 
-#: One block of 1 MiB has data out of this many.
-_SPARSENESS = {"memory": 1, "sparse": 8}
+def contents(place: int, size: int, disk_size: int) -> bytes:
+    """Some bytes of a disk: hexadecimal digits, which gzip packs to half, at random."""
+    seed = place % max(disk_size // REPEATS, 1)
+    return random.Random(seed).getrandbits(4 * size).to_bytes(size // 2, "big").hex().encode()
+
+
+#: The size of a disk's pieces of data, and their distance in pieces; between them it has zeroes.
+LAYOUT = {"memory": (MIB, 1), "sparse": (MIB, 10), "half": (64 * KIB, 2)}
+_FILLED = {*LAYOUT, "gzip"}
 
 
 def fills(names: set[str], size: int) -> list[Workload]:
     """The work that fills the servers, before anything is measured."""
     return [
-        Workload("fill", "fill", size // MIB // every, (name,), MIB, every)
-        for name, every in _SPARSENESS.items()
+        Workload("fill", "fill", size // piece // every, (name,), piece, every)
+        for name, (piece, every) in LAYOUT.items()
         if name in names
     ]

@@ -37,6 +37,7 @@ def timed(command: list[str]) -> dict[str, float]:
     start = time.perf_counter()
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         timer = threading.Timer(TIMEOUT, process.kill)
+        timer.daemon = True  # Ctrl-C does not wait for it
         timer.start()
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - start

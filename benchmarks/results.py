@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from plan import Workload
+from readers import Counts
 from subjects import Sample, Subject
 
 # Which subject is compared with which, where both are measured.  Any other is compared with libnbd.
@@ -19,25 +20,20 @@ _PAIRS = (
 
 @dataclass(frozen=True)
 class Figure:
-    """A value with the quartiles of the rounds that it comes from."""
+    """A value, and half of the distance between the quartiles of the rounds that it comes from."""
 
     value: float
-    low: float
-    high: float
-
-    @property
-    def spread(self) -> float:
-        """Half of the distance between the quartiles."""
-        return (self.high - self.low) / 2
+    spread: float
 
 
-def summary(values: Sequence[float], stat: str) -> Figure:
-    """The median or the minimum of the rounds."""
-    value = min(values) if stat == "min" else statistics.median(values)
+def summary(values: Sequence[float]) -> Figure | None:
+    """The median of the rounds, if there are any."""
+    if not values:
+        return None
     if len(values) == 1:
-        return Figure(value, value, value)
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Figure(value, low, high)
+        return Figure(values[0], 0.0)
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Figure(middle, (high - low) / 2)
 
 
 @dataclass
@@ -46,8 +42,9 @@ class Results:
 
     workloads: list[Workload]
     subjects: list[Subject]
-    stat: str = "median"
+    rounds: int
     samples: dict[tuple[str, str], list[Sample | None]] = field(default_factory=dict)
+    readers: dict[str, Counts] = field(default_factory=dict)
 
     def add(self, workload: Workload, subject: str, sample: Sample | None) -> None:
         """Keep the sample of one round."""
@@ -59,24 +56,15 @@ class Results:
 
     def time(self, workload: Workload, subject: str, clock: str = "") -> Figure | None:
         """Seconds per operation, by the workload's own clock unless another is given."""
-        times = [t for t in self._times(workload, subject, clock) if t is not None]
-        return summary(times, self.stat) if times else None
+        return summary([t for t in self._times(workload, subject, clock) if t is not None])
 
     def ratio(self, workload: Workload, subject: str, other: str, clock: str = "") -> Figure | None:
-        """The subject's time divided by the other's.
+        """The median of the subject's times divided by the other's in the same rounds.
 
-        This is the median of the ratios of the rounds, because the load of the machine changes from
-        round to round.  With ``min`` it is the ratio of the minima.
+        The load of the machine changes from round to round.
         """
         ours, theirs = (self._times(workload, name, clock) for name in (subject, other))
-        rounds = [a / b for a, b in zip(ours, theirs) if a is not None and b is not None]
-        if not rounds:
-            return None
-        figure = summary(rounds, "median")
-        if self.stat == "median":
-            return figure
-        best = min(t for t in ours if t is not None) / min(t for t in theirs if t is not None)
-        return Figure(best, figure.low, figure.high)
+        return summary([a / b for a, b in zip(ours, theirs) if a is not None and b is not None])
 
     def peak(self, workload: Workload, subject: str) -> float | None:
         """The peak memory of the subject's processes, in MiB."""
@@ -86,16 +74,21 @@ class Results:
     @property
     def columns(self) -> list[str]:
         """The names of the subjects that run more than whole copies."""
-        return [subject.name for subject in self.subjects if not subject.is_nbdcopy]
+        return [subject.name for subject in self.subjects if not subject.is_copier]
 
     @property
     def rows(self) -> list[Workload]:
-        """The workloads that every interpreter runs in the same way."""
-        return [workload for workload in self.workloads if not workload.is_whole_copy]
+        """The workloads that every interpreter runs in the same way, once for each clock."""
+        return [
+            replace(workload, clock=clock)
+            for workload in self.workloads
+            if not workload.is_whole_copy
+            for clock in (("wall", "cpu") if workload.clock == "both" else ("wall",))
+        ]
 
     @property
     def whole_copies(self) -> list[Workload]:
-        """The copies that are compared with nbdcopy."""
+        """The copies that are compared with other programs."""
         return [workload for workload in self.workloads if workload.is_whole_copy]
 
     def pairs(self) -> list[tuple[str, str]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""Compare this package with libnbd's own module, with C, and with another commit.
+"""Compare this package with libnbd's own module, with C, with nbdcopy, and with another commit.
 
 Usage: run.py [options] NAME=PYTHON...
 
@@ -12,24 +12,21 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import copies
 import plan
+import readers
 import report
 from exports import running
 from plan import Workload
 from programs import RunError, call
 from results import Results
-from subjects import (
-    Subject,
-    interpreter,
-    limit_subject,
-    nbdcopy_subjects,
-    python_subject,
-)
+from subjects import HERE, Subject, copier_subjects, interpreter, limit_subject, python_subject
 
 Step = tuple[int, Workload, Subject]
 
@@ -41,8 +38,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a tenth of the work, 3 rounds")
     parser.add_argument("--rounds", type=int, help="default 7")
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN")
-    parser.add_argument("--stat", choices=("median", "min"), default="median")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--write", action="store_true", help="write the tables into README.md")
+    parser.add_argument("--libraries", help="the folder of modules that readers.py needs")
     options = parser.parse_args(arguments)
     options.rounds = options.rounds or (3 if options.quick else 7)
     return options
@@ -57,15 +55,13 @@ def progress(message: str) -> None:
 
 
 def gather(pairs: list[tuple[str, str]], folder: Path) -> list[Subject]:
-    """Return the subjects of the command line, and C and nbdcopy where they are installed."""
-    subjects = []
+    """Return the subjects of the command line, and the programs that are installed."""
+    subjects = [python_subject(name, python, folder) for name, python in pairs]
     try:
-        subjects.append(limit_subject(folder))
+        subjects.insert(0, limit_subject(folder))
     except RunError as reason:
         progress(f"C is left out: {reason}\n")
-    for name, python in pairs:
-        subjects.append(python_subject(name, python, folder))
-    return subjects + nbdcopy_subjects()
+    return subjects + copier_subjects()
 
 
 def steps(workloads: list[Workload], subjects: list[Subject], rounds: int) -> Iterator[Step]:
@@ -90,10 +86,10 @@ def touch_memory(workload: Workload) -> None:
 
 
 def measure(
-    workloads: list[Workload], subjects: list[Subject], uris: dict[str, str], rounds: int, stat: str
+    workloads: list[Workload], subjects: list[Subject], uris: dict[str, str], rounds: int
 ) -> tuple[Results, dict[str, str]]:
     """Run everything; return the results, and the reason of each failed run."""
-    results = Results(workloads, subjects, stat)
+    results = Results(workloads, subjects, rounds)
     failures: dict[str, str] = {}
     todo = list(steps(workloads, subjects, rounds))
     for done, (number, workload, subject) in enumerate(todo):
@@ -106,29 +102,50 @@ def measure(
         except RunError as reason:
             failures[what] = str(reason)
         results.add(workload, subject.name, sample)
-    progress("" if sys.stderr.isatty() else "done")
     return results, failures
+
+
+def measure_readers(options: argparse.Namespace, results: Results) -> dict[str, str]:
+    """Run the readers of readers.py; returns the reason of each that failed."""
+    failures = {}
+    python = dict(options.subjects).get("api")
+    for name in readers.READERS:
+        if python and options.libraries and plan.is_chosen(name, options.only):
+            progress(name)
+            try:
+                results.readers[name] = readers.measure(name, python, options.libraries)
+            except RunError as reason:
+                failures[name] = str(reason)
+    return failures
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print the tables, and return 1 if a run failed."""
     options = parse(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the servers then, too
     workloads = plan.workloads(options.only, options.quick)
-    names = {server for w in workloads for server in w.servers} - {"target", "file"}
+    size = plan.memory_size(workloads)
+    names = {server for w in workloads for server in w.servers} - {"target", "file", "qcow2"}
     with tempfile.TemporaryDirectory(prefix="nbd-bench-") as temporary:
         folder = Path(temporary)
         subjects = gather(options.subjects, folder)
-        with running(names, plan.memory_size(workloads), folder) as uris:
+        made = {"gzip": copies.archive(folder / "disk.gz", size)} if "gzip" in names else {}
+        # The archive has the contents of the disk "half".
+        names = names - {"gzip"} | {"half" for _ in made}
+        with running(names, size, folder) as uris:
+            uris.update(made)
             filler = next(s for s in subjects if "python" in s.about)
-            for fill in plan.fills(names, plan.memory_size(workloads)):
+            for fill in plan.fills(names, size):
                 filler.run(fill, uris)
-            results, failures = measure(workloads, subjects, uris, options.rounds, options.stat)
-    print(report.text(results, options.rounds))
+            results, failures = measure(workloads, subjects, uris, options.rounds)
+    failures.update(measure_readers(options, results))
+    print("\n".join(report.about(results)), report.text(results), sep="\n")
     for what, reason in failures.items():
         print(f"failed: {what}: {reason}", file=sys.stderr)
+    if options.write:
+        report.write(HERE, results)
     if options.json:
-        document = report.document(results, options.rounds)
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(report.document(results)), encoding="utf-8")
     return 1 if failures else 0
 
 

@@ -10,16 +10,17 @@ import statistics
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import copies
-from plan import UVLOOP, Workload
+from plan import Workload
 from programs import call
 
 HERE = Path(__file__).resolve().parent
-#: The program that whole copies are compared with.
-NBDCOPY = "nbdcopy -S0"
+#: The programs that whole copies are compared with.
+COPIERS = ("nbdcopy", "qemu-img")
 
 Sample = dict[str, Any]
 Runner = Callable[[Workload, dict[str, str]], Sample]
@@ -29,17 +30,11 @@ _DESCRIBE = """
 import json, platform, nbd
 about = {
     "python": platform.python_implementation() + " " + platform.python_version(),
-    "module": nbd.__file__,
     "libnbd": nbd.NBD().get_version(),
 }
 if hasattr(nbd, "open"):  # libnbd's own module has none
     import _cffi_backend
     about["backend"] = "cffi " + _cffi_backend.__version__
-try:
-    import uvloop
-    about["uvloop"] = "uvloop " + uvloop.__version__
-except ImportError:
-    pass
 print(json.dumps(about))
 """
 
@@ -53,17 +48,17 @@ class Subject:
     about: dict[str, str]
 
     @property
-    def is_nbdcopy(self) -> bool:
+    def is_copier(self) -> bool:
         """Whether it runs whole copies and nothing else."""
-        return self.name == NBDCOPY
+        return self.name in COPIERS
 
     def runs(self, workload: Workload) -> bool:
         """Whether the workload makes sense for this subject."""
-        if workload.is_whole_copy or self.is_nbdcopy:
-            return workload.is_whole_copy and ("backend" in self.about or self.is_nbdcopy)
-        if workload.kind == UVLOOP:
-            return "uvloop" in self.about
-        return "python" in self.about or not workload.python_only
+        if workload.is_whole_copy:
+            if self.name == "qemu-img":
+                return "gzip" not in workload.servers
+            return self.is_copier or ("backend" in self.about and not self.name.endswith("abi"))
+        return not self.is_copier and ("python" in self.about or not workload.python_only)
 
 
 def interpreter(text: str) -> tuple[str, str]:
@@ -87,7 +82,7 @@ def python_subject(name: str, python: str, folder: Path) -> Subject:
         if workload.kind == "import":
             return _measure_import(python, workload.operations, folder)
         if workload.is_whole_copy:
-            return copies.measure([python, "-I", "-c", copies.COPY], workload, uris)
+            return copies.measure(python, workload, uris)
         script = str(HERE / "workloads.py")
         outcome: Sample = json.loads(call([python, script, *workload.arguments(uris)], folder))
         return outcome
@@ -96,32 +91,22 @@ def python_subject(name: str, python: str, folder: Path) -> Subject:
     return Subject(name, run, about)
 
 
-def compile_limit(folder: Path) -> Path:
-    """Build limit.c; returns the program."""
-    program = folder / "limit"
-    flags = call(["pkg-config", "--cflags", "--libs", "libnbd"]).split()
-    source = str(HERE / "limit.c")
-    call(["cc", "-std=c11", "-O2", "-pthread", source, "-o", str(program), *flags])
-    return program
-
-
 def limit_subject(folder: Path) -> Subject:
-    """The program limit.c."""
-    program = compile_limit(folder)
+    """The program limit.c, which is built first."""
+    program = str(folder / "limit")
+    flags = call(["pkg-config", "--cflags", "--libs", "libnbd"]).split()
+    call(["cc", "-std=c11", "-O2", str(HERE / "limit.c"), "-o", program, *flags])
 
     def run(workload: Workload, uris: dict[str, str]) -> Sample:
-        outcome: Sample = json.loads(call([str(program), *workload.arguments(uris)], folder))
+        outcome: Sample = json.loads(call([program, *workload.arguments(uris)], folder))
         return outcome
 
     return Subject("C", run, {"libnbd": call(["pkg-config", "--modversion", "libnbd"]).strip()})
 
 
-def nbdcopy_subjects() -> list[Subject]:
-    """The program nbdcopy, if it is installed."""
-    if not shutil.which("nbdcopy"):
-        return []
-
-    def run(workload: Workload, uris: dict[str, str]) -> Sample:
-        return copies.measure(["nbdcopy", "--sparse=0"], workload, uris)
-
-    return [Subject(NBDCOPY, run, {"libnbd": call(["nbdcopy", "--version"]).split()[-1]})]
+def copier_subjects() -> list[Subject]:
+    """The other programs that copy disks, as far as they are installed."""
+    return [
+        Subject(name, partial(copies.measure, name), {"": call([name, "--version"]).split("\n")[0]})
+        for name in filter(shutil.which, COPIERS)
+    ]

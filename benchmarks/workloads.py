@@ -11,9 +11,7 @@ before the clock starts.  The outcome is printed as one JSON object.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import random
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,10 +20,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import awaits
+import plan
 
 import nbd
 
-EXTENTS = 100_000
 IS_OURS = hasattr(nbd, "open")
 #: Bytes in each pread of the loops that replace nbd.open with libnbd's own module.
 LOOP = 256 * 1024
@@ -161,39 +159,6 @@ def aio_pwrite(job: Job) -> None:
     wait_below(h, 1)
 
 
-def pread_structured(job: Job) -> None:
-    """Read with a callback for each chunk."""
-    h = job.handle
-    received = 0
-
-    def chunk(data: Any, offset: int, status: int, error: Any) -> None:
-        nonlocal received
-        check(error)
-        received += len(data)
-
-    for offset in job.offsets:
-        h.pread_structured(job.size, offset, chunk)
-    if received != job.operations * job.size:
-        raise RuntimeError(f"received {received} bytes instead of {job.operations * job.size}")
-
-
-def block_status(job: Job) -> None:
-    """Get the extents of an export that has many, by one command."""
-    h = job.handle
-    found = 0
-
-    def extent(context: str, offset: int, entries: list[int], error: Any) -> None:
-        nonlocal found
-        check(error)
-        found += len(entries) // 2
-
-    count = h.get_size()
-    for _ in range(job.operations):
-        h.block_status(count, 0, extent)
-    if found != job.operations * EXTENTS:
-        raise RuntimeError(f"received {found} extents instead of {job.operations * EXTENTS}")
-
-
 def threads(job: Job) -> None:
     """Read in one thread for each handle."""
     operations = job.operations // len(job.handles)
@@ -203,7 +168,7 @@ def threads(job: Job) -> None:
             future.result()
 
 
-def create_and_close(job: Job) -> None:
+def handles(job: Job) -> None:
     """Create handles and drop them, which closes them; on PyPy, where that is late, close them."""
     finalizes_late = sys.implementation.name == "pypy"
     for _ in range(job.operations):
@@ -214,12 +179,10 @@ def create_and_close(job: Job) -> None:
 
 
 def fill(job: Job) -> None:
-    """Write one random block out of ``depth``."""
+    """Write the contents of the first of each ``depth`` blocks."""
     for offset in job.offsets:
         place = offset * job.depth
-        job.handle.pwrite(
-            random.Random(place).getrandbits(8 * job.size).to_bytes(job.size, "big"), place
-        )
+        job.handle.pwrite(plan.contents(place, job.size, job.offsets.stop * job.depth), place)
 
 
 def read_queued(h: Any, offsets: Sequence[int], size: int, depth: int) -> None:
@@ -229,17 +192,12 @@ def read_queued(h: Any, offsets: Sequence[int], size: int, depth: int) -> None:
         buffers = {queue.read(b, next(todo)): b for b in [nbd.Buffer(size) for _ in range(depth)]}
         while buffers:
             for request in queue.wait(depth // 4):
-                check_request(request)
+                if request.error is not None:
+                    raise request.error
                 buffer = buffers.pop(request)
                 offset = next(todo, None)
                 if offset is not None:
                     buffers[queue.read(buffer, offset)] = buffer
-
-
-def check_request(request: Any) -> None:
-    """Raise if a request of a queue failed."""
-    if request.error is not None:
-        raise request.error
 
 
 def queue(job: Job) -> None:
@@ -251,68 +209,30 @@ def queue(job: Job) -> None:
 
 def file(job: Job) -> None:
     """Read a file sequentially; with libnbd's module, by larger preads."""
-    end = job.operations * job.size
     if IS_OURS:
         with nbd.open(job.handle) as disk:
-            while disk.tell() < end:
+            for _ in range(job.operations):
                 disk.read(job.size)
     else:
-        for offset in range(0, end, LOOP):
+        for offset in range(0, job.operations * job.size, LOOP):
             job.handle.pread(LOOP, offset)
-
-
-def checksum(job: Job) -> None:
-    """Hash the contents of a disk as a file; with libnbd's module, by preads."""
-    digest = hashlib.sha256()
-    end = job.operations * job.size
-    if IS_OURS:
-        with nbd.open(job.handle) as disk:
-            left = end
-            while left:
-                data = disk.read(min(job.size, left))
-                digest.update(data)
-                left -= len(data)
-    else:
-        for offset in range(0, end, LOOP):
-            digest.update(job.handle.pread(LOOP, offset))
 
 
 def awaited(job: Job) -> None:
     """Keep ``depth`` tasks awaiting a read; with libnbd's module, by callbacks."""
-    awaits.read_all(job.handle.get_uri(), job.offsets, job.size, job.depth, is_uvloop=False)
+    awaits.read_all(job.handle.get_uri(), job.offsets, job.size, job.depth)
 
 
-def awaited_in_uvloop(job: Job) -> None:
-    """Do the same in uvloop's event loop."""
-    awaits.read_all(job.handle.get_uri(), job.offsets, job.size, job.depth, is_uvloop=True)
-
-
-KINDS: dict[str, Callable[[Job], None]] = {
-    "getter": getter,
-    "debug-callback": debug_callback,
-    "pread": pread,
-    "pread-into": pread_into,
-    "pwrite": pwrite,
-    "aio-pread": aio_pread,
-    "aio-pread-bytearray": aio_pread_bytearray,
-    "aio-pwrite": aio_pwrite,
-    "pread-structured": pread_structured,
-    "block-status": block_status,
-    "threads": threads,
-    "handles": create_and_close,
-    "fill": fill,
-    "queue": queue,
-    "file": file,
-    "checksum": checksum,
-    "await": awaited,
-    "await-uvloop": awaited_in_uvloop,
-}
+FUNCTIONS: tuple[Callable[[Job], None], ...] = (
+    *(getter, debug_callback, pread, pread_into, pwrite, aio_pread, aio_pread_bytearray),
+    *(aio_pwrite, threads, handles, fill, queue, file, awaited),
+)
+KINDS = {function.__name__.replace("_", "-"): function for function in FUNCTIONS}
 
 
 def connect(uri: str) -> Any:
-    """Connect a handle that can also answer block_status."""
+    """Return a connected handle."""
     h = nbd.NBD()
-    h.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
     h.connect_uri(uri)
     return h
 
@@ -321,8 +241,7 @@ def main(arguments: Sequence[str]) -> None:
     """Connect, warm up, run, and print the outcome."""
     kind, *numbers = arguments[:5]
     operations, warm_up, size, depth = map(int, numbers)
-    handles = [connect(uri) for uri in arguments[5:]]
-    job = Job(handles, operations, size, depth)
+    job = Job([connect(uri) for uri in arguments[5:]], operations, size, depth)
     run = KINDS[kind]
     if warm_up:
         run(replace(job, operations=warm_up))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
 """./run bench: compare this tree with libnbd's own module and, by --base, with another commit.
 
-Other options are those of benchmarks/run.py.
+Other options are those of benchmarks/run.py.  A whole run writes its tables into
+benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -45,17 +46,20 @@ def main(arguments: list[str]) -> int:
     """Measure; returns the exit status of the benchmark."""
     parser = argparse.ArgumentParser(prog="./run bench", add_help=False)
     parser.add_argument("--base")
-    parser.add_argument("--instructions", action="store_true")
     options, rest = parser.parse_known_args(arguments)
     for environment in ALL:
         ready(environment)
+    readers = CACHE / "environments" / "readers"
+    venv(readers, os.environ["NBD_PYTHON"], "readers")
+    (libraries,) = readers.glob("lib/python3*/site-packages")
+    rest.append(f"--libraries={libraries}")
     subjects = [f"{NAMES[environment.name]}={environment.python}" for environment in ALL]
-    if options.instructions:
-        subjects = subjects[:2]  # CPython only: what PyPy compiles differs from run to run
     if options.base:
         subjects.insert(0, f"base={base(options.base)}")
-    script = ROOT / "benchmarks" / ("instructions.py" if options.instructions else "run.py")
-    command = [os.environ["NBD_PYTHON"], str(script), *rest, "libnbd=/usr/bin/python3", *subjects]
+    elif not any(option.startswith(("--only", "--quick")) for option in rest):
+        rest.append("--write")
+    script = str(ROOT / "benchmarks" / "run.py")
+    command = [os.environ["NBD_PYTHON"], script, *rest, "libnbd=/usr/bin/python3", *subjects]
     return subprocess.run(command, env=clean_environment(), check=False).returncode
 
 
