@@ -20,7 +20,7 @@ from typing import Any, Callable
 import pytest
 from support import servers
 from support.forms import SOAK
-from support.images import runs, write_sparse, zero_bytes
+from support.images import covered, overlaid, runs, write_sparse, zero_bytes
 from support.servers import StartServer
 from support.sizes import KIB, MIB
 
@@ -129,6 +129,16 @@ class Target:
             before = self._old[:BEFORE]
         after = b"" if self._kind == "path" else self._old[len(before) + len(data) :]
         assert content == before + data + after
+        if SOAK:
+            self._compare_by_qemu(content)
+
+    def _compare_by_qemu(self, content: bytes) -> None:
+        """Have qemu-img compare the target with a file of what it should contain."""
+        expected = self._path.with_name("expected")
+        expected.write_bytes(content)
+        target = self._uri or str(self._path)
+        compare = ("qemu-img", "compare", "-f", "raw", "-F", "raw")
+        assert "identical" in servers.run(*compare, str(expected), target)
 
     def close(self) -> None:
         """Close files and handles."""
@@ -484,6 +494,37 @@ def test_zero_commands_that_fail_at_random_end_the_copy(
     with pytest.raises(nbd.Error, match="zeroing the target failed at offset") as failed:
         nbd.copy(path, target, depth=4**seed)
     assert failed.value.errno == "EIO"
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[Path]:
+    """Return a block device of 8 MiB, if this user can make one."""
+    losetup = servers.program("losetup")
+    path = tmp_path / "device"
+    path.write_bytes(b"\xff" * 8 * MIB)
+    done = subprocess.run([losetup, "-f", "--show", str(path)], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"this user cannot make a loop device: {done.stderr.strip()}")
+    try:
+        yield Path(done.stdout.strip())
+    finally:
+        subprocess.run([losetup, "-d", done.stdout.strip()], check=True)
+
+
+@pytest.mark.parametrize("size", [8 * MIB, 5 * MIB + 777])
+def test_old_data_of_a_block_device_becomes_zero(device: Path, tmp_path: Path, size: int) -> None:
+    path, data = allocated(tmp_path, 4096, size)
+    result = nbd.copy(path, device)
+    zeroes = zero_bytes(data, 4096)
+    assert (result, result.read) == ((size - zeroes, zeroes), size)
+    assert device.read_bytes() == data + b"\xff" * (8 * MIB - size)
+
+
+def test_ranges_of_a_block_device_are_copied(device: Path, tmp_path: Path) -> None:
+    path, data = allocated(tmp_path, 4096, MIB)
+    ranges = [(100, 5000), (70_000, 100_000), (MIB - 1, 1)]
+    assert sum(nbd.copy(path, device, ranges=ranges)) == covered(ranges)
+    assert device.read_bytes() == overlaid(b"\xff" * 8 * MIB, data, ranges)
 
 
 # Space.

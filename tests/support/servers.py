@@ -26,6 +26,7 @@ import pytest
 
 PACKAGES = {
     "certtool": "gnutls-bin",
+    "losetup": "mount",
     "mke2fs": "e2fsprogs",
     "nbdcopy": "libnbd-bin",
     "nbd-server": "nbd-server",
