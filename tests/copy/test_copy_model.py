@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from support import hostile, servers
+from support import hostile, images, servers
 from support.forms import SOAK
 from support.sizes import KIB, MIB
 
@@ -612,3 +612,23 @@ def test_a_copy_has_the_result_of_the_same_operation_on_bytes(tmp_path: Path, gr
     base = int.from_bytes(os.urandom(4), "big") if SOAK else 1000 * group
     for seed in range(base, base + ROUNDS):
         replay(seed, tmp_path / "round")
+
+
+@pytest.mark.parametrize("seed", range(200 if SOAK else 10))
+def test_ranges_of_servers_that_reply_out_of_order_are_copied(tmp_path: Path, seed: int) -> None:
+    """The extents that such a server returns may end behind a range."""
+    size = 640 * KIB
+    with ExitStack() as stack:
+        one = Round(seed, tmp_path, stack)
+        data, old = images.runs(one.rng, size, 4096), one.rng.randbytes(size)
+        ranges = images.random_ranges(one.rng, size)
+        target = MemoryDisk(random.Random(-seed), old)
+        result = nbd.copy(
+            one.scripted(MemoryDisk(random.Random(seed), data)),
+            one.scripted(target),
+            ranges=ranges,
+            sparse=one.rng.choice([True, False, 512, 65536]),
+            depth=one.rng.choice([1, 16]),
+        )
+    assert bytes(target.content) == images.overlaid(old, data, ranges)
+    assert sum(result) == images.covered(ranges)

@@ -15,7 +15,7 @@ from typing import Any, Callable
 import pytest
 from support import servers
 from support.forms import SOAK
-from support.images import Ranges, covered, overlaid, runs, write_sparse
+from support.images import Ranges, covered, overlaid, random_ranges, runs, write_sparse
 from support.servers import StartServer
 from support.sizes import KIB, MIB
 
@@ -24,7 +24,6 @@ import nbd
 SEEDS = 50 if SOAK else 8  # for each kind of source and target
 SIZE = 640 * KIB
 BEFORE = 100  # bytes before the position of a file object
-LENGTHS = (0, 1, 511, 512, 513, 4095, 4096, 4097, 64 * KIB, 100_000)
 BLOCKS = ("blocksize-minimum=4096", "blocksize-maximum=64K", "blocksize-error-policy=error")
 CONTEXT = "qemu:dirty-bitmap:"
 DIRTY = 1  # the flag of an extent in the context of a dirty bitmap
@@ -424,16 +423,6 @@ def test_several_ranges_in_one_block_are_all_copied(
 
 
 # Random ranges.
-
-
-def random_ranges(rng: random.Random, size: int) -> Ranges:
-    """Return ranges whose ends lie at any place, often near a multiple of a block size."""
-    ranges = []
-    for _ in range(rng.choice([0, 1, 2, 5, 20])):
-        near = rng.randrange(size) // 4096 * 4096 + rng.choice([-1, 0, 0, 0, 1, 511, 512, 2000])
-        offset = min(max(0, near), size)
-        ranges.append((offset, min(rng.choice(LENGTHS), size - offset)))
-    return ranges
 
 
 class Round:

@@ -12,6 +12,8 @@ Ranges = list[tuple[int, int]]
 
 #: How far from a multiple of the block size a run of zeroes may begin or end.
 NUDGES = (-513, -512, -511, -1, 0, 0, 0, 1, 511, 512, 513)
+#: Lengths of random ranges.
+LENGTHS = (0, 1, 511, 512, 513, 4095, 4096, 4097, 64 * KIB, 100_000)
 #: File systems report holes of whole blocks of this size.
 FILE_BLOCK = 4 * KIB
 
@@ -67,3 +69,13 @@ def covered(ranges: Iterable[tuple[int, int]]) -> int:
         count += max(0, stop - max(offset, last))
         last = max(last, stop)
     return count
+
+
+def random_ranges(rng: random.Random, size: int) -> Ranges:
+    """Return ranges whose ends lie at any place, often near a multiple of a block size."""
+    ranges = []
+    for _ in range(rng.choice([0, 1, 2, 5, 20])):
+        near = rng.randrange(size) // 4096 * 4096 + rng.choice([-1, 0, 0, 0, 1, 511, 512, 2000])
+        offset = min(max(0, near), size)
+        ranges.append((offset, min(rng.choice(LENGTHS), size - offset)))
+    return ranges
