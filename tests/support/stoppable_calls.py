@@ -569,7 +569,7 @@ def full_pipe(c: Cell) -> Any:
     def write() -> None:
         with suppress(OSError):
             for _ in range(16):
-                writing.write(bytes(64 * KIB))
+                writing.write(b"d" * 64 * KIB)
         writing.close()
 
     thread = threading.Thread(target=write, daemon=True)
