@@ -142,14 +142,21 @@ class Joining:
 
         `add` is not called any more once this has returned.  Stopping twice does nothing.
         """
-        self._is_stopped = True
-        self._server = None  # a callable may refer to anything, also to who has this object
+        self.begin_to_stop()
         if os.getpid() != self._process:
             return  # the parent's thread, which the fork did not copy, may have held the lock
         with self._lock:
             connecting, self._connecting = self._connecting, None
         if connecting is not None:
             connecting.__exit__(None, None, None)  # makes the thread's call return
+
+    def begin_to_stop(self) -> None:
+        """Make no other connection; `add` may still be called once.
+
+        No lock is taken that an exception of a signal handler could leave locked.
+        """
+        self._is_stopped = True
+        self._server = None  # a callable may refer to anything, also to the owner of this object
 
     def _run(self) -> None:
         # The program works without the connection, whatever is raised here; nobody else could

@@ -51,7 +51,7 @@ _kept: dict[Connections, Any] = {}
 
 
 class _Borrowed(NBD):
-    """A handle of the program's, without the attributes that the program has set on it."""
+    """The caller's handle, without the attributes that the program has set on it."""
 
     def __init__(self, handle: NBD) -> None:
         self._h = handle._h
@@ -60,13 +60,28 @@ class _Borrowed(NBD):
         """Close nothing."""
 
 
+class _Adopted(NBD):
+    """A handle that a callable has made, without the attributes that the program has set on it.
+
+    From now on, the connection is closed when this object is dropped, and not the program's.
+    """
+
+    def __init__(self, handle: NBD) -> None:
+        self._h = handle._h
+        hold(self._h, _Adopted)
+
+    def __del__(self) -> None:
+        let_go(self._h, _Adopted)
+        super().__del__()
+
+
 class Connections:
     """The connections of one file.
 
     Args:
         handles: The connections that are made already, all to one export.
         is_ours: Whether they are closed with the file.
-        is_of_program: Whether the program has made them, and may refer to them, or they to it.
+        is_of_program: Whether a callable of the program has made them, if they are ours.
         timeout: How many seconds nothing may move; None is for ever.
         depth, piece: Those of the queue.
 
@@ -86,16 +101,19 @@ class Connections:
         piece: int,
         *,
         is_ours: bool,
-        is_of_program: bool,
+        is_of_program: bool = False,
     ) -> None:
         handles[0].get_size()  # raises if the size is too large for a file of Python's
         self.can_flush = handles[0].can_flush()
-        if is_of_program:
-            handles = [_Borrowed(handle) for handle in handles]
-        self.ours = list(handles) if is_ours else []
-        self._borrowed = handles if is_of_program else []
+        self.ours: list[NBD] = []
+        self._borrowed: list[_Borrowed] = []
+        if is_ours:
+            self.ours = [_Adopted(handle) for handle in handles] if is_of_program else handles
+        else:
+            self._borrowed = [_Borrowed(handle) for handle in handles]
         self.is_stalled = False
         self.is_hurried = False
+        self._is_abandoned = False
         self._timeout = timeout
         self._joining: list[NBD] = []
         # Those that a callable makes: the thread that calls it, what it has made, and mistakes.
@@ -105,7 +123,7 @@ class Connections:
         self._check_at = 0.0
         self._interval = _MIN_CHECK_INTERVAL
         self._is_late = False
-        self.queue = Queue(handles, depth=depth, piece=piece)
+        self.queue = Queue(self.ours or self._borrowed, depth=depth, piece=piece)
 
     def keep(self, file: Any) -> None:
         """Keep the connections, and the file if it is given, until `close` or `abandon`."""
@@ -138,11 +156,11 @@ class Connections:
 
     def _note_made(self, handle: NBD) -> None:
         """Note what the callable has made; called in the thread."""
-        borrowed = _Borrowed(handle)
-        hold(borrowed._h, self)
-        self._borrowed.append(borrowed)
-        self.ours.append(borrowed)
-        self._made.append(borrowed)
+        adopted = _Adopted(handle)
+        self.ours.append(adopted)
+        self._made.append(adopted)
+        if self._is_abandoned:  # in this order: `abandon` closes it, or this does
+            raise ValueError("the file is closed")
 
     def _let_made_join(self) -> None:
         """Use what the callable has made."""
@@ -231,9 +249,10 @@ class Connections:
 
     def abandon(self) -> None:
         """Close the connections at once.  A second call does nothing."""
+        self._is_abandoned = True
         try:
             if self._maker_thread is not None:
-                self._maker_thread.stop()
+                self._maker_thread.begin_to_stop()
             self.queue.close()
             close_all(self.ours)
         finally:

@@ -145,7 +145,7 @@ def open(
     number = _number(connections, source)
     handles = [source] if isinstance(source, NBD) else listed("source", source)
     if handles is not None:
-        made = _connections(handles, can, seconds, is_ours=False, is_of_program=True)
+        made = _connections(handles, can, seconds, is_ours=False)
         return _opened(made, source, mode, can, size)
     server: Any = source
     is_made = is_maker(source)
@@ -170,7 +170,7 @@ def _connections(
     timeout: float | None,
     *,
     is_ours: bool,
-    is_of_program: bool,
+    is_of_program: bool = False,
 ) -> Connections:
     """Return the connections of a file; without a timeout, the handles have their own."""
     if can[1]:

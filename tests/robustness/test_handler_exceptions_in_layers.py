@@ -294,6 +294,23 @@ def copy_to_a_stream(uri: str, path: Path) -> None:
     nbd.copy(uri, io.BytesIO(), connections=1)
 
 
+def copy_from_a_callable(uri: str, path: Path) -> None:
+    """Copy from what a callable connects."""
+    nbd.copy(partial(nbd.connect, uri), io.BytesIO(), connections=1)
+
+
+def use_a_file_of_a_callable(uri: str, path: Path) -> None:
+    """Read a file over a connection that a callable makes."""
+    with nbd.open(partial(nbd.connect, uri)) as file:
+        file.read(4)
+
+
+def use_a_file_over_two_handles(uri: str, path: Path) -> None:
+    """Read a file over a list of handles."""
+    with nbd.connect(uri) as first, nbd.connect(uri) as second, nbd.open([first, second]) as file:
+        file.read(4)
+
+
 @pytest.mark.parametrize(
     "use",
     [
@@ -303,6 +320,9 @@ def copy_to_a_stream(uri: str, path: Path) -> None:
         go_through_extents,
         copy_to_a_path,
         copy_to_a_stream,
+        copy_from_a_callable,
+        use_a_file_of_a_callable,
+        use_a_file_over_two_handles,
     ],
 )
 def test_an_exception_at_any_place_leaves_nothing(
