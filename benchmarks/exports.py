@@ -30,6 +30,8 @@ def _server(name: str, size: int, folder: Path) -> list[str]:
         "late": ["--filter=delay", "--threads=32", "null", "size=1T", "rdelay=1ms"],
         # This allocator has no holes: its zeroes are reported as data.
         "half": [*memory, "allocator=malloc"],
+        # qemu-img compare would ask for the extents one by one, each time of all that remains.
+        "target": ["--filter=noextents", *memory],
         # A file of this name, and a log of what is read of it.
         "disk": ["--filter=log", "file", str(folder / "disk"), f"logfile={folder}/log"],
     }.get(name, memory)

@@ -90,8 +90,7 @@ def readers_table(results: Results) -> list[str]:
 def tables(results: Results) -> dict[str, list[str]]:
     """The tables that have rows."""
     both = [*times_table(results), "", *ratios_table(results)]
-    copies, readers = copies_table(results), readers_table(results)
-    named = {"operations": both, "copies": copies, "readers": readers}
+    named = {"operations": both, "copies": copies_table(results), "readers": readers_table(results)}
     return {name: table for name, table in named.items() if len(table) > 1}
 
 

@@ -28,8 +28,6 @@ from programs import RunError, call
 from results import Results
 from subjects import HERE, Subject, copier_subjects, interpreter, limit_subject, python_subject
 
-Step = tuple[int, Workload, Subject]
-
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
@@ -64,7 +62,9 @@ def gather(pairs: list[tuple[str, str]], folder: Path) -> list[Subject]:
     return subjects + copier_subjects()
 
 
-def steps(workloads: list[Workload], subjects: list[Subject], rounds: int) -> Iterator[Step]:
+def steps(
+    workloads: list[Workload], subjects: list[Subject], rounds: int
+) -> Iterator[tuple[int, Workload, Subject]]:
     """Yield every run; the subjects alternate, in a different order each time."""
     shuffle = random.Random(0).shuffle
     for number in range(rounds):
