@@ -46,10 +46,9 @@ def _panel(results: Results, clock: str, group: int, height: int) -> Iterator[st
     scale = _PANEL / max([1.5, *(value for _, _, value in bars)])
     one = f"{left + scale:.1f}"
     yield f'<text x="{left}" y="48" font-weight="bold">{title}, nbdcopy = 1</text>'
-    yield f'<line x1="{one}" x2="{one}" y1="{_TOP - 16}" y2="{height}" stroke="#222"/>'
+    yield f'<line x1="{one}" x2="{one}" y1="{_TOP - 16}" y2="{height}" stroke="#999"/>'
     for y, subject, value in bars:
         width = value * scale
         color = _COLORS[subject]
         yield f'<rect x="{left}" y="{y}" width="{width:.1f}" height="{_BAR - 2}" fill="{color}"/>'
-        halo = 'font-size="10" paint-order="stroke" stroke="#fff" stroke-width="3"'
-        yield f'<text x="{left + width + 4:.1f}" y="{y + 10}" {halo}>{value:.2f}</text>'
+        yield f'<text x="{left + width + 4:.1f}" y="{y + 10}" font-size="10">{value:.2f}</text>'
