@@ -606,16 +606,24 @@ class Copy:
             start = end
 
     def _take(self) -> list[tuple[int, int]]:
-        """Take the next parts of the disk that no worker has taken: start and stop of each."""
+        """Take the next parts of the disk that no worker has taken: start and stop of each.
+
+        Small parts are taken together, so that their holes are asked for at once.
+        """
         taken: list[tuple[int, int]] = []
+        room = self._range
         with self._lock:
             todo = self._todo
-            limit = todo[0][0] // self._range * self._range + self._range if todo else 0
-            while todo and todo[0][0] < limit:
+            end = todo[0][0] // _MAX_RANGE * _MAX_RANGE + _MAX_RANGE if todo else 0
+            while todo and room > 0 and todo[0][0] < end:
                 start, stop = todo.popleft()
+                whole = max(room - room % self._request, self._request)
+                limit = min(start - start % self._request + whole, end)
                 if stop > limit:
                     todo.appendleft((limit, stop))
-                taken.append((start, min(stop, limit)))
+                    stop = limit
+                taken.append((start, stop))
+                room -= stop - start
         return taken
 
     def _holes(self, start: int, stop: int, worker: _Worker) -> Iterator[tuple[int, int]]:

@@ -16,6 +16,7 @@ import pytest
 from support import servers
 from support.forms import SOAK
 from support.images import Ranges, covered, overlaid, random_ranges, runs, write_sparse
+from support.logs import Logged
 from support.servers import StartServer
 from support.sizes import KIB, MIB
 
@@ -648,6 +649,15 @@ class Qcow2:
 def dirty(h: nbd.NBD, name: str) -> list[nbd.Extent]:
     """Return what was written since a bitmap was added."""
     return [extent for extent in nbd.extents(h, CONTEXT + name) if extent.flags & DIRTY]
+
+
+def test_the_holes_of_ranges_far_apart_are_asked_for_together(
+    nbdkit: StartServer, tmp_path: Path
+) -> None:
+    server = Logged(nbdkit, tmp_path / "log", "memory", "8G")
+    ranges = [(offset, 64 * KIB) for offset in range(0, 8 << 30, 64 * MIB)]
+    assert nbd.copy(server.uri, None, ranges=ranges) == (0, len(ranges) * 64 * KIB)
+    assert len(server.lines("Extents")) <= len(ranges) // 8
 
 
 @pytest.mark.parametrize("kind", ["path", "disk"])
