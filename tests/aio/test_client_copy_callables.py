@@ -5,37 +5,28 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.asyncs import outcome, run, until
-from support.makers import SLOW, Hanging, Maker, Makers, connected, makers
+from support.makers import (
+    SLOW,
+    Hanging,
+    Maker,
+    Makers,
+    connected,
+    makers,
+    no_descriptor_is_left,
+)
 from support.programs import run_program
 from support.servers import TIMEOUT, StartServer
 from support.sizes import MIB
-from support.usage import collect_garbage, descriptors
+from support.usage import descriptors
 
 import nbd
-from nbd._disks.background import running
-from nbd.aio import _copy
 
-__all__ = ["makers"]
-
-
-@pytest.fixture(autouse=True)
-def no_descriptor_is_left() -> Iterator[None]:
-    """Fail if a test leaves a connection open."""
-    collect_garbage()
-    before = descriptors()
-    yield
-    until = time.monotonic() + TIMEOUT
-    while (running or _copy._running) and time.monotonic() < until:
-        time.sleep(0.001)
-    collect_garbage()
-    assert descriptors() <= before
+__all__ = ["makers", "no_descriptor_is_left"]
 
 
 def test_tls_over_four_connections(makers: Makers, tmp_path: Path) -> None:

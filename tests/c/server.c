@@ -31,6 +31,17 @@ struct nbdshim *connected(void)
     return connect_nbdkit(false);
 }
 
+struct nbdshim *connected_to_blocks(void)
+{
+    char *argv[] = {"nbdkit", "-s", "--exit-with-parent",     "--filter=blocksize-policy",
+                    "memory", "1M", "blocksize-minimum=4096", "blocksize-error-policy=error",
+                    NULL};
+    struct nbdshim *s = nbdshim_create();
+
+    CHECK(nbdcall_connect_command(s, argv) == 0);
+    return s;
+}
+
 struct nbdshim *negotiating(void)
 {
     return connect_nbdkit(true);

@@ -12,6 +12,9 @@
 /* A handle connected to nbdkit's memory plugin: DISK_SIZE bytes, with base:allocation. */
 struct nbdshim *connected(void);
 
+/* A handle connected to a server of the same size that accepts only whole blocks of 4096 bytes. */
+struct nbdshim *connected_to_blocks(void);
+
 /* A handle connected in the same way that is negotiating options. */
 struct nbdshim *negotiating(void);
 

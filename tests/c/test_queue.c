@@ -940,18 +940,6 @@ static void a_source_file_that_is_too_short_fails_with_eio(void)
     close(source);
 }
 
-/* A handle to a server that accepts only whole blocks. */
-static struct nbdshim *connected_to_blocks(void)
-{
-    char *argv[] = {"nbdkit", "-s", "--exit-with-parent",     "--filter=blocksize-policy",
-                    "memory", "1M", "blocksize-minimum=4096", "blocksize-error-policy=error",
-                    NULL};
-    struct nbdshim *s = nbdshim_create();
-
-    CHECK(nbdcall_connect_command(s, argv) == 0);
-    return s;
-}
-
 static void set_up_blocks(struct rig *rig)
 {
     set_up_with(rig, connected_to_blocks(), 8, 2 * BLOCK);

@@ -199,18 +199,6 @@ static void what_is_written_to_nothing_is_discarded(void)
     close(source);
 }
 
-/* A handle to a server that accepts only whole blocks of 4096 bytes. */
-static struct nbdshim *connected_to_blocks(void)
-{
-    char *argv[] = {"nbdkit", "-s", "--exit-with-parent",     "--filter=blocksize-policy",
-                    "memory", "1M", "blocksize-minimum=4096", "blocksize-error-policy=error",
-                    NULL};
-    struct nbdshim *s = nbdshim_create();
-
-    CHECK(nbdcall_connect_command(s, argv) == 0);
-    return s;
-}
-
 static void blocks_are_as_large_as_those_of_the_target(void)
 {
     struct rig rig;

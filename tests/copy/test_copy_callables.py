@@ -9,35 +9,28 @@ import io
 import os
 import threading
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from support.makers import SLOW, Hanging, Maker, Makers, connected, makers
+from support.makers import (
+    SLOW,
+    Hanging,
+    Maker,
+    Makers,
+    connected,
+    makers,
+    no_descriptor_is_left,
+)
 from support.programs import run_program
 from support.servers import TIMEOUT, StartServer, program
 from support.signals import Stop, alarm
 from support.sizes import MIB
-from support.usage import collect_garbage, descriptors
 
 import nbd
-from nbd._disks.background import running
 
-__all__ = ["makers"]
-
-
-@pytest.fixture(autouse=True)
-def no_descriptor_is_left() -> Iterator[None]:
-    """Fail if a test leaves a connection open."""
-    collect_garbage()
-    before = descriptors()
-    yield
-    until = time.monotonic() + TIMEOUT
-    while running and time.monotonic() < until:
-        time.sleep(0.001)
-    assert descriptors() <= before
+__all__ = ["makers", "no_descriptor_is_left"]
 
 
 def test_tls_over_four_connections_of_the_source(makers: Makers, tmp_path: Path) -> None:

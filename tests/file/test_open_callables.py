@@ -7,35 +7,30 @@ import gc
 import time
 import warnings
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
 from support.files import BUFFERINGS, raw_of
-from support.makers import SLOW, Hanging, Maker, Makers, connected, makers
+from support.makers import (
+    SLOW,
+    Hanging,
+    Maker,
+    Makers,
+    connected,
+    makers,
+    no_descriptor_is_left,
+)
 from support.programs import run_program
 from support.servers import TIMEOUT, StartServer, program
 from support.signals import Stop, alarm
 from support.sizes import MIB
-from support.usage import collect_garbage, descriptors
+from support.usage import collect_garbage
 
 import nbd
 from nbd._disks.background import running
 
-__all__ = ["makers"]
-
-
-@pytest.fixture(autouse=True)
-def no_descriptor_is_left() -> Iterator[None]:
-    """Fail if a test leaves a connection open."""
-    collect_garbage()
-    before = descriptors()
-    yield
-    until = time.monotonic() + TIMEOUT
-    while running and time.monotonic() < until:
-        time.sleep(0.001)
-    assert descriptors() <= before
+__all__ = ["makers", "no_descriptor_is_left"]
 
 
 def in_use(disk: Any) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable
@@ -11,8 +13,10 @@ from typing import Any, Callable
 import pytest
 
 import nbd
+from nbd._disks.background import running
 from support import servers
 from support.handles import closed
+from support.usage import collect_garbage, descriptors
 
 #: What a server does so that a copy from it lasts until its connections have joined.
 SLOW = ("--filter=log", "--filter=delay", "memory", "64M", "rdelay=5ms")
@@ -49,6 +53,25 @@ class Makers:
 def makers(request: pytest.FixtureRequest, nbdkit: Any, certificates: Path, psk: Path) -> Makers:
     """Return servers and callables with certificates, and with pre-shared keys."""
     return Makers(request.param, nbdkit, certificates, psk)
+
+
+@pytest.fixture(autouse=True)
+def no_descriptor_is_left() -> Iterator[None]:
+    """Fail if a test of a module that imports this leaves a connection open."""
+    collect_garbage()
+    before = descriptors()
+    yield
+    until = time.monotonic() + servers.TIMEOUT
+    while (running or _aio_copies()) and time.monotonic() < until:
+        time.sleep(0.001)
+    collect_garbage()
+    assert descriptors() <= before
+
+
+def _aio_copies() -> Any:
+    """Return the copies of nbd.aio that are running."""
+    module = sys.modules.get("nbd.aio._copy")
+    return getattr(module, "_running", ())
 
 
 class Maker:
