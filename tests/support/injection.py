@@ -6,6 +6,7 @@ functions see lines only, so there a place is a line.
 
 from __future__ import annotations
 
+import dis
 import os
 import sys
 from types import FrameType
@@ -22,12 +23,18 @@ class Injected(KeyboardInterrupt):
 
 
 class Injector:
-    """Run a function, and raise an exception at one of its places."""
+    """Run a function, and raise an exception at one of its places.
+
+    Attributes:
+        raised: Whether it has raised.
+        at_return: Whether that was where the outermost function of the package returns.  CPython
+            runs no signal handler there.  PyPy does not tell.
+    """
 
     def __init__(self, place: int) -> None:
         """Raise at the place with this number, counted from 1."""
         self.left = place
-        self.raised = False
+        self.raised = self.at_return = False
 
     def trace(self, frame: FrameType, event: str, argument: object) -> Any:
         """Follow the frames of the package."""
@@ -44,6 +51,7 @@ class Injector:
             self.left -= 1
             if self.left == 0:
                 self.raised = True
+                self.at_return = _returns_to_program(frame)
                 raise Injected
         return self.step
 
@@ -63,6 +71,14 @@ class Injector:
         finally:
             sys.settrace(usual)
         return None
+
+
+def _returns_to_program(frame: FrameType) -> bool:
+    """Return whether a frame is about to return to a function outside of the package."""
+    caller = frame.f_back
+    if EVENT != "opcode" or caller is None or caller.f_code.co_filename.startswith(PACKAGE):
+        return False
+    return dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("RETURN_")
 
 
 def chain(error: BaseException | None) -> list[BaseException]:
