@@ -27,7 +27,7 @@ def back_up(h: nbd.NBD, context: str, backup: Path) -> None:
     dirty = [extent for extent in nbd.extents(h, context) if extent.flags & DIRTY]
     nbd.copy(h, backup, ranges=dirty)
     for extent in dirty:
-        print(f"dirty: {extent.length} bytes at {extent.offset}")
+        print(f"dirty: {extent.length} bytes at {extent.offset}", flush=True)
 
 
 def demonstrate(folder: Path) -> None:

@@ -21,7 +21,13 @@ import nbd
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = sorted(path.name for path in EXAMPLES.glob("*.py"))
 TIMEOUT = 60  # seconds until a test fails because an example does not end
-NO_CONTROLS = {"LIBNBD_DEBUG": "", "PYTHONIOENCODING": "utf-8", "TERM": "dumb"}
+# What a program inherits: no colours or debugging, and buffered output, as users have it.
+ENVIRONMENT = {
+    "LIBNBD_DEBUG": "",
+    "PYTHONIOENCODING": "utf-8",
+    "PYTHONUNBUFFERED": "",
+    "TERM": "dumb",
+}
 
 Serve = servers.StartServer
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -47,7 +53,7 @@ def run(tmp_path: Path) -> Run:
     def start(name: str, *args: str, status: int = 0) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [sys.executable, str(EXAMPLES / name), *args],
-            env={**os.environ, **NO_CONTROLS},
+            env={**os.environ, **ENVIRONMENT},
             cwd=tmp_path,
             capture_output=True,
             check=False,
@@ -70,7 +76,7 @@ def on_terminal(name: str, *args: str) -> str:
     pexpect = pytest.importorskip("pexpect", reason="pexpect makes the pseudo-terminal")
     shown, status = pexpect.run(
         subprocess.list2cmdline([sys.executable, str(EXAMPLES / name), *args]),
-        env={**os.environ, **NO_CONTROLS},
+        env={**os.environ, **ENVIRONMENT},
         encoding="utf-8",
         timeout=TIMEOUT,
         withexitstatus=True,
