@@ -27,14 +27,16 @@ class Injector:
 
     Attributes:
         raised: Whether it has raised.
-        at_return: Whether that was where the outermost function of the package returns.  CPython
-            runs no signal handler there.  PyPy does not tell.
+        at_return: Whether that was where the outermost function of the package returns, which no
+            `try` in it can enclose.  CPython runs no signal handler there.  On PyPy it is a line
+            after what that function has called.
     """
 
     def __init__(self, place: int) -> None:
         """Raise at the place with this number, counted from 1."""
         self.left = place
         self.raised = self.at_return = False
+        self._has_returned = False  # something that the outermost function has called
 
     def trace(self, frame: FrameType, event: str, argument: object) -> Any:
         """Follow the frames of the package."""
@@ -51,9 +53,16 @@ class Injector:
             self.left -= 1
             if self.left == 0:
                 self.raised = True
-                self.at_return = _returns_to_program(frame)
+                self.at_return = _is_outermost(frame) and self._is_returning(frame)
                 raise Injected
+        elif event == "return" and frame.f_back is not None and _is_outermost(frame.f_back):
+            self._has_returned = True
         return self.step
+
+    def _is_returning(self, frame: FrameType) -> bool:
+        if EVENT == "line":
+            return self._has_returned
+        return dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("RETURN_")
 
     def run(self, function: Callable[[], object]) -> BaseException | None:
         """Run the function and return the exception that it raised, or None.
@@ -73,12 +82,11 @@ class Injector:
         return None
 
 
-def _returns_to_program(frame: FrameType) -> bool:
-    """Return whether a frame is about to return to a function outside of the package."""
+def _is_outermost(frame: FrameType) -> bool:
+    """Return whether a frame of the package was called from outside of the package."""
     caller = frame.f_back
-    if EVENT != "opcode" or caller is None or caller.f_code.co_filename.startswith(PACKAGE):
-        return False
-    return dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("RETURN_")
+    is_ours = frame.f_code.co_filename.startswith(PACKAGE)
+    return is_ours and caller is not None and not caller.f_code.co_filename.startswith(PACKAGE)
 
 
 def chain(error: BaseException | None) -> list[BaseException]:
