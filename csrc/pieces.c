@@ -702,7 +702,7 @@ static uint64_t end_of_run(const struct slot *slot, uint64_t at, bool *is_zero)
 
 /*
  * Prepare the next command to the target for the piece of a copy: the write or zero of a run.
- * Returns false if there is none left.
+ * Returns false after the last run.
  */
 static bool next_run(struct slot *slot)
 {

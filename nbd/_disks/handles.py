@@ -57,7 +57,7 @@ class Maker:
         """Return what the callable has made, or raise as `first` does."""
         if not isinstance(made, NBD):
             raise self._type_error(made)
-        if made._h in self._given:  # it stays open: whoever had it first closes it
+        if made._h in self._given:  # it stays open: its first owner closes it
             raise ValueError(
                 f"{self._name}: the callable has returned a handle that is in use already; it has "
                 "to make a new connection at each call"
