@@ -25,6 +25,15 @@
  * end where an endpoint ends.  The last block of an export is as short as the export.  Where the
  * server has no zero command, the queue writes zeroes.
  *
+ * Lost connections.  After nbdqueue_set_reconnect, the loss of a side's connection fails no request.
+ * Its commands are sent again on another connection of the side; if there is none, they wait until
+ * nbdqueue_add gives one, or nbdqueue_give_up ends the wait.  A server that was killed may have
+ * lost what it had not flushed.  So the queue keeps a journal of the changes of the target since
+ * the last flush.  When a connection was lost, and when one joins, it waits until no command to the
+ * target is in flight, makes these changes again, in their order, and goes on then.  When the
+ * journal is full, the queue flushes before it sends the next change.  A server without flush
+ * has no journal.
+ *
  * Buffers.  The caller keeps a buffer alive and in place until its request was reported.  When a
  * queue is dropped, the commands in flight become orphans (see wait.h), and the token of the queue
  * is passed to the upcall `release` as soon as no command can use any of the buffers.
@@ -94,7 +103,8 @@ int nbdqueue_make(struct nbdqueue **made, unsigned depth, uint32_t piece, uintpt
 /*
  * Add a connected handle to a side.  The queue holds a reference to s.  Any thread may do this at
  * any time.  A handle that is added after the first request takes part from then on, and its export
- * must match that of the others in size and block sizes.  Returns 0; -1 if libnbd fails, for
+ * must match that of the others in size and block sizes.  After nbdqueue_set_reconnect, it takes
+ * the place of one that was lost, if there is one.  Returns 0; -1 if libnbd fails, for
  * example because the handle is not connected; or a refusal: NBDSHIM_TOO_MANY,
  * NBDSHIM_OTHER_EXPORT, or NBDSHIM_TOO_LARGE for an export of 2^63 bytes or more.
  */
@@ -117,6 +127,29 @@ void nbdqueue_add_null(struct nbdqueue *q, uint64_t size);
  * found, or for NBDQUEUE_ZERO.  To be called before the first request.
  */
 void nbdqueue_set_sparse(struct nbdqueue *q, uint32_t block, bool target_is_zero);
+
+/*
+ * Let the connections of a side be replaced when they are lost.  For the target, `bound` is the
+ * size of the journal in bytes: of the data of writes, which the queue copies, and of what copies
+ * have written, which they read again from the source.  To be called before the first request.
+ * Returns 0 or NBDSHIM_NO_MEMORY.
+ */
+int nbdqueue_set_reconnect(struct nbdqueue *q, enum nbdqueue_side side, uint64_t bound);
+
+/*
+ * How many connections of the sides with nbdqueue_set_reconnect were lost so far.  Each loss makes
+ * nbdqueue_wait return, as nbdqueue_wake does, and nbdqueue_error tells which handle was lost.
+ */
+unsigned nbdqueue_losses(const struct nbdqueue *q);
+
+/* How many commands of a side a server has answered so far, with or without an error. */
+uint64_t nbdqueue_answers(const struct nbdqueue *q, enum nbdqueue_side side);
+
+/*
+ * Stop waiting for a side that has lost its connections: from now on, all its commands fail with
+ * this errno.
+ */
+void nbdqueue_give_up(struct nbdqueue *q, enum nbdqueue_side side, int error);
 
 /* The size of a side's endpoint, and its minimum block size, both in bytes. */
 uint64_t nbdqueue_size(const struct nbdqueue *q, enum nbdqueue_side side);

@@ -155,6 +155,24 @@ class ShimQueue:
         """Have copies find zeroes in blocks of `block` bytes; 0 is off.  See csrc/queue.h."""
         lib.nbdqueue_set_sparse(self.q, block, target_is_zero)
 
+    def set_reconnect(self, side: int, bound: int) -> None:
+        """Let the connections of a side be replaced when they are lost; see csrc/queue.h."""
+        result = lib.nbdqueue_set_reconnect(self.q, side, bound)
+        if result < 0:
+            raise self.refused(result)
+
+    def losses(self) -> int:
+        """Return how many connections that can be replaced were lost so far."""
+        return int(lib.nbdqueue_losses(self.q))
+
+    def answers(self, side: int) -> int:
+        """Return how many commands of a side a server has answered so far."""
+        return int(lib.nbdqueue_answers(self.q, side))
+
+    def give_up(self, side: int, errnum: int) -> None:
+        """Have all commands of a side fail with an errno: its connections were not replaced."""
+        lib.nbdqueue_give_up(self.q, side, errnum)
+
     def submit(
         self, operation: int, token: int, pointer: Any, length: int, offset: int, flags: int
     ) -> None:
