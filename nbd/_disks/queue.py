@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from _thread import TIMEOUT_MAX, RLock
 from collections import deque
+from contextlib import suppress
 from errno import ENOMEM, ETIMEDOUT
 from math import isnan
 from sys import is_finalizing
@@ -160,6 +161,11 @@ class ShimQueue:
         result = lib.nbdqueue_set_reconnect(self.q, side, bound)
         if result < 0:
             raise self.refused(result)
+
+    def forget(self, handle: Handle) -> None:
+        """Drop the reference to a lost handle, whose place another one has taken."""
+        with suppress(ValueError):  # it was dropped before
+            self._handles.remove(handle)
 
     def losses(self) -> int:
         """Return how many connections that can be replaced were lost so far."""
