@@ -3,11 +3,13 @@
 
 #include "pieces.h"
 #include "buffer.h"
+#include "journal.h"
 #include "watch.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 /* The largest piece of a request without data: zero, trim or cache. */
@@ -91,11 +93,14 @@ void pieces_unref(struct nbdqueue *q)
 {
     if (atomic_fetch_sub(&q->references, 1) != 1)
         return;
-    for (unsigned i = 0; i < q->depth; i++)
+    for (unsigned i = 0; i < q->slot_count; i++)
         free(q->slots[i].bounce);
     watch_end(q);
     for (size_t i = 0, added = q->added; i < added; i++)
         nbdshim_unref(q->members[i].s);
+    for (size_t i = 0; i < q->joining_count; i++)
+        nbdshim_unref(q->joining[i].s);
+    journal_free(q);
     if (q->wakeup_fd >= 0)
         close(q->wakeup_fd);
     pthread_mutex_destroy(&q->lock);
@@ -165,7 +170,7 @@ static size_t bytes_in_flight(const struct nbdqueue *q, const struct member *m)
 {
     size_t sum = 0;
 
-    for (unsigned i = 0; i < q->depth; i++) {
+    for (unsigned i = 0; i < q->slot_count; i++) {
         const struct slot *slot = &q->slots[i];
 
         if (slot->is_in_flight && !slot->is_orphan && slot->member == m)
@@ -208,9 +213,11 @@ static struct member *choose_member(const struct slot *slot, enum nbdqueue_side 
     return found;
 }
 
-/* The errno for a command of a side that has lost all its connections. */
+/* The errno for a command of a side that has lost all its connections, or was given up. */
 static int lost_error(const struct nbdqueue *q, enum nbdqueue_side side)
 {
+    if (q->endpoints[side].error != 0)
+        return q->endpoints[side].error;
     for (size_t i = 0; i < q->count; i++) {
         if (q->members[i].side == side && q->members[i].error != 0)
             return q->members[i].error;
@@ -264,7 +271,7 @@ static bool waits_for_cancelled(const struct slot *slot)
 {
     const struct nbdqueue *q = slot->q;
 
-    for (unsigned i = 0; q->cancelled > 0 && i < q->depth; i++) {
+    for (unsigned i = 0; q->cancelled > 0 && i < q->slot_count; i++) {
         const struct slot *other = &q->slots[i];
 
         if (other != slot && other->request != NULL && other->request->is_cancelled &&
@@ -296,6 +303,29 @@ static bool is_blocked(const struct slot *slot)
     return slot->command != NBDQUEUE_FLUSH && (waits_for_cancelled(slot) || waits_for_orphan(slot));
 }
 
+/* Whether lost connections of a side are replaced, and somebody still tries to. */
+static bool is_awaited(const struct nbdqueue *q, enum nbdqueue_side side)
+{
+    return q->endpoints[side].can_reconnect && q->endpoints[side].error == 0;
+}
+
+/*
+ * Whether a command has to wait until the changes of the journal are made again.  An interrupted
+ * replay makes none.
+ */
+static bool waits_for_replay(const struct slot *slot)
+{
+    const struct journal *j = &slot->q->journal;
+
+    return j->is_due && slot->request->origin != OF_REPLAY && side_of(slot) == NBDQUEUE_TARGET;
+}
+
+/* Whether the replay of which a slot is a part was interrupted. */
+static bool is_outdated(const struct slot *slot)
+{
+    return slot->request->origin == OF_REPLAY && !slot->q->journal.is_replaying;
+}
+
 /*
  * Assign a slot to a handle if its command can be sent now.  If not, put it into q->blocked or,
  * with an error, into q->answered.  The caller has the turn.  Returns whether the command can be
@@ -315,17 +345,21 @@ static bool assign_member(struct slot *slot)
      */
     pthread_mutex_lock(&q->lock);
     slot->member = choose_member(slot, side_of(slot), &is_alive);
-    if (slot->request->is_cancelled || q->is_dropped || !is_alive) {
-        slot->member = NULL;
+    is_alive = q->endpoints[side_of(slot)].error == 0 && is_alive;
+    if (slot->request->is_cancelled || q->is_dropped || is_outdated(slot) ||
+        (!is_alive && !is_awaited(q, side_of(slot)))) {
         slot->error = is_alive ? ECANCELED : lost_error(q, side_of(slot));
+        slot->member = NULL;
         list_answered(slot);
-    } else if (slot->member == NULL || is_blocked(slot)) {
+    } else if (slot->member == NULL || is_blocked(slot) || waits_for_replay(slot)) {
+        slot->is_held |= waits_for_replay(slot);
         slot->member = NULL;
         slot->next = q->blocked;
         q->blocked = slot;
     } else {
         slot->is_in_flight = true;
         slot->token = slot->request->token;
+        slot->flushes = q->journal.serial;
         slot->member->in_flight++;
         q->in_flight++;
         atomic_fetch_add(&q->references, 1); /* libnbd's, until `retire` */
@@ -462,7 +496,7 @@ static bool has_to_wait(const struct slot *slot)
 
     if (q->endpoints[NBDQUEUE_TARGET].minimum == 1 || !is_change(slot->request->operation))
         return false;
-    for (unsigned i = 0; i < q->depth; i++) {
+    for (unsigned i = 0; i < q->slot_count; i++) {
         const struct slot *other = &q->slots[i];
 
         if (other != slot && other->request != NULL && is_change(other->request->operation) &&
@@ -470,6 +504,16 @@ static bool has_to_wait(const struct slot *slot)
             return true;
     }
     return false;
+}
+
+/* Free a slot.  q->lock is locked. */
+static void put_back(struct slot *slot)
+{
+    struct slot **list = slot->is_reserved ? &slot->q->reserved : &slot->q->free;
+
+    slot->request = NULL;
+    slot->next = *list;
+    *list = slot;
 }
 
 /* Append a request to the list of those that are done.  q->lock is locked. */
@@ -489,6 +533,30 @@ static void unqueue(struct nbdqueue *q)
         q->last_queued = &q->queued;
 }
 
+/* Whether a request has to wait for a flush of the journal.  q->lock is locked. */
+static bool waits_for_flush(const struct nbdqueue *q, const struct request *r)
+{
+    return (is_changing(r->operation) || r->operation == NBDQUEUE_COPY) && journal_is_full(q);
+}
+
+/* Fail the request that waits for a flush of the journal which has failed.  q->lock is locked. */
+static void fail_unflushed(struct nbdqueue *q)
+{
+    struct request *r = q->queued;
+
+    if (q->journal.flush_error == 0 || r == NULL || !waits_for_flush(q, r))
+        return;
+    if (r->error == 0) {
+        r->error = q->journal.flush_error;
+        r->error_offset = r->cut;
+        r->error_length = r->stop - r->cut;
+        r->error_side = NBDQUEUE_TARGET;
+        r->error_command = NBDQUEUE_FLUSH;
+    }
+    r->cut = r->stop;
+    q->journal.flush_error = 0;
+}
+
 /*
  * Cut a piece off the first request.  Returns its slot, or NULL if there is no request or no free
  * slot, or if the piece has to wait.
@@ -499,6 +567,7 @@ static struct slot *next_piece(struct nbdqueue *q)
     struct request *r;
 
     pthread_mutex_lock(&q->lock);
+    fail_unflushed(q);
     while (q->queued != NULL &&
            q->queued->cut == q->queued->stop) { /* failed, cancelled or empty */
         r = q->queued;
@@ -508,7 +577,7 @@ static struct slot *next_piece(struct nbdqueue *q)
     }
     r = q->queued;
     slot = q->free;
-    if (r == NULL || slot == NULL || q->is_dropped) {
+    if (r == NULL || slot == NULL || q->is_dropped || waits_for_flush(q, r)) {
         slot = NULL;
     } else {
         fit(slot, r);
@@ -577,7 +646,8 @@ static void start(struct slot *slot)
     slot->command = operation;
     slot->member = NULL;
     slot->error = 0;
-    slot->zeroed = 0;
+    slot->zeroed = slot->written = 0;
+    slot->is_held = false;
     if (is_skipped)
         slot->merges = false;
     else if (operation == NBDQUEUE_COPY || slot->merges)
@@ -594,92 +664,6 @@ static void start(struct slot *slot)
     pthread_mutex_lock(&q->lock);
     list_answered(slot);
     pthread_mutex_unlock(&q->lock);
-}
-
-/* Try again to send the blocked commands, which may block again.  The caller has the turn. */
-static void send_blocked(struct nbdqueue *q)
-{
-    struct slot *list = q->blocked, *next;
-
-    q->blocked = NULL;
-    for (; list != NULL; list = next) {
-        next = list->next;
-        send_command(list);
-    }
-}
-
-void pieces_pump(struct nbdqueue *q)
-{
-    struct slot *slot;
-
-    if (q->blocked != NULL)
-        send_blocked(q);
-    while ((slot = next_piece(q)) != NULL)
-        start(slot);
-}
-
-/* Finish a piece: free its slot, and finish its request if it was the last.  q->lock is locked. */
-static void finish_piece(struct slot *slot)
-{
-    struct nbdqueue *q = slot->q;
-    struct request *r = slot->request;
-
-    if (slot->error != 0 && r->error == 0) {
-        bool is_copy = r->operation == NBDQUEUE_COPY; /* its command is exactly what has failed */
-
-        r->error = slot->error;
-        r->error_offset = is_copy ? slot->wide_offset : slot->offset;
-        r->error_length = is_copy ? slot->wide_length : slot->length;
-        r->error_side = side_of(slot);
-        r->error_command = slot->command;
-    }
-    if (slot->error != 0) {
-        r->cut = r->stop; /* send no more; next_piece finishes it if it is queued */
-    } else if (r->operation == NBDQUEUE_COPY || r->operation == NBDQUEUE_ZERO) {
-        uint64_t zeroed = r->operation == NBDQUEUE_ZERO ? slot->length : slot->zeroed;
-
-        if (r->operation == NBDQUEUE_COPY)
-            atomic_fetch_add(&q->read, slot->length);
-        atomic_fetch_add(&q->copied, slot->length - zeroed);
-        atomic_fetch_add(&q->zeroed, zeroed);
-        r->moved += slot->length;
-        r->zeroed += zeroed;
-    }
-    if (r->is_cancelled)
-        q->cancelled--;
-    slot->request = NULL;
-    slot->next = q->free;
-    q->free = slot;
-    r->in_flight--;
-    if (r->in_flight == 0 && r != q->queued)
-        finish_request(q, r);
-}
-
-/*
- * Prepare the next command of a piece without data that takes more than one.  A server may refuse
- * such a command if it is larger than its maximum block size; then repeat it with that size, and
- * continue with the next part.  Returns whether another command follows.
- */
-static bool cut_further(struct slot *slot)
-{
-    struct endpoint *endpoint = &slot->q->endpoints[NBDQUEUE_TARGET];
-    uint64_t stop =
-        smaller(round_up(slot->offset + slot->length, endpoint->minimum), endpoint->size);
-
-    if (slot->request->operation == NBDQUEUE_COPY || /* a run is never larger than a piece */
-        (slot->command != NBDQUEUE_ZERO && slot->command != NBDQUEUE_TRIM &&
-         slot->command != NBDQUEUE_CACHE))
-        return false;
-    if (slot->error == EINVAL && endpoint->maximum != 0 && slot->wide_length > endpoint->maximum) {
-        endpoint->is_bounded = true;
-        slot->wide_length = endpoint->maximum;
-        return true;
-    }
-    if (slot->error != 0 || slot->wide_offset + slot->wide_length >= stop)
-        return false;
-    slot->wide_offset += slot->wide_length;
-    slot->wide_length = smaller(endpoint->maximum, stop - slot->wide_offset);
-    return true;
 }
 
 /*
@@ -726,14 +710,284 @@ static bool next_run(struct slot *slot)
     return false;
 }
 
-/* Count the bytes that a slot's command has written as data for a copy or a zero. */
-static void count_written(const struct slot *slot)
+/*
+ * Begin the commands to the target for a piece anew, as the server may have lost what it did for
+ * the first ones.  A piece that merges has one, which needs no change.
+ */
+static void rewind_piece(struct slot *slot)
 {
+    const struct endpoint *endpoint = &slot->q->endpoints[NBDQUEUE_TARGET];
     enum nbdqueue_operation operation = slot->request->operation;
 
-    if (slot->command == NBDQUEUE_WRITE && slot->error == 0 &&
-        (operation == NBDQUEUE_COPY || operation == NBDQUEUE_ZERO))
-        atomic_fetch_add(&slot->q->written, slot->wide_length);
+    if (slot->merges || operation == NBDQUEUE_FLUSH)
+        return;
+    slot->zeroed = slot->written = 0;
+    if (operation == NBDQUEUE_COPY) {
+        slot->command = NBDQUEUE_READ;
+        (void)next_run(slot); /* there is one, because it was sent before */
+        return;
+    }
+    slot->wide_offset = round_down(slot->offset, endpoint->minimum);
+    slot->wide_length =
+        smaller(round_up(slot->offset + slot->length, endpoint->minimum), endpoint->size) -
+        slot->wide_offset;
+}
+
+/* Try again to send the blocked commands, which may block again.  The caller has the turn. */
+static void send_blocked(struct nbdqueue *q)
+{
+    struct slot *list = q->blocked, *next;
+
+    q->blocked = NULL;
+    for (; list != NULL; list = next) {
+        next = list->next;
+        if (list->is_held && !q->journal.is_due) {
+            list->is_held = false;
+            rewind_piece(list);
+        }
+        send_command(list);
+    }
+}
+
+/* Begin to work on a request of the queue's own in a reserved slot.  q->lock is locked. */
+static struct slot *reserve(struct nbdqueue *q, struct request *r)
+{
+    struct slot *slot = q->reserved;
+
+    if (slot == NULL)
+        return NULL;
+    fit(slot, r);
+    q->reserved = slot->next;
+    r->in_flight++;
+    return slot;
+}
+
+/* Flush the target if the journal is full, and changes wait for that.  The caller has the turn. */
+static void flush_journal(struct nbdqueue *q)
+{
+    struct journal *j = &q->journal;
+    struct slot *slot = NULL;
+
+    pthread_mutex_lock(&q->lock);
+    if (!j->is_flushing && !q->is_dropped && q->queued != NULL && waits_for_flush(q, q->queued))
+        slot = reserve(q, &j->flush);
+    if (slot != NULL)
+        j->is_flushing = true;
+    pthread_mutex_unlock(&q->lock);
+    if (slot != NULL)
+        start(slot);
+}
+
+/* Whether a command to the target may be in flight.  q->lock is locked. */
+static bool is_target_busy(const struct nbdqueue *q)
+{
+    for (unsigned i = 0; i < q->slot_count; i++) {
+        const struct slot *slot = &q->slots[i];
+
+        if (slot->request != NULL && (slot->is_in_flight || slot->is_listed) &&
+            side_of(slot) == NBDQUEUE_TARGET)
+            return true;
+    }
+    return false;
+}
+
+/* Whether a side has a connection that is not lost, or that was not found to be. */
+static bool has_connection(const struct nbdqueue *q, enum nbdqueue_side side)
+{
+    for (size_t i = 0; i < q->count; i++) {
+        if (q->members[i].side == side && q->members[i].is_entered && !q->members[i].is_lost)
+            return true;
+    }
+    return false;
+}
+
+/* Whether a slot's range overlaps a change that is being made again.  q->lock is locked. */
+static bool overlaps_replay(const struct slot *slot)
+{
+    const struct nbdqueue *q = slot->q;
+
+    for (unsigned i = q->depth; i < q->slot_count; i++) {
+        const struct slot *other = &q->slots[i];
+
+        if (other != slot && other->request != NULL && other->request->origin == OF_REPLAY &&
+            overlap(other, slot))
+            return true;
+    }
+    return false;
+}
+
+/*
+ * The slot for the next change that has to be made again, or NULL if it has to wait or there is
+ * none.  After the last one, the journal is not due any more.  Changes that overlap are made one
+ * after the other.  q->lock is locked.
+ */
+static struct slot *next_replay(struct nbdqueue *q)
+{
+    struct journal *j = &q->journal;
+    struct request *r;
+    struct slot *slot;
+
+    if (!j->is_due || q->is_dropped || q->endpoints[NBDQUEUE_TARGET].error != 0)
+        return NULL;
+    if (!j->is_replaying) {
+        if (j->in_flight > 0 || is_target_busy(q) || !has_connection(q, NBDQUEUE_TARGET))
+            return NULL;
+        j->cursor = j->first;
+        j->is_replaying = true;
+    }
+    if (j->cursor == NULL) {
+        if (j->in_flight == 0)
+            j->is_due = j->is_replaying = false;
+        return NULL;
+    }
+    r = &j->cursor->request;
+    slot = reserve(q, r);
+    if (slot == NULL)
+        return NULL;
+    if (overlaps_replay(slot)) {
+        r->in_flight--;
+        put_back(slot);
+        return NULL;
+    }
+    j->in_flight++;
+    r->cut += slot->length;
+    if (r->cut == r->stop) {
+        r->cut = r->start; /* for the next replay */
+        j->cursor = j->cursor->next;
+    }
+    return slot;
+}
+
+/* Make the changes of the journal again, as far as that is possible now. */
+static void replay(struct nbdqueue *q)
+{
+    struct slot *slot;
+
+    do {
+        pthread_mutex_lock(&q->lock);
+        slot = next_replay(q);
+        pthread_mutex_unlock(&q->lock);
+        if (slot != NULL)
+            start(slot);
+    } while (slot != NULL);
+}
+
+void pieces_pump(struct nbdqueue *q)
+{
+    struct slot *slot;
+
+    if (q->journal.is_due)
+        replay(q);
+    if (q->blocked != NULL)
+        send_blocked(q);
+    if (q->journal.size != 0)
+        flush_journal(q);
+    while ((slot = next_piece(q)) != NULL)
+        start(slot);
+}
+
+/* Finish a change that was made again.  q->lock is locked. */
+static void finish_replay(struct slot *slot)
+{
+    struct nbdqueue *q = slot->q;
+
+    /* What was acknowledged is lost now: fail everything, rather than go on without it. */
+    if (slot->error != 0 && !is_outdated(slot) && q->endpoints[NBDQUEUE_TARGET].error == 0)
+        q->endpoints[NBDQUEUE_TARGET].error = slot->error;
+    slot->request->in_flight--;
+    q->journal.in_flight--;
+    put_back(slot);
+}
+
+/* Finish a flush of the journal.  q->lock is locked. */
+static void finish_journal_flush(struct slot *slot)
+{
+    struct journal *j = &slot->q->journal;
+
+    j->flush.in_flight--;
+    j->is_flushing = false;
+    j->flush_error = slot->error;
+    put_back(slot);
+}
+
+/* Finish a piece: free its slot, and finish its request if it was the last.  q->lock is locked. */
+static void finish_piece(struct slot *slot)
+{
+    struct nbdqueue *q = slot->q;
+    struct request *r = slot->request;
+
+    if (slot->command == NBDQUEUE_FLUSH && slot->error == 0 && journal_is_on(q))
+        journal_clear(q, slot->flushes);
+    if (r->origin == OF_REPLAY) {
+        finish_replay(slot);
+        return;
+    }
+    if (r->origin == OF_JOURNAL) {
+        finish_journal_flush(slot);
+        return;
+    }
+    if (slot->error != 0 && r->error == 0) {
+        bool is_copy = r->operation == NBDQUEUE_COPY; /* its command is exactly what has failed */
+
+        r->error = slot->error;
+        r->error_offset = is_copy ? slot->wide_offset : slot->offset;
+        r->error_length = is_copy ? slot->wide_length : slot->length;
+        r->error_side = side_of(slot);
+        r->error_command = slot->command;
+    }
+    if (slot->error != 0) {
+        r->cut = r->stop; /* send no more; next_piece finishes it if it is queued */
+    } else if (r->operation == NBDQUEUE_COPY || r->operation == NBDQUEUE_ZERO) {
+        uint64_t zeroed = r->operation == NBDQUEUE_ZERO ? slot->length : slot->zeroed;
+
+        if (r->operation == NBDQUEUE_COPY)
+            atomic_fetch_add(&q->read, slot->length);
+        atomic_fetch_add(&q->copied, slot->length - zeroed);
+        atomic_fetch_add(&q->zeroed, zeroed);
+        atomic_fetch_add(&q->written, slot->written);
+        r->moved += slot->length;
+        r->zeroed += zeroed;
+    }
+    if (r->is_cancelled)
+        q->cancelled--;
+    put_back(slot);
+    r->in_flight--;
+    if (r->in_flight == 0 && r != q->queued)
+        finish_request(q, r);
+}
+
+/*
+ * Prepare the next command of a piece without data that takes more than one.  A server may refuse
+ * such a command if it is larger than its maximum block size; then repeat it with that size, and
+ * continue with the next part.  Returns whether another command follows.
+ */
+static bool cut_further(struct slot *slot)
+{
+    struct endpoint *endpoint = &slot->q->endpoints[NBDQUEUE_TARGET];
+    uint64_t stop =
+        smaller(round_up(slot->offset + slot->length, endpoint->minimum), endpoint->size);
+
+    if (slot->request->operation == NBDQUEUE_COPY || /* a run is never larger than a piece */
+        (slot->command != NBDQUEUE_ZERO && slot->command != NBDQUEUE_TRIM &&
+         slot->command != NBDQUEUE_CACHE))
+        return false;
+    if (slot->error == EINVAL && endpoint->maximum != 0 && slot->wide_length > endpoint->maximum) {
+        endpoint->is_bounded = true;
+        slot->wide_length = endpoint->maximum;
+        return true;
+    }
+    if (slot->error != 0 || slot->wide_offset + slot->wide_length >= stop)
+        return false;
+    slot->wide_offset += slot->wide_length;
+    slot->wide_length = smaller(endpoint->maximum, stop - slot->wide_offset);
+    return true;
+}
+
+/* Count the bytes that a slot's command has written as data for a copy or a zero. */
+static void count_written(struct slot *slot)
+{
+    if (slot->command == NBDQUEUE_WRITE && slot->error == 0)
+        slot->written += slot->wide_length;
 }
 
 /*
@@ -766,6 +1020,7 @@ static void advance(struct slot *slot)
     const struct request *r = slot->request;
     bool was_read = slot->command == NBDQUEUE_READ && slot->error == 0;
     size_t before = (size_t)(slot->offset - slot->wide_offset);
+    struct change *change;
 
     if (cut_further(slot)) {
         send_command(slot);
@@ -787,19 +1042,37 @@ static void advance(struct slot *slot)
     }
     if (was_read && slot->data == slot->bounce && r->operation == NBDQUEUE_READ)
         memcpy(r->buffer + (slot->offset - r->start), slot->bounce + before, slot->length);
+    change = q->journal.bound != 0 ? journal_prepare(slot) : NULL;
     pthread_mutex_lock(&q->lock);
+    if (change != NULL)
+        journal_append(q, change);
     finish_piece(slot);
     pthread_mutex_unlock(&q->lock);
 }
 
-void pieces_mark_lost(const struct nbdqueue *q, struct member *m, int error)
+/* Note that a connection was lost which is to be replaced. */
+static void note_loss(struct nbdqueue *q, const struct member *m)
 {
+    pthread_mutex_lock(&q->lock);
+    q->losses++;
+    q->is_woken = true;
+    if (m->side == NBDQUEUE_TARGET)
+        journal_interrupt(q, true);
+    pthread_mutex_unlock(&q->lock);
+}
+
+void pieces_mark_lost(struct nbdqueue *q, struct member *m, int error)
+{
+    bool is_noted = m->is_lost;
+
     m->is_lost = true;
     watch_remove(q, m);
     if (m->error == 0)
         m->error = error != 0 ? error : ENOTCONN;
     if (m->is_entered)
         nbdshim_note_end(m->s);
+    if (!is_noted && q->endpoints[m->side].can_reconnect)
+        note_loss(q, m);
 }
 
 /* Retire a read, and get its error. */
@@ -814,9 +1087,9 @@ static void retire_read(struct slot *slot)
 /*
  * Replace the error of a command by that of its connection, if the connection is dead.  libnbd then
  * refuses new commands with EINVAL, and fails those in flight with ENOTCONN.  Any other error of an
- * answered command is the server's, and stays.
+ * answered command is the server's, and stays.  Returns whether it was replaced.
  */
-static void explain(struct slot *slot)
+static bool explain(struct slot *slot)
 {
     struct member *m = slot->member;
     bool is_answer = slot->is_answered && slot->error != ENOTCONN;
@@ -824,8 +1097,45 @@ static void explain(struct slot *slot)
     if (!m->is_lost && m->is_entered &&
         (nbd_aio_is_dead(m->s->h) == 1 || nbd_aio_is_closed(m->s->h) == 1))
         pieces_mark_lost(slot->q, m, ENOTCONN);
-    if (m->is_lost && !is_answer)
-        slot->error = m->error;
+    if (is_answer && slot->error == ESHUTDOWN && is_awaited(slot->q, m->side)) {
+        (void)shutdown(nbd_aio_get_fd(m->s->h),
+                       SHUT_RDWR); /* the server ends: do not wait for it */
+        return true;
+    }
+    if (!m->is_lost || is_answer)
+        return false;
+    slot->error = m->error;
+    return true;
+}
+
+/* Count a command that its server has answered, for nbdqueue_answers. */
+static void count_answer(const struct slot *slot)
+{
+    struct endpoint *endpoint = &slot->q->endpoints[side_of(slot)];
+
+    if (endpoint->can_reconnect && slot->member != NULL)
+        endpoint->answers++;
+}
+
+/*
+ * Continue with a slot whose command has ended.  A command whose connection was lost is sent again
+ * if the connection is replaced.
+ */
+static void reap(struct slot *slot)
+{
+    bool is_lost = slot->error != 0 && slot->member != NULL && explain(slot);
+
+    /* The command is retired, so no other thread lists this slot before it is sent again. */
+    slot->is_listed = false;
+    if (!is_lost)
+        count_answer(slot);
+    if (!is_lost || !is_awaited(slot->q, side_of(slot))) {
+        advance(slot);
+        return;
+    }
+    if (side_of(slot) == NBDQUEUE_TARGET && !is_outdated(slot))
+        rewind_piece(slot);
+    send_command(slot);
 }
 
 bool pieces_reap(struct nbdqueue *q)
@@ -863,11 +1173,7 @@ bool pieces_reap(struct nbdqueue *q)
          */
         if (is_in_flight)
             retire_read(list);
-        if (list->error != 0 && list->member != NULL)
-            explain(list);
-        /* The command is retired, so no other thread lists this slot before it is sent again. */
-        list->is_listed = false;
-        advance(list);
+        reap(list);
     }
     return is_some;
 }
@@ -875,7 +1181,7 @@ bool pieces_reap(struct nbdqueue *q)
 /* Retire the reads that were answered but not reaped: nobody needs their results any more. */
 static void retire_answered(struct nbdqueue *q)
 {
-    for (unsigned i = 0; i < q->depth; i++) {
+    for (unsigned i = 0; i < q->slot_count; i++) {
         struct slot *slot = &q->slots[i];
         bool is_left;
 
@@ -904,7 +1210,7 @@ static void orphan(struct slot *slot)
             .stop = slot->wide_offset + (is_changing(slot->command) ? slot->wide_length : 0)};
         nbdshim_add_orphan(slot->member->s, &slot->range, bytes_of(slot));
     }
-    if (r != NULL && --r->in_flight == 0)
+    if (r != NULL && --r->in_flight == 0 && r->origin == OF_CALLER)
         free(r);
 }
 
@@ -920,10 +1226,11 @@ static void free_requests(struct request *list)
 
 void pieces_cancel(struct nbdqueue *q, uintptr_t token)
 {
-    for (unsigned i = 0; i < q->depth; i++) {
+    for (unsigned i = 0; i < q->slot_count; i++) {
         struct slot *slot = &q->slots[i];
 
-        if (slot->request != NULL && slot->request->token == token) {
+        if (slot->request != NULL && slot->request->token == token &&
+            slot->request->origin == OF_CALLER) {
             q->cancelled += !slot->request->is_cancelled ? slot->request->in_flight : 0;
             slot->request->is_cancelled = true;
         }
@@ -940,7 +1247,7 @@ void pieces_forget(struct nbdqueue *q, struct nbdshim *s)
     q->length = q->done_length = 0;
     q->answered = q->blocked = NULL;
     q->is_forgotten = true;
-    for (unsigned i = 0; i < q->depth; i++)
+    for (unsigned i = 0; i < q->slot_count; i++)
         orphan(&q->slots[i]);
     if (q->in_flight == 0)
         release_buffers(q, s);

@@ -27,7 +27,7 @@ void pieces_pump(struct nbdqueue *q);
 bool pieces_reap(struct nbdqueue *q);
 
 /* Record that a handle's connection has ended, with an errno or 0, and send no commands there. */
-void pieces_mark_lost(const struct nbdqueue *q, struct member *m, int error);
+void pieces_mark_lost(struct nbdqueue *q, struct member *m, int error);
 
 /* Mark the slots of a request that was cancelled.  q->lock is locked. */
 void pieces_cancel(struct nbdqueue *q, uintptr_t token);

@@ -2,6 +2,7 @@
 /* A queue of requests, and which thread moves it when; see queue.h, and queue_internal.h. */
 
 #include "queue.h"
+#include "journal.h"
 #include "pieces.h"
 #include "watch.h"
 
@@ -18,6 +19,21 @@
 
 /* The results of `move`, besides refusals. */
 enum { IDLE, HAS_MOVED, INTERRUPTED };
+
+/* Put all slots into the lists of free ones. */
+static void free_all_slots(struct nbdqueue *q)
+{
+    q->free = q->reserved = NULL;
+    for (unsigned i = 0; i < q->slot_count; i++) {
+        struct slot *slot = &q->slots[i];
+        struct slot **list = i < q->depth ? &q->free : &q->reserved;
+
+        slot->q = q;
+        slot->is_reserved = i >= q->depth;
+        slot->next = *list;
+        *list = slot;
+    }
+}
 
 struct nbdqueue *nbdqueue_create(unsigned depth, uint32_t piece, uintptr_t token)
 {
@@ -38,7 +54,8 @@ struct nbdqueue *nbdqueue_create(unsigned depth, uint32_t piece, uintptr_t token
     }
     (void)sem_init(&q->turn, 0, 1);
     atomic_init(&q->references, 1);
-    q->depth = depth;
+    q->slot_count = q->depth = depth;
+    q->journal.last = &q->journal.first;
     q->piece = piece;
     q->epoll = q->timer = -1;
     q->forks = atomic_load(&nbdshim_forks);
@@ -47,11 +64,7 @@ struct nbdqueue *nbdqueue_create(unsigned depth, uint32_t piece, uintptr_t token
     q->last_done = &q->done;
     for (size_t i = 0; i < 2; i++)
         q->endpoints[i] = (struct endpoint){.file.fd = -1, .minimum = 1};
-    for (unsigned i = 0; i < depth; i++) {
-        q->slots[i].q = q;
-        q->slots[i].next = q->free;
-        q->free = &q->slots[i];
-    }
+    free_all_slots(q);
     return q;
 }
 
@@ -93,6 +106,30 @@ void nbdqueue_set_sparse(struct nbdqueue *q, uint32_t block, bool target_is_zero
     q->target_is_zero = target_is_zero;
 }
 
+int nbdqueue_set_reconnect(struct nbdqueue *q, enum nbdqueue_side side, uint64_t bound)
+{
+    if (q == NULL)
+        return NBDSHIM_CLOSED;
+    if (q->slot_count == q->depth) {
+        unsigned count = q->depth + RESERVED_SLOTS;
+        struct slot *slots = calloc(count, sizeof *slots);
+
+        if (slots == NULL)
+            return NBDSHIM_NO_MEMORY;
+        free(q->slots);
+        q->slots = slots;
+        q->slot_count = count;
+        free_all_slots(q);
+    }
+    q->endpoints[side].can_reconnect = true;
+    if (side == NBDQUEUE_TARGET) {
+        q->journal.bound = q->journal.limit = bound;
+        q->journal.flush =
+            (struct request){.operation = NBDQUEUE_FLUSH, .stop = 1, .origin = OF_JOURNAL};
+    }
+    return 0;
+}
+
 uint64_t nbdqueue_size(const struct nbdqueue *q, enum nbdqueue_side side)
 {
     return q == NULL ? 0 : q->endpoints[side].size;
@@ -126,24 +163,70 @@ static void take_over(struct nbdqueue *q)
         atomic_store(&q->count, added);
 }
 
+/* The place of a handle of a side that was lost, and has no command in flight; NULL if none. */
+static struct member *lost_member(struct nbdqueue *q, enum nbdqueue_side side)
+{
+    for (size_t i = 0; i < q->count; i++) {
+        struct member *m = &q->members[i];
+
+        if (m->side == side && m->is_lost && m->in_flight == 0)
+            return m;
+    }
+    return NULL;
+}
+
+/*
+ * Give the places of lost handles to those that were added for them.  The caller has the turn, and
+ * has not entered any handle.
+ */
+static void replace_lost(struct nbdqueue *q)
+{
+    struct nbdshim *old[NBDQUEUE_MAX_HANDLES];
+    size_t replaced = 0, left = 0;
+
+    pthread_mutex_lock(&q->lock);
+    for (size_t i = 0; i < q->joining_count; i++) {
+        struct member *m = lost_member(q, q->joining[i].side);
+
+        if (m == NULL) { /* libnbd still has to retire its commands */
+            q->joining[left++] = q->joining[i];
+            continue;
+        }
+        watch_remove(q, m);
+        old[replaced++] = m->s;
+        m->s = q->joining[i].s;
+        m->error = 0;
+        m->is_lost = m->is_shared = false;
+        m->is_new = true;
+        if (m->side == NBDQUEUE_TARGET)
+            journal_interrupt(q, false);
+    }
+    q->joining_count = left;
+    pthread_mutex_unlock(&q->lock);
+    while (replaced > 0)
+        nbdshim_unref(old[--replaced]);
+}
+
 /*
  * Enter all handles, including those that were added meanwhile; closed ones are lost.  The caller
  * has the turn.  Returns 0, or NBDSHIM_REENTERED without having entered any.
  */
 static int enter_all(struct nbdqueue *q)
 {
-    size_t before = q->count;
-
     take_over(q);
+    if (q->joining_count > 0)
+        replace_lost(q);
     for (size_t i = 0; i < q->count; i++) {
         struct member *m = &q->members[i];
         int ret = nbdshim_enter(m->s);
 
         m->is_entered = ret == 0;
-        if (ret == NBDSHIM_CLOSED || (i >= before && watch_add(q, m) != 0))
+        if (ret == NBDSHIM_CLOSED || (m->is_new && watch_add(q, m) != 0))
             pieces_mark_lost(q, m, ENOTCONN);
-        if (ret != NBDSHIM_REENTERED)
+        if (ret != NBDSHIM_REENTERED) {
+            m->is_new = false;
             continue;
+        }
         while (i-- > 0) {
             if (q->members[i].is_entered)
                 nbdshim_leave(q->members[i].s);
@@ -208,7 +291,8 @@ static int ask_export(struct endpoint *export, struct nbdshim *s)
     *export = (struct endpoint){.size = (uint64_t)size,
                                 .minimum = (minimum & (minimum - 1)) == 0 ? minimum : 1,
                                 .maximum = constraint(s, LIBNBD_SIZE_MAXIMUM),
-                                .has_zero = nbd_can_zero(s->h) == 1};
+                                .has_zero = nbd_can_zero(s->h) == 1,
+                                .can_flush = nbd_can_flush(s->h) == 1};
     if (export->minimum == 0)
         export->minimum = 1;
     return 0;
@@ -224,6 +308,7 @@ static void narrow(struct endpoint *endpoint, const struct endpoint *export)
     if (export->maximum != 0 && (endpoint->maximum == 0 || export->maximum < endpoint->maximum))
         endpoint->maximum = export->maximum;
     endpoint->has_zero = export->has_zero && (endpoint->count == 0 || endpoint->has_zero);
+    endpoint->can_flush = export->can_flush && (endpoint->count == 0 || endpoint->can_flush);
 }
 
 /* After the first request: whether a new handle can do everything that the endpoint can. */
@@ -233,7 +318,37 @@ static bool fits(const struct endpoint *endpoint, const struct endpoint *export)
         export->maximum == 0 || (endpoint->maximum != 0 && export->maximum >= endpoint->maximum);
 
     return export->size == endpoint->size && export->minimum == endpoint->minimum && has_maximum &&
-           (export->has_zero || !endpoint->has_zero);
+           (export->has_zero || !endpoint->has_zero) && (export->can_flush || !endpoint->can_flush);
+}
+
+/* Whether a new handle of a side takes the place of a lost one.  q->lock is locked. */
+static bool is_substitute(const struct nbdqueue *q, enum nbdqueue_side side)
+{
+    size_t lost = 0, joining = 0;
+
+    if (!q->endpoints[side].can_reconnect)
+        return false;
+    for (size_t i = 0; i < q->added; i++)
+        lost += q->members[i].side == side && q->members[i].is_lost;
+    for (size_t i = 0; i < q->joining_count; i++)
+        joining += q->joining[i].side == side;
+    return joining < lost;
+}
+
+/* Give a handle a place among the members, or have it take the place of a lost one. */
+static void place(struct nbdqueue *q, enum nbdqueue_side side, struct nbdshim *s)
+{
+    if (is_substitute(q, side)) {
+        q->joining[q->joining_count].s = s;
+        q->joining[q->joining_count].side = side;
+        q->joining_count++;
+        return;
+    }
+    q->endpoints[side].count++;
+    q->members[q->added] = (struct member){.s = s, .side = side, .socket = -1, .is_new = true};
+    if (side == NBDQUEUE_TARGET && q->is_started)
+        journal_interrupt(q, false);
+    atomic_fetch_add(&q->added, 1); /* publishes the member, which is complete now */
 }
 
 /* Add a handle to a side.  Returns 0 or a refusal. */
@@ -246,7 +361,7 @@ static int add_member(struct nbdqueue *q, enum nbdqueue_side side, struct nbdshi
     pthread_mutex_lock(&q->lock);
     if (q->is_dropped)
         ret = NBDSHIM_CLOSED;
-    else if (q->added == NBDQUEUE_MAX_HANDLES)
+    else if (q->added == NBDQUEUE_MAX_HANDLES && !is_substitute(q, side))
         ret = NBDSHIM_TOO_MANY;
     else if (q->is_started && !fits(endpoint, export))
         ret = NBDSHIM_OTHER_EXPORT;
@@ -254,9 +369,7 @@ static int add_member(struct nbdqueue *q, enum nbdqueue_side side, struct nbdshi
         if (!q->is_started)
             narrow(endpoint, export);
         atomic_fetch_add(&s->references, 1);
-        endpoint->count++;
-        q->members[q->added] = (struct member){.s = s, .side = side, .socket = -1};
-        atomic_fetch_add(&q->added, 1); /* publishes the member, which is complete now */
+        place(q, side, s);
         q->has_news = true;
         nbdqueue_wake_poll(q);
     }
@@ -381,7 +494,7 @@ static void give_back_member_turns(struct nbdqueue *q)
 }
 
 /* The descriptor and the events to poll for a handle. */
-static struct pollfd poll_of(const struct nbdqueue *q, struct member *m)
+static struct pollfd poll_of(struct nbdqueue *q, struct member *m)
 {
     struct pollfd fd = {.fd = -1};
     unsigned direction = m->has_turn ? nbd_aio_get_direction(m->s->h) : 0;
@@ -449,6 +562,7 @@ static void enter_new(struct nbdqueue *q)
         struct member *m = &q->members[i];
 
         m->is_entered = nbdshim_enter(m->s) == 0;
+        m->is_new = false;
         if (!m->is_entered || watch_add(q, m) != 0)
             pieces_mark_lost(q, m, ENOTCONN);
     }
@@ -492,7 +606,7 @@ static int move(struct nbdqueue *q, int64_t longest)
     /* Before pieces_reap, so that waiting calls need not wait while it copies and writes data. */
     give_back_member_turns(q);
     ret = pieces_reap(q) || ready > 0 ? HAS_MOVED : ready < 0 ? INTERRUPTED : IDLE;
-    if (ready < 0 || now >= q->handlers_due) {
+    if (ready < 0 || now >= q->handlers_due || q->joining_count > 0) {
         int stopped = pause_for_handlers(q); /* gives the turn back, and takes it again */
 
         return stopped != 0 ? stopped : ret;
@@ -805,10 +919,37 @@ void nbdqueue_wake(struct nbdqueue *q)
 int nbdqueue_error(const struct nbdqueue *q, const struct nbdshim *s)
 {
     for (size_t i = 0; !is_unusable(q) && i < q->count; i++) {
-        if (q->members[i].s == s && q->members[i].is_lost)
+        if (q->members[i].s == s)
             return q->members[i].error;
     }
     return 0;
+}
+
+unsigned nbdqueue_losses(const struct nbdqueue *q)
+{
+    return q == NULL ? 0 : q->losses;
+}
+
+uint64_t nbdqueue_answers(const struct nbdqueue *q, enum nbdqueue_side side)
+{
+    return q == NULL ? 0 : q->endpoints[side].answers;
+}
+
+void nbdqueue_give_up(struct nbdqueue *q, enum nbdqueue_side side, int error)
+{
+    if (is_unusable(q))
+        return;
+    pthread_mutex_lock(&q->lock);
+    q->endpoints[side].error = error;
+    q->has_news = true;
+    nbdqueue_wake_poll(q);
+    pthread_mutex_unlock(&q->lock);
+    /* If nobody has the turn, the next call fails the commands that wait. */
+    if (!is_reentry(q) && sem_trywait(&q->turn) == 0) {
+        if (enter_all(q) == 0)
+            pieces_pump(q);
+        give_back_turn(q);
+    }
 }
 
 unsigned nbdqueue_length(struct nbdqueue *q)
@@ -902,7 +1043,7 @@ bool nbdqueue_uses(struct nbdqueue *q, uintptr_t token)
         return true; /* a forked child cannot know */
     pthread_mutex_lock(&q->lock);
     is_used = !q->is_forgotten;
-    for (unsigned i = 0; i < q->depth; i++)
+    for (unsigned i = 0; i < q->slot_count; i++)
         is_used |= q->slots[i].is_in_flight && q->slots[i].token == token;
     pthread_mutex_unlock(&q->lock);
     return is_used;

@@ -25,13 +25,13 @@
  * end where an endpoint ends.  The last block of an export is as short as the export.  Where the
  * server has no zero command, the queue writes zeroes.
  *
- * Lost connections.  After nbdqueue_set_reconnect, the loss of a side's connection fails no request.
- * Its commands are sent again on another connection of the side; if there is none, they wait until
- * nbdqueue_add gives one, or nbdqueue_give_up ends the wait.  A server that was killed may have
- * lost what it had not flushed.  So the queue keeps a journal of the changes of the target since
- * the last flush.  When a connection was lost, and when one joins, it waits until no command to the
- * target is in flight, makes these changes again, in their order, and goes on then.  When the
- * journal is full, the queue flushes before it sends the next change.  A server without flush
+ * Lost connections.  After nbdqueue_set_reconnect, the loss of a side's connection fails no
+ * request. Its commands are sent again on another connection of the side; if there is none, they
+ * wait until nbdqueue_add gives one, or nbdqueue_give_up ends the wait.  A server that was killed
+ * may have lost what it had not flushed.  So the queue keeps a journal of the changes of the target
+ * since the last flush.  When a connection was lost, and when one joins, it waits until no command
+ * to the target is in flight, makes these changes again, in their order, and goes on then.  When
+ * the journal is full, the queue flushes before it sends the next change.  A server without flush
  * has no journal.
  *
  * Buffers.  The caller keeps a buffer alive and in place until its request was reported.  When a

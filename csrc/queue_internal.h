@@ -13,6 +13,10 @@
  * one write or zero for each run of blocks that are all data or all zeroes.  A slot whose command
  * has to wait for another command is in q->blocked, and pieces_pump tries again to send it.
  *
+ * Lost connections.  A command whose connection was lost is sent again, unless nobody waits for it
+ * any more; it is in q->blocked meanwhile.  The target's commands are held back there until the
+ * changes of the journal are made again (see journal.h), in slots that are reserved for that.
+ *
  * Locks.  The thread that has q->turn moves the queue: it sends, polls and reaps.  q->lock protects
  * the lists and counters, also from libnbd's callbacks.  These run while libnbd's lock is held, and
  * take q->lock; so libnbd must not be called while q->lock is locked.
@@ -28,13 +32,16 @@
 
 /* The retry interval for the turn of a handle that another thread is moving. */
 #define SHARED_RETRY_INTERVAL (10 * NBDSHIM_MILLISECOND)
+/* The number of slots that are reserved for replays and for flushes of the queue's own. */
+#define RESERVED_SLOTS 8
 
 /* A handle that belongs to the queue. */
 struct member {
-    struct nbdshim *s;
+    struct nbdshim *_Atomic s; /* replaced only with the turn, and when nothing is in flight */
     enum nbdqueue_side side;
     unsigned in_flight; /* commands of the queue that libnbd has */
-    int error;          /* why it was lost, an errno */
+    atomic_int error;   /* why it was lost, an errno */
+    bool is_new;        /* it has not been entered yet */
     bool is_lost;       /* it was closed, or its connection has ended */
     bool is_entered;    /* by the thread that has the queue's turn */
     bool has_turn;      /* likewise: it has the handle's turn as well */
@@ -49,10 +56,16 @@ struct endpoint {
     struct queuefile file; /* its fd is -1 if the endpoint has handles */
     uint64_t size;
     uint32_t minimum, maximum; /* the server's block size constraints; a maximum of 0 is none */
-    bool has_zero;             /* the server has a zero command */
+    bool has_zero, can_flush;  /* the server has a zero command, and a flush command */
     bool is_null;              /* it discards what is written */
     bool is_bounded;           /* maximum also limits commands without data */
+    bool can_reconnect;        /* its connections are replaced when they are lost */
+    atomic_int error;          /* with which its commands fail: it was given up; or 0 */
+    atomic_uint_fast64_t answers;
 };
+
+/* Who has made a request: the queue's caller, or the queue itself. */
+enum origin { OF_CALLER, OF_REPLAY, OF_JOURNAL /* a flush of the journal */ };
 
 struct request {
     struct request *next;
@@ -70,6 +83,31 @@ struct request {
     enum nbdqueue_side error_side;
     enum nbdqueue_operation error_command;
     bool is_cancelled; /* nobody waits for it any more */
+    enum origin origin;
+};
+
+/* A change of the target that is not flushed yet; see journal.h. */
+struct change {
+    struct request request; /* OF_REPLAY */
+    struct change *next;
+    uint64_t serial;
+    uint64_t cost; /* its share of the journal's size */
+    char data[];   /* of a write */
+};
+
+struct journal {
+    uint64_t bound; /* the largest size, in bytes; 0 if there is no journal */
+    uint64_t limit; /* the size at which it is flushed now */
+    uint64_t size;
+    uint64_t serial; /* of the latest change */
+    struct change *first, **last;
+    atomic_bool is_due;    /* its changes have to be made again */
+    bool is_replaying;     /* they are being made again, */
+    struct change *cursor; /* and this one is next */
+    unsigned in_flight;    /* slots that work on that, or on a replay that was interrupted */
+    struct request flush;  /* OF_JOURNAL */
+    bool is_flushing;      /* a slot works on it */
+    int flush_error;       /* of the last one, for the change that waits for it */
 };
 
 /* A piece of a request, and the command in flight for it. */
@@ -83,6 +121,10 @@ struct slot {
     char *data;   /* that the command reads into or writes from */
     enum nbdqueue_operation command; /* that is in flight */
     uint64_t zeroed;                 /* bytes of a copy's piece that were found to be zero */
+    uint64_t written;                /* bytes that were written as data for a copy or a zero */
+    uint64_t flushes;                /* a flush: the latest change that it includes */
+    bool is_reserved;                /* it is one of the RESERVED_SLOTS */
+    bool is_held;                    /* its command waits for the replay of the journal */
     bool merges;                     /* it reads, merges and writes back */
     struct member *member;           /* that has the command; NULL if it was not sent */
     uint64_t cookie;
@@ -108,7 +150,8 @@ struct nbdqueue {
     bool is_started;        /* a request was added: the endpoints are final */
     bool is_woken, is_dropped;
     bool is_forgotten; /* dropped, and all requests are freed */
-    unsigned depth, in_flight;
+    unsigned slot_count, in_flight;
+    unsigned depth; /* how many slots are not reserved */
     unsigned forks; /* nbdshim_forks of the process that created the queue */
     uint32_t piece;
     uint32_t sparse;     /* the size of the blocks in which copies find zeroes; 0 is off */
@@ -117,9 +160,17 @@ struct nbdqueue {
     struct member members[NBDQUEUE_MAX_HANDLES];
     atomic_size_t added; /* members that were added; changed under q->lock */
     atomic_size_t count; /* of them in use; only the turn's holder changes it */
+    struct {
+        struct nbdshim *s;
+        enum nbdqueue_side side;
+    } joining[NBDQUEUE_MAX_HANDLES]; /* handles that take the places of lost ones */
+    atomic_size_t joining_count;     /* changed under q->lock */
+    atomic_uint losses;
+    struct journal journal;
     struct slot *slots, *free, *answered;
-    struct slot *blocked; /* whose commands have to wait; used only with the turn */
-    unsigned cancelled;   /* slots of cancelled requests */
+    struct slot *reserved; /* those of the RESERVED_SLOTS that are free */
+    struct slot *blocked;  /* whose commands have to wait; used only with the turn */
+    unsigned cancelled;    /* slots of cancelled requests */
     struct request *queued, **last_queued;
     struct request *done, **last_done;
     unsigned length, done_length;
