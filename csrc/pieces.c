@@ -832,6 +832,8 @@ static struct slot *next_replay(struct nbdqueue *q)
     if (!j->is_replaying) {
         if (j->in_flight > 0 || is_target_busy(q) || !has_connection(q, NBDQUEUE_TARGET))
             return NULL;
+        for (struct change *c = j->first; c != NULL; c = c->next)
+            c->request.cut = c->request.start;
         j->cursor = j->first;
         j->is_replaying = true;
     }
@@ -851,10 +853,8 @@ static struct slot *next_replay(struct nbdqueue *q)
     }
     j->in_flight++;
     r->cut += slot->length;
-    if (r->cut == r->stop) {
-        r->cut = r->start; /* for the next replay */
+    if (r->cut == r->stop)
         j->cursor = j->cursor->next;
-    }
     return slot;
 }
 

@@ -163,13 +163,23 @@ static void take_over(struct nbdqueue *q)
         atomic_store(&q->count, added);
 }
 
-/* The place of a handle of a side that was lost, and has no command in flight; NULL if none. */
+/* Whether slots still refer to a handle, in flight or with an error that its loss explains. */
+static bool is_in_use(const struct nbdqueue *q, const struct member *m)
+{
+    bool is_in_use = m->in_flight > 0;
+
+    for (unsigned i = 0; i < q->slot_count && !is_in_use; i++)
+        is_in_use = q->slots[i].is_listed && q->slots[i].member == m;
+    return is_in_use;
+}
+
+/* The place of a handle of a side that was lost and is not in use any more; NULL if none. */
 static struct member *lost_member(struct nbdqueue *q, enum nbdqueue_side side)
 {
     for (size_t i = 0; i < q->count; i++) {
         struct member *m = &q->members[i];
 
-        if (m->side == side && m->is_lost && m->in_flight == 0)
+        if (m->side == side && m->is_lost && !is_in_use(q, m))
             return m;
     }
     return NULL;
@@ -188,7 +198,7 @@ static void replace_lost(struct nbdqueue *q)
     for (size_t i = 0; i < q->joining_count; i++) {
         struct member *m = lost_member(q, q->joining[i].side);
 
-        if (m == NULL) { /* libnbd still has to retire its commands */
+        if (m == NULL) {
             q->joining[left++] = q->joining[i];
             continue;
         }

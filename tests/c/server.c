@@ -74,9 +74,14 @@ void kill_server(pid_t server)
 
 int connect_to_silence(struct nbdshim *s, uint64_t size)
 {
+    return connect_with_flags(s, size, 1);
+}
+
+int connect_with_flags(struct nbdshim *s, uint64_t size, uint8_t transmission)
+{
     const uint64_t numbers[] = {htobe64(0x4e42444d41474943), htobe64(0x420281861253),
                                 htobe64(size)};
-    const char flags[4 + 124] = {0, 0, 0, 1};
+    const char flags[4 + 124] = {0, 0, 0, (char)transmission};
     int ends[2];
 
     CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);

@@ -28,6 +28,9 @@ void kill_server(pid_t server);
  */
 int connect_to_silence(struct nbdshim *s, uint64_t size);
 
+/* The same, with the low byte of the transmission flags, of which the lowest bit has to be set. */
+int connect_with_flags(struct nbdshim *s, uint64_t size, uint8_t transmission);
+
 /* A command as the server receives it. */
 struct command {
     uint16_t flags, type;
