@@ -53,9 +53,10 @@ static int complete(void *user_data, int *error)
     slot->error = *error;
     /*
      * A command that is retired here is listed in `retire`, which libnbd calls right afterwards.  A
-     * read is listed now, and the thread that reaps retires it.  Of a dropped queue nobody reaps.
+     * read is listed now, and the thread that reaps retires it.  So is a command that ends while it
+     * is being sent, as libnbd still uses it then.  Of a dropped queue nobody reaps.
      */
-    is_retired = q->is_dropped || slot->command != NBDQUEUE_READ;
+    is_retired = slot->is_issued && (q->is_dropped || slot->command != NBDQUEUE_READ);
     if (!is_retired)
         list_answered(slot);
     pthread_mutex_unlock(&q->lock);
@@ -801,16 +802,23 @@ static bool has_connection(const struct nbdqueue *q, enum nbdqueue_side side)
     return false;
 }
 
-/* Whether a slot's range overlaps a change that is being made again.  q->lock is locked. */
+/*
+ * Whether a slot's piece overlaps a change that is being made again.  The command of that one may
+ * have a part of the piece only, and a piece is merged into whole blocks.  q->lock is locked.
+ */
 static bool overlaps_replay(const struct slot *slot)
 {
     const struct nbdqueue *q = slot->q;
+    uint64_t block = q->endpoints[NBDQUEUE_TARGET].minimum;
+    uint64_t start = round_down(slot->offset, block);
+    uint64_t stop = round_up(slot->offset + slot->length, block);
 
     for (unsigned i = q->depth; i < q->slot_count; i++) {
         const struct slot *other = &q->slots[i];
 
         if (other != slot && other->request != NULL && other->request->origin == OF_REPLAY &&
-            overlap(other, slot))
+            round_down(other->offset, block) < stop &&
+            start < round_up(other->offset + other->length, block))
             return true;
     }
     return false;
