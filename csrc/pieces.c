@@ -810,15 +810,15 @@ static bool overlaps_replay(const struct slot *slot)
 {
     const struct nbdqueue *q = slot->q;
     uint64_t block = q->endpoints[NBDQUEUE_TARGET].minimum;
-    uint64_t start = round_down(slot->offset, block);
-    uint64_t stop = round_up(slot->offset + slot->length, block);
+    uint64_t from = round_down(slot->offset, block);
+    uint64_t to = round_up(slot->offset + slot->length, block);
 
     for (unsigned i = q->depth; i < q->slot_count; i++) {
         const struct slot *other = &q->slots[i];
 
         if (other != slot && other->request != NULL && other->request->origin == OF_REPLAY &&
-            round_down(other->offset, block) < stop &&
-            start < round_up(other->offset + other->length, block))
+            round_down(other->offset, block) < to &&
+            from < round_up(other->offset + other->length, block))
             return true;
     }
     return false;
