@@ -25,7 +25,7 @@ QUOTED = re.findall(r"`([^`\n]+)`", PAGE)
 NAMES = [tuple(q.split(":")) for q in QUOTED if re.fullmatch(r"[\w./]+\.(py|c|h):[\w.]+", q)]
 PATHS = [q for q in QUOTED if re.fullmatch(r"[\w.]+/[\w./]*", q)]
 INSTALLED = Path(nbd.__file__).parent
-SCREEN = 140  # lines, with the glossary
+SCREEN = 160  # lines, with the glossary
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 # The layers, and in each what its modules may import of it: only those that stand before them.
