@@ -8,6 +8,7 @@ Each imports from nbd._binding, and here only from those above it:
     handles       connections that the caller provides: a callable, or a list of handles
     background    threads, and further connections that are made while the first one works
     extents       nbd.extents
+    reconnect     how lost connections are made again
     connections   the connections of a file, and the waits on them
     buffering     read-ahead and write-behind of a file
     rawfile       a disk as an unbuffered file

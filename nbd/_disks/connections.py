@@ -14,12 +14,14 @@ collected.
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 from collections import deque
 from contextlib import suppress
 from time import monotonic
 
-from nbd._binding.errors import ClosedHandle, Error, Timeout
+from nbd._binding.errors import ClosedHandle, DiskError, Error, Timeout
 from nbd._binding.handle import hold, let_go
 from nbd._binding.methods import NBD
 from nbd._disks.background import Joining
@@ -33,6 +35,7 @@ from nbd._disks.connect import (
 )
 from nbd._disks.handles import export_of
 from nbd._disks.queue import TARGET, IdleTimer, Queue, timeout_error
+from nbd._disks.reconnect import JOURNAL, Reconnector, other_disk
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -123,6 +126,12 @@ class Connections:
         self._check_at = 0.0
         self._interval = _MIN_CHECK_INTERVAL
         self._is_late = False
+        self._is_of_program = is_of_program
+        self._reconnector: Reconnector | None = None
+        self._what = ""
+        self._losses = 0
+        # Why the connections were given up.
+        self._failure: Error | None = None
         self.queue = Queue(self.ours or self._borrowed, depth=depth, piece=piece)
 
     def keep(self, file: Any) -> None:
@@ -138,6 +147,73 @@ class Connections:
             return
         self._maker_thread = Joining(server, count, None, self._note_made, self._mistakes.append)
         self._maker_thread.start()
+
+    def reconnect(
+        self, server: str | Maker, seconds: float, timeout: float | None, what: str
+    ) -> None:
+        """Replace connections that are lost; called before the first request.
+
+        Args:
+            server: By which new ones can be made.
+            seconds: For how long to try.
+            timeout: How many seconds an attempt to connect to a URI may take.
+            what: What was lost, for messages.
+        """
+        self._what = what
+        self.queue._shim_queue.set_reconnect(TARGET, JOURNAL)
+        self._reconnector = Reconnector(
+            server, seconds, timeout, what, self.ours[0], self._replace, self._give_up
+        )
+
+    def _note_losses(self) -> None:
+        """Have connections made again that were lost since the last call."""
+        reconnector, queue = self._reconnector, self.queue._shim_queue
+        losses = queue.losses()
+        if reconnector is None or losses == self._losses:
+            return
+        for handle in list(self.ours):
+            errnum = queue.error_of(handle)
+            if errnum:
+                error = Error(os.strerror(errnum), errnum)
+                reconnector.lost(handle, error, queue.answers(TARGET))
+        self._losses = losses  # last: if a signal handler raises, the next wait looks again
+
+    def _replace(self, lost: NBD, made: NBD) -> None:
+        """Use a new connection instead of a lost one; called in the thread that has made it."""
+        handle = _Adopted(made) if self._is_of_program else made
+        self.ours.append(handle)
+        if self._is_abandoned:  # in this order: `abandon` closes it, or our caller does
+            raise Error("the file is closed", errno.ECANCELED)
+        try:
+            self.queue._shim_queue.add(TARGET, handle)
+        except BaseException as reason:
+            self.ours.remove(handle)
+            if isinstance(reason, ValueError):
+                raise other_disk(self._what, str(reason)) from None
+            raise
+        self._drop(lost)
+
+    def _give_up(self, lost: NBD, error: Error) -> None:
+        """Go on without a lost connection, or fail if it was the last; called in the thread."""
+        queue = self.queue._shim_queue
+        if any(one not in self._joining and not queue.error_of(one) for one in list(self.ours)):
+            self._drop(lost)
+            return
+        self._failure = error
+        queue.give_up(TARGET, error.errnum)
+        queue.wake()
+
+    def _drop(self, lost: NBD) -> None:
+        with suppress(ValueError):  # `abandon` has closed it
+            self.ours.remove(lost)
+        self.queue._shim_queue.forget(lost)
+        lost.__exit__(None, None, None)
+
+    def _check(self) -> None:
+        """Raise the reason why the connections were given up, unless the file is being closed."""
+        failure = self._failure
+        if failure is not None and not self.is_hurried:
+            raise DiskError(failure.string, failure.errnum)
 
     def _begin_to_connect(self, uri: str, count: int) -> None:
         uri = agreed(uri, "", {})
@@ -190,10 +266,12 @@ class Connections:
         """Wait until a condition is met that depends on replies of the server.
 
         Raises:
+            nbd.DiskError: A lost connection was not made again in time.
             nbd.Timeout: Nothing has moved on the connections for the whole timeout.
             TypeError, ValueError: The caller's callable has returned what cannot be a connection.
         """
         if is_over():
+            self._check()
             return
         if self._mistakes and not self.is_hurried:
             raise self._mistakes.popleft()
@@ -202,6 +280,7 @@ class Connections:
         timer = IdleTimer(shim_queue, self._timeout)
         while True:
             self.let_join()
+            self._note_losses()
             count = queue._finish(*shim_queue.wait(1, self._slice(timer.remaining())))
             queue._finished.clear()  # Request.is_done is enough
             if is_over():
@@ -210,6 +289,7 @@ class Connections:
                 self._is_late = self.is_hurried
                 raise self._timeout_error()
         self.is_stalled = False
+        self._check()
 
     def wait_for(self, request: Request) -> None:
         """Wait until a request is done, as `wait_until` does."""
@@ -251,6 +331,8 @@ class Connections:
         """Close the connections at once.  A second call does nothing."""
         self._is_abandoned = True
         try:
+            if self._reconnector is not None:
+                self._reconnector.stop()
             if self._maker_thread is not None:
                 self._maker_thread.begin_to_stop()
             self.queue.close()

@@ -21,7 +21,7 @@ import errno
 import io
 import os
 from contextlib import ExitStack
-from functools import wraps
+from functools import partial, wraps
 from weakref import ref
 
 from nbd._binding.convert import as_number, as_seconds
@@ -35,12 +35,19 @@ from nbd._disks.handles import (
     Maker,
     can_have_more,
     check_can_share,
+    has_process,
     is_maker,
     listed,
     name_of_made,
 )
 from nbd._disks.queue import MAX_CONNECTIONS, PIECE, as_count
 from nbd._disks.rawfile import DiskFile
+from nbd._disks.reconnect import (
+    as_reconnect,
+    check_can_reconnect,
+    first_connection,
+    refuse_to_reconnect,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -76,6 +83,7 @@ def open(
     buffering: int = -1,
     connections: int = 1,
     timeout: float | None = None,
+    reconnect: float | None = None,
     retry_for: float | None = None,
 ) -> BinaryIO:
     """Open a disk as a binary file, as the built-in open does for files.
@@ -111,6 +119,12 @@ def open(
         timeout: Raise nbd.Timeout when no byte has moved for this many seconds.  It does not bound
             a callable.  None waits for ever or, with an nbd.NBD or a callable, uses the timeout of
             the first handle.
+        reconnect: When a connection is lost, try for this many seconds to make it again; meanwhile
+            calls wait, and nothing fails.  A killed server may lose what it has acknowledged and
+            not flushed, so the file keeps up to 64 MiB of what was written since the last flush,
+            and writes it again first.  The disk has to be the same one (ESTALE), and no other
+            client may write to it meanwhile.  A server without flush is taken at its word.  The
+            first connection is retried, too.  Only for a URI or a callable; None gives up at once.
         retry_for: How many seconds to keep trying while the server is not listening.  See
             nbd.connect.  Only for a URI or a command line.
 
@@ -122,8 +136,9 @@ def open(
     Raises:
         nbd.Error: The server cannot be reached, or the export has 2**63 bytes or more (EOVERFLOW).
         nbd.DiskError: The mode is for writing, and the export is read-only (EROFS).
-        ValueError: mode, buffering or connections has another value than those above; or handles
-            are given twice, or are connected to different exports.
+        ValueError: mode, buffering or connections has another value than those above; handles
+            are given twice, or are connected to different exports; or reconnect is given for a
+            disk that cannot be connected again.
         TypeError: A callable returns something other than an nbd.NBD.
 
     Example:
@@ -142,8 +157,11 @@ def open(
         raise ValueError(f"buffering: {size} is not -1, 0, or the size of a buffer in bytes")
     size = PIECE if size == -1 else size
     seconds = None if timeout is None else as_seconds("timeout", timeout)
+    reconnect = as_reconnect(reconnect)
     number = _number(connections, source)
     handles = [source] if isinstance(source, NBD) else listed("source", source)
+    if reconnect is not None:
+        check_can_reconnect("source", source)
     if handles is not None:
         made = _connections(handles, can, seconds, is_ours=False)
         return _opened(made, source, mode, can, size)
@@ -151,13 +169,18 @@ def open(
     is_made = is_maker(source)
     if is_made:
         server = Maker("source", server, [])
-        handle: NBD = server.first()
+        connect: Callable[[], NBD] = server.first
     else:
-        handle = connect_uri(server, timeout=seconds, retry_for=retry_for)
+        connect = partial(connect_uri, server, timeout=seconds, retry_for=retry_for)
+    handle = first_connection(connect, reconnect)
     try:
         more = number - 1 if number > 1 and can_have_more(handle) else 0
         name = name_of_made(handle, source) if is_made else source
+        if reconnect is not None and has_process(handle):
+            refuse_to_reconnect("source", "a started command")
         made = _connections([handle], can, seconds, is_ours=True, is_of_program=is_made)
+        if reconnect is not None:
+            made.reconnect(server, reconnect, seconds, f"nbd.open: the connection to {name}")
         return _opened(made, name, mode, can, size, server, more)
     except BaseException:
         handle.__exit__(None, None, None)
