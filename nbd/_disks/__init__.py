@@ -14,6 +14,7 @@ Each imports from nbd._binding, and here only from those above it:
     rawfile       a disk as an unbuffered file
     file          nbd.open: io's buffers over it, and closing at exit
     endpoints     the two sides of a copy: the interface of their endpoints
+    replacing     lost connections of a copy's disk
     copystream    copies in order: those from or to a stream
     diskendpoint  the endpoint that is a disk
     streamendpoint  the endpoint that is a stream

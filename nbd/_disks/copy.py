@@ -39,6 +39,7 @@ from nbd._disks.fileendpoint import open_file
 from nbd._disks.nullendpoint import Null
 from nbd._disks.queue import (
     COPY,
+    FLUSH,
     MAX_DEPTH,
     PIECE,
     READ,
@@ -110,6 +111,7 @@ def copy(
     ranges: Ranges | None = None,
     progress: Progress | None = None,
     timeout: float | None = None,
+    reconnect: float | None = None,
     flush: bool = True,
     on_error: OnError | None = None,
 ) -> Copied:
@@ -165,6 +167,13 @@ def copy(
             connect and every wait for a server, a FIFO, a pipe, a socket or a terminal, but not the
             methods of other objects.  None is for ever or, with an nbd.NBD, the handle's own
             timeout.
+        reconnect: When a connection is lost, try for this many seconds to make it again, and then
+            go on; the copy does not fail meanwhile, unless its timeout is shorter.  A killed target
+            may lose what it has acknowledged and not flushed, so that is copied again: up to 1 GiB,
+            after which a flush is sent, or 64 MiB of a stream, which are kept.  The disk has to be
+            the same one (ESTALE), and no other client may write to it meanwhile.  A server without
+            flush is taken at its word.  The first connection is retried, too.  Only URIs and
+            callables can be connected again; None gives up at once.
         flush: Have the target on its disk when the copy returns, by NBD's flush or fdatasync.
         on_error: Called as on_error(offset, length, error) for each range that the source cannot
             read, in bytes and with the nbd.Error, in the calling thread.  If it returns true, the
@@ -180,8 +189,9 @@ def copy(
             or a command has failed, in which case the message names the side and the range.
         nbd.Timeout: A server does not answer.
         OSError: A file cannot be opened.
-        ValueError: An argument is out of range; source and target are the same file; or a range
-            is not inside the source, or a side is a stream.
+        ValueError: An argument is out of range; source and target are the same file; a range is
+            not inside the source, or a side is a stream; or reconnect is given with a handle or a
+            command.
 
     Example:
         >>> nbd.copy(["nbdkit", "-s", "memory", "1M"], "disk.img")
@@ -203,6 +213,7 @@ def copy(
         timeout,
         flush,
         on_error,
+        reconnect,
     )
     with ExitStack() as opened:  # it closes both, whatever one of them raises
         source_endpoint = open_endpoint(source, SOURCE, settings)
@@ -301,6 +312,7 @@ class Copy:
             self._begin()
             self._work_all()
             self._copy_edges()
+            self._flush_workers()
             self._report(is_last=True)
         except Error as raised:
             self._stop_and_drain(raised)
@@ -420,6 +432,17 @@ class Copy:
                     break  # it may have found more that cannot be read
             self._report()
 
+    def _flush_workers(self) -> None:
+        """Flush through the queue of each worker, if the target needs that."""
+        if not self._target.is_flushed_by_queues or not self._settings.flush:
+            return
+        for worker in self._workers:
+            worker.submit((FLUSH, 0, 0))
+        for worker in self._workers:
+            while worker.in_flight:
+                self._raise_failure()
+                self._wait(worker)
+
     def _stop_joining(self) -> None:
         self._source.stop_joining()
         self._target.stop_joining()
@@ -535,6 +558,8 @@ class Copy:
             worker.queue.take(done, count)
             if count:
                 return unmoved
+            self._source.note_losses(worker.queue)
+            self._target.note_losses(worker.queue)
             if timer.is_over():
                 raise late(self._settings.timeout)
             if is_first:

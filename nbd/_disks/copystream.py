@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
+    from nbd._disks.diskendpoint import Disk
     from nbd._disks.endpoints import Data, Endpoint, Settings
     from nbd._disks.queue import Request
 
@@ -79,18 +80,19 @@ def copy_stream(source: Endpoint, target: Endpoint, settings: Settings) -> Count
     return Counts(copied - writer.zeroed, zeroed + lost + writer.zeroed, copied, writer.written)
 
 
-def await_some(queue: Queue, settings: Settings) -> list[Request]:
-    """Wait until at least one request of a queue is done.
+def await_some(queue: Queue, disk: Endpoint) -> list[Request]:
+    """Wait until at least one request of a queue of a disk is done.
 
     Raises:
         nbd.Timeout: Nothing has moved for longer than the copy's timeout.
         nbd.Error: The copy was stopped.
     """
-    wait = BoundedWait(settings, moves=queue._shim_queue)
+    wait = BoundedWait(disk.settings, moves=queue._shim_queue)
     while True:
         done = queue.wait(1, wait.slice())
         if done:
             return done
+        disk.note_losses(queue._shim_queue)
         wait.check()
 
 
@@ -157,20 +159,20 @@ def write_runs(target: Endpoint, data: Data, offset: int, minimum: int = 1) -> t
 class _DiskQueue:
     """The queue and the memory of a disk that is read or written in order."""
 
-    def __init__(self, disk: Endpoint) -> None:
-        self._settings = disk.settings
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
         self._chunk = CHUNK
-        depth = self._settings.depth
+        depth = disk.settings.depth
         #: How many requests of a chunk keep `depth` commands in flight.
         self._max_requests = -(-depth * PIECE // CHUNK) + 1
-        self._queue = Queue(disk.handles[:1], depth=depth, piece=PIECE)
+        self._queue = disk.queue_of_first(depth)
         self._free: list[tuple[Any, memoryview]] = []
         self._is_waiting = False
 
     def wait(self) -> None:
         """Wait until some requests are done."""
         self._is_waiting = True
-        await_some(self._queue, self._settings)
+        await_some(self._queue, self._disk)
         self._is_waiting = False
 
     def close(self) -> None:
@@ -202,7 +204,7 @@ class _Part:
 class DiskReader(_DiskQueue, Reader):
     """Reads a disk ahead."""
 
-    def __init__(self, source: Endpoint) -> None:
+    def __init__(self, source: Disk) -> None:
         super().__init__(source)
         self._source = source
 
@@ -259,7 +261,7 @@ class DiskReader(_DiskQueue, Reader):
 class DiskWriter(_DiskQueue, Writer):
     """Writes a disk behind: `write` copies the bytes, and returns before they are written."""
 
-    def __init__(self, target: Endpoint) -> None:
+    def __init__(self, target: Disk) -> None:
         super().__init__(target)
         self._target = target
         self._capacity = target.capacity or 0
@@ -267,7 +269,7 @@ class DiskWriter(_DiskQueue, Writer):
         self._filling: tuple[Any, memoryview] | None = None
         self._filled = 0
         self._is_zero = target.settings.target_is_zero
-        can_zero = self._is_zero or target.handles[0].can_zero()
+        can_zero = self._is_zero or target.can_zero
         sparse = target.settings.sparse
         self._block = max(sparse, self._queue.minimum) if sparse and can_zero else 0
         self._chunk = max(CHUNK, self._block)
@@ -300,6 +302,8 @@ class DiskWriter(_DiskQueue, Writer):
             self._send()
         while self._in_flight:
             self._reap()
+        if self._target.is_flushed_by_queues and self._target.settings.flush:
+            self._target.flush_queue(self._queue)
 
     def _send(self) -> None:
         """Write the chunk that was filled."""

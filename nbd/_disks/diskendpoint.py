@@ -48,6 +48,7 @@ from nbd._disks.handles import (
 from nbd._disks.queue import (
     FLUSH,
     MAX_CONNECTIONS,
+    PIECE,
     READ,
     TARGET,
     WRITE,
@@ -55,6 +56,13 @@ from nbd._disks.queue import (
     Queue,
     ShimQueue,
 )
+from nbd._disks.reconnect import (
+    COPY_JOURNAL,
+    check_can_reconnect,
+    first_connection,
+    refuse_to_reconnect,
+)
+from nbd._disks.replacing import Replacing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -86,6 +94,9 @@ class Disk(Endpoint):
             cannot.
         max_further: How many further connections can be made.
         is_command: Whether a handle of ours has started the server.
+
+    Attributes:
+        can_zero: Whether the server has a zero command.
     """
 
     size: int
@@ -109,6 +120,13 @@ class Disk(Endpoint):
         self.is_read_only = first.is_read_only()
         self.timeout = first.gettimeout()
         self._is_ours = is_ours
+        self._export = export_of(first)
+        self.can_zero = first.can_zero()
+        self._can_flush = first.can_flush()
+        self._replacing: Replacing | None = None
+        if settings.reconnect is not None and server is not None:
+            self._replacing = Replacing(handles, server, settings, self.name)
+        self.is_flushed_by_queues = self._replacing is not None and self._can_flush
         self._server = server
         self._max_further = max_further if server is not None else 0
         self.max_workers = len(handles) + self._max_further  # each needs a handle of its own
@@ -137,8 +155,22 @@ class Disk(Endpoint):
 
     def add_to(self, queue: ShimQueue, side: int, worker: int, workers: int) -> None:
         """Give a queue the handles of one worker."""
-        for handle in self.handles[worker::workers][:_MAX_HANDLES]:
-            queue.add(side, handle)
+        places = range(worker, len(self.handles), workers)[:_MAX_HANDLES]
+        self._give(queue, side, places, COPY_JOURNAL if side == TARGET else 0)
+
+    def _give(self, queue: ShimQueue, side: int, places: range, bound: int) -> None:
+        """Give a queue the handles in these places; `bound` is the size of its journal."""
+        if self._replacing is not None:
+            self._replacing.add_to(queue, side, places, bound, BoundedWait(self.settings))
+            return
+        for place in places:
+            queue.add(side, self.handles[place])
+
+    def queue_of_first(self, depth: int, piece: int = PIECE) -> Queue:
+        """A queue on the first connection."""
+        if self._replacing is None:
+            return Queue(self.handles[:1], depth=depth, piece=piece)
+        return self._replacing.queue(depth, piece, BoundedWait(self.settings))
 
     def start_joining(
         self, count: int, add: Callable[[NBD], object], fail: Callable[[Exception], object]
@@ -152,7 +184,7 @@ class Disk(Endpoint):
             return
 
         def check_and_add(handle: NBD) -> None:
-            if export_of(handle) != export_of(self.handles[0]):
+            if export_of(handle) != self._export:
                 raise ValueError("handles: the export is not the same")
             add(handle)
 
@@ -165,8 +197,27 @@ class Disk(Endpoint):
             self._joining.stop()
 
     def is_lost(self, queue: ShimQueue) -> bool:
-        """Whether a queue has lost one of the connections."""
+        """Whether a queue has lost one of the connections, and it will not be made again."""
+        if self._replacing is not None:
+            return self._replacing.failure is not None
         return any(map(queue.error_of, self.handles))
+
+    def note_losses(self, queue: ShimQueue) -> None:
+        """Have the connections made again that a queue has lost, if the copy reconnects."""
+        if self._replacing is not None:
+            self._replacing.note_losses(queue)
+
+    def failure(self, operation: int, offset: int, length: int, errnum: int) -> Error:
+        """The exception for a range, or for connections that could not be made again."""
+        if self._replacing is not None and self._replacing.failure is not None:
+            return self._replacing.raised()
+        if operation == FLUSH:
+            return self._flush_error(errnum)
+        return super().failure(operation, offset, length, errnum)
+
+    def _flush_error(self, errnum: int) -> Error:
+        reason = os.strerror(errnum)
+        return Error(f"nbd.copy: flushing the target {self.name} failed: {reason}", errnum)
 
     def last_moved(self) -> float:
         """When a byte last moved outside of any queue, by time.monotonic()."""
@@ -179,18 +230,26 @@ class Disk(Endpoint):
             nbd.Timeout: Nothing has moved on the connection for too long.
             nbd.Error: The server breaks the protocol.
         """
-        handle = self.handles[worker]
+        handle = self._live(worker)
         if not handle.can_meta_context(CONTEXT_BASE_ALLOCATION):
             return
         survey = Survey(handle, CONTEXT_BASE_ALLOCATION, start, stop)
         while not survey.is_complete:
             question = survey.question()
-            if not self._ask(handle, survey.method, question):
-                return  # holes can be read as well as data
+            while not self._ask(handle, survey.method, question):
+                lost, handle = handle, self._live(worker)
+                if handle is lost:
+                    return  # holes can be read as well as data
             found: Iterator[Any] = survey.learn(question)
             for extent in found:
                 if extent.flags & STATE_ZERO:
                     yield extent.offset, extent.offset + extent.length
+
+    def _live(self, worker: int) -> NBD:
+        """The connection of a worker; if it is lost, the one that replaces it."""
+        if self._replacing is None:
+            return self.handles[worker]
+        return self._replacing.live(worker, BoundedWait(self.settings))
 
     def _ask(self, handle: NBD, method: str, question: Question) -> bool:
         """Ask the server for extents; returns whether it has answered.
@@ -216,13 +275,15 @@ class Disk(Endpoint):
             return False  # if the connection is lost, the next read reports it
         finally:
             reply.await_briefly()
+        if self._replacing is not None:
+            self._replacing.count_answer()
         return reply.error == 0
 
     def read_at(self, view: memoryview, offset: int) -> memoryview:
         """Read as much as a view takes; returns the view, or other memory with the bytes."""
         with self._short_queue() as queue:
             queue.read(view, offset)
-            error = await_some(queue, self.settings)[0].error
+            error = await_some(queue, self)[0].error
             if error is None:
                 return view
             if self.is_lost(queue._shim_queue):
@@ -241,7 +302,7 @@ class Disk(Endpoint):
                     request = queue.read(view[start - offset : stop - offset], start)
                     in_flight[request] = start, stop
                 todo = []
-                for request in await_some(queue, self.settings):
+                for request in await_some(queue, self):
                     start, stop = in_flight.pop(request)
                     if request.error is None:
                         continue
@@ -258,17 +319,21 @@ class Disk(Endpoint):
         """Write everything, beginning at an offset."""
         with self._short_queue() as queue:
             queue.write(data, offset)
-            error = await_some(queue, self.settings)[0].error
+            error = await_some(queue, self)[0].error
+            if error is None:
+                self._flush_short(queue)
         if error is not None:
             raise self.failure(WRITE, offset, len(data), error.errnum)
 
     def zero_at(self, offset: int, length: int) -> bool:
         """Zero a range without sending zeroes, if the server can; returns whether it did."""
-        if not self.handles[0].can_zero():
+        if not self.can_zero:
             return False
         with self._short_queue() as queue:
             queue.zero(length, offset)
-            error = await_some(queue, self.settings)[0].error
+            error = await_some(queue, self)[0].error
+            if error is None:
+                self._flush_short(queue)
         if error is not None:
             raise self.failure(ZERO, offset, length, error.errnum)
         return True
@@ -276,7 +341,7 @@ class Disk(Endpoint):
     @contextmanager
     def _short_queue(self, depth: int = 1) -> Iterator[Queue]:
         """A queue on the first connection, which waits a moment for replies if its user fails."""
-        queue = Queue(self.handles[:1], depth=depth)
+        queue = self.queue_of_first(depth)
         try:
             yield queue
         finally:
@@ -286,11 +351,27 @@ class Disk(Endpoint):
             finally:
                 queue.close()
 
+    def _flush_short(self, queue: Queue) -> None:
+        """Flush before a short queue ends, as it would make again what it has written."""
+        if self.is_flushed_by_queues:
+            self.flush_queue(queue)
+
+    def flush_queue(self, queue: Queue) -> None:
+        """Flush through a queue that has written.
+
+        Raises:
+            nbd.Error: The flush failed.
+        """
+        queue.flush()
+        error = await_some(queue, self)[0].error
+        if error is not None:
+            raise self.failure(FLUSH, 0, 0, error.errnum)
+
     # The end.
 
     def flush(self) -> None:
         """Have the server write everything to its disk, if it has a command for that."""
-        if not self.settings.flush or not self.handles[0].can_flush():
+        if not self.settings.flush or not self._can_flush or self.is_flushed_by_queues:
             return
         queue = ShimQueue(1, 4096)
         try:
@@ -303,14 +384,14 @@ class Disk(Endpoint):
                 if not count:
                     wait.check()
             if done[0].error:
-                reason = os.strerror(done[0].error)
-                text = f"nbd.copy: flushing the target {self.name} failed: {reason}"
-                raise Error(text, done[0].error)
+                raise self._flush_error(done[0].error)
         finally:
             queue.close()
 
     def finish(self, end: int) -> None:
         """Ask the server to close our connections, without waiting for that."""
+        if self._replacing is not None:
+            self._replacing.stop()
         self.stop_joining()
         begin_shutdown(self._our_handles())  # everything is written and flushed
 
@@ -325,6 +406,8 @@ class Disk(Endpoint):
 
     def close(self) -> None:
         """Close our handles at once; calls of other threads on them return."""
+        if self._replacing is not None:
+            self._replacing.stop()
         self.stop_joining()
         if self._is_command:
             self._close_command()
@@ -411,13 +494,16 @@ def open_disk(what: Any, side: int, settings: Settings) -> Disk | None:
         TypeError, ValueError: The handles cannot be used.
     """
     handles = [what] if isinstance(what, NBD) else listed(side_name(side), what)
+    if settings.reconnect is not None and (handles is not None or is_server(what)):
+        check_can_reconnect(side_name(side), what)
     if handles is not None:
         return _disk_of_caller(handles, side, settings)
     if is_maker(what):
         return _made_disk(what, side, settings)
     if not is_server(what):
         return None
-    handle = connect_uri(what, timeout=settings.timeout)
+    connect = partial(connect_uri, what, timeout=settings.timeout)
+    handle = first_connection(connect, settings.reconnect, settings.check)
     try:
         return disk_over(handle, what, settings)
     except BaseException:
@@ -440,9 +526,11 @@ def _disk_of_caller(handles: list[NBD], side: int, settings: Settings) -> Disk:
 def _made_disk(function: Callable[[], object], side: int, settings: Settings) -> Disk:
     """The endpoint over a connection that the caller's callable makes."""
     maker = Maker(side_name(side), function, settings.given)
-    handle = maker.first()
+    handle = first_connection(maker.first, settings.reconnect, settings.check)
     try:
         settings.check()  # nbd.aio.copy may have been cancelled meanwhile
+        if settings.reconnect is not None and has_process(handle):
+            refuse_to_reconnect(side_name(side), "a started command")
         return Disk(
             [handle],
             settings,

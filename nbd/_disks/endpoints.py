@@ -25,6 +25,7 @@ from nbd._disks.queue import (
     as_count,
     timeout_error,
 )
+from nbd._disks.reconnect import as_reconnect
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class Settings:
         timeout: float | None,
         flush: bool,
         on_error: OnError | None = None,
+        reconnect: float | None = None,
     ) -> None:
         if on_error is not None and not callable(on_error):
             kind = type(on_error).__name__
@@ -108,6 +110,7 @@ class Settings:
         self.timeout = None if timeout is None else as_seconds("timeout", timeout)
         self.flush = bool(flush)
         self.on_error = on_error
+        self.reconnect = as_reconnect(reconnect)
         self.is_stopped = False
         self.bad: list[tuple[int, int]] = []
         self.given: list[Any] = []
@@ -141,6 +144,8 @@ class Endpoint:
             has none.
         handles: Its connections to a server; empty if there is no server.
         max_workers: How many threads can share it, now or when further connections have joined.
+        is_flushed_by_queues: Whether each queue that has written to it has to flush it, as that
+            queue makes again what a lost connection may have undone.
         settings: Those of the copy.
     """
 
@@ -153,6 +158,7 @@ class Endpoint:
     discards: bool = False
     timeout: float | None = None
     max_workers: int = 1
+    is_flushed_by_queues: bool = False
     #: The type of the exception for a range that cannot be read or written.
     _error_type: type[Error] = Error
 
@@ -270,6 +276,9 @@ class Endpoint:
     def is_lost(self, queue: ShimQueue) -> bool:
         """Whether a queue has lost one of the connections."""
         return False
+
+    def note_losses(self, queue: ShimQueue) -> None:
+        """Have the connections made again that a queue has lost, if the copy reconnects."""
 
     def last_moved(self) -> float:
         """When a byte last moved outside of any queue, by time.monotonic()."""

@@ -162,6 +162,10 @@ class ShimQueue:
         if result < 0:
             raise self.refused(result)
 
+    def has(self, handle: Handle) -> bool:
+        """Return whether a handle was added, and was not forgotten."""
+        return handle in self._handles
+
     def forget(self, handle: Handle) -> None:
         """Drop the reference to a lost handle, whose place another one has taken."""
         with suppress(ValueError):  # it was dropped before

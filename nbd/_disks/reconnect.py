@@ -358,12 +358,15 @@ class Reconnector:
             raise Error("the connection is not needed any more", errno.ECANCELED)
 
 
-def first_connection(make: Callable[[], NBD], seconds: float | None) -> NBD:
+def first_connection(
+    make: Callable[[], NBD], seconds: float | None, check: Callable[[], object] | None = None
+) -> NBD:
     """Make the first connection, and try again while it is refused or lost.
 
     Args:
         make: Makes one attempt.
         seconds: For how long to try; None tries once.
+        check: Called between two attempts; raises if no connection is needed any more.
     """
     if seconds is None:
         return make()
@@ -376,3 +379,5 @@ def first_connection(make: Callable[[], NBD], seconds: float | None) -> NBD:
             if pause is None:
                 raise
         sleep(pause)
+        if check is not None:
+            check()

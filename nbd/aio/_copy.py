@@ -15,8 +15,9 @@ from nbd._binding.constants import CONTEXT_BASE_ALLOCATION
 from nbd._disks.connect import TO_CALL
 from nbd._disks.copy import Copy, open_endpoint
 from nbd._disks.diskendpoint import Disk, disk_over, is_server
-from nbd._disks.endpoints import TICK, Settings
+from nbd._disks.endpoints import TICK, Settings, side_name
 from nbd._disks.queue import SOURCE, TARGET
+from nbd._disks.reconnect import check_can_reconnect, refuse_to_reconnect
 from nbd.aio._client import Client
 from nbd.aio._connect import Plan, close_soon, connected
 from nbd.aio._threads import AT_EXIT, end_future, in_thread
@@ -48,6 +49,7 @@ async def copy(
     ranges: Ranges | None = None,
     progress: Progress | None = None,
     timeout: float | None = None,
+    reconnect: float | None = None,
     flush: bool = True,
     on_error: OnError | None = None,
 ) -> Copied:
@@ -64,8 +66,9 @@ async def copy(
         source, target: As for nbd.copy; or an nbd.aio.Client, of which the copy uses the
             connections that have been made by then.  A callable is called in a thread, so it may
             block, as nbd.connect does.  It must not be a coroutine function.
-        connections, depth, sparse, target_is_zero, ranges, timeout, flush: As for nbd.copy.  With
-            an nbd.aio.Client, a timeout of None is the client's own.
+        connections, depth, sparse, target_is_zero, ranges, timeout, reconnect, flush: As for
+            nbd.copy.  With an nbd.aio.Client, a timeout of None is the client's own, and reconnect
+            has to be None.
         progress: Called in the event loop as progress(done, total), in bytes; see nbd.copy.
         on_error: Called in the event loop as on_error(offset, length, error); see nbd.copy.  The
             copy waits for its result.
@@ -96,6 +99,7 @@ async def copy(
         timeout,
         flush,
         on_error,
+        reconnect,
     )
     return await _CopyThread(settings).run(source, target)
 
@@ -160,7 +164,10 @@ class _CopyThread:
         settings = self._settings
         if not is_server(what):  # such as a callable, which may block
             return partial(open_endpoint, what, side, settings)
-        plan = Plan(what, [CONTEXT_BASE_ALLOCATION], None, settings.timeout, 0.0)
+        if settings.reconnect is not None:
+            check_can_reconnect(side_name(side), what)
+        contexts = [CONTEXT_BASE_ALLOCATION]
+        plan = Plan(what, contexts, None, settings.timeout, 0.0)
         handle = await connected(plan, TO_CALL)
         self._ours.append(([handle], plan))
         disk = disk_over(handle, what, settings)
@@ -170,6 +177,8 @@ class _CopyThread:
     async def _(self, client: Client, side: int) -> Opener:
         """A client's connections are used, as many as it has by now."""
         client._check()
+        if self._settings.reconnect is not None:
+            refuse_to_reconnect(side_name(side), "an nbd.aio.Client")
         if self._settings.timeout is None:
             self._settings.timeout = client._timeout
         disk = Disk(list(client.handles), self._settings, is_ours=False)
