@@ -41,16 +41,16 @@ class BackgroundThread:
     def __init__(self, work: Callable[[], object], stop: Callable[[], object]) -> None:
         self.stop = stop
         self._work = work
-        # Either the thread or `cancel` stores its name here, whichever comes first.  setdefault is
+        # Either the thread or `cancel` stores what it is here, whichever comes first.  setdefault is
         # atomic, and can be repeated if a signal handler's exception has hidden its result.
-        self._decided: dict[str, str] = {}
+        self._decided: dict[str, object] = {}
         self._process = os.getpid()
         self._has_ended = False
         self._ended = allocate_lock()
         self._ended.acquire()
 
     def start(self) -> None:
-        """Start the thread; called once.
+        """Start the thread; called again, it does nothing.
 
         Raises:
             RuntimeError: The system has no thread left, or the program is ending.
@@ -75,7 +75,8 @@ class BackgroundThread:
         return self._ended.acquire(timeout=-1 if seconds is None else min(seconds, TIMEOUT_MAX))
 
     def _run(self) -> None:
-        if self._decided.setdefault("by", "thread") != "thread":
+        thread = object()
+        if self._decided.setdefault("by", thread) is not thread:
             return
         running.add(self)
         try:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import errno
 import os
-import random
-from _thread import allocate_lock
+from _thread import allocate_lock, get_ident
 from contextlib import suppress
+from sys import modules
 from time import monotonic, sleep
 
 from nbd._binding.convert import as_seconds
@@ -115,6 +115,8 @@ class Outage:
         remaining = self.remaining()
         if not remaining:
             return None
+        import random  # only now: its modules take longer to import than the rest of the package
+
         pause = min(self._pause * random.uniform(0.5, 1.0), remaining)
         self._pause = min(max(_MIN_PAUSE, 2 * self._pause), _MAX_PAUSE)
         return pause
@@ -189,7 +191,7 @@ def log_reconnected(what: str, outage: Outage) -> None:
 
     Without a handler of the program, it is not shown.
     """
-    import logging  # only now: it takes longer to import than the rest of the package
+    import logging  # only now, for the same reason
 
     logger = logging.getLogger("nbd")
     if not logger.handlers:
@@ -281,11 +283,15 @@ class Reconnector:
 
     def _run(self) -> None:
         self._has_begun = True
-        while not self._is_stopped:
-            if self._lost:
-                self._make_again(self._lost[0])
-            else:
-                self._wake.acquire()
+        try:
+            while not self._is_stopped:
+                if self._lost:
+                    self._make_again(self._lost[0])
+                else:
+                    self._wake.acquire()
+        finally:
+            # logging has made an entry for this thread, which nobody else removes before 3.12.
+            getattr(modules.get("threading"), "_active", {}).pop(get_ident(), None)
 
     def _make_again(self, lost: NBD) -> None:
         """Replace a lost connection, or give it up."""
