@@ -41,8 +41,8 @@ class BackgroundThread:
     def __init__(self, work: Callable[[], object], stop: Callable[[], object]) -> None:
         self.stop = stop
         self._work = work
-        # Either the thread or `cancel` stores what it is here, whichever comes first.  setdefault is
-        # atomic, and can be repeated if a signal handler's exception has hidden its result.
+        # Either the thread or `cancel` stores what it is here, whichever comes first.  setdefault
+        # is atomic, and can be repeated if a signal handler's exception has hidden its result.
         self._decided: dict[str, object] = {}
         self._process = os.getpid()
         self._has_ended = False
