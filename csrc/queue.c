@@ -257,7 +257,7 @@ static void let_loop_sleep(struct nbdqueue *q)
      * is_sleeping set and writes to the eventfd.
      */
     q->is_sleeping = q->epoll >= 0;
-    if (q->answered != NULL || q->done_length > q->reported)
+    if (q->answered != NULL || q->done_length > q->reported || q->is_woken)
         nbdqueue_wake_poll(q);
     pthread_mutex_unlock(&q->lock);
 }
