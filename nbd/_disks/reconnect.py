@@ -89,7 +89,7 @@ class Outage:
         self._since = 0.0
         self._pause = 0.0
 
-    def lost(self, error: Error, answers: int) -> None:
+    def lost(self, error: Error, answers: int, is_idle: bool = False) -> None:
         """Note that a connection was lost.
 
         A new outage begins, unless the server has answered no command since the last loss: then
@@ -98,13 +98,16 @@ class Outage:
         Args:
             error: How it was lost.
             answers: How many commands were answered so far.
+            is_idle: Whether no command waits.  Then a new outage begins, too, because the server
+                had nothing to answer; but the pauses go on to grow.
         """
-        if answers == self._answers:
+        if answers != self._answers:
+            self._pause = 0.0
+        elif not is_idle:
             return
         self._answers = answers
         self._first = error
         self._since = monotonic()
-        self._pause = 0.0
 
     def remaining(self) -> float:
         """Return how many seconds are left."""
@@ -155,9 +158,11 @@ def was_lost(error: Error) -> bool:
     """Whether a connection attempt has failed because it was refused or lost.
 
     Otherwise the server has refused what was asked for, or the argument was wrong.  libnbd reports
-    a connection that ends during the handshake without an errno, and both an export and a socket
-    that does not exist as ENOENT.
+    a connection that ends during the handshake without an errno, one that ends before it as EINVAL,
+    and both an export and a socket that does not exist as ENOENT.
     """
+    if error.errnum == errno.EINVAL:
+        return "is invalid in state CONNECT" in error.string
     if error.errnum == errno.ENOENT:
         return "handshake" not in error.string
     if error.errnum == 0:
