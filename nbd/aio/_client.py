@@ -40,6 +40,7 @@ from nbd._disks.queue import (
     failure,
     timeout_error,
 )
+from nbd._disks.reconnect import JOURNAL
 from nbd.aio._threads import in_thread
 
 TYPE_CHECKING = False
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
     from nbd._binding.buffer import Buffer
     from nbd._disks.extents import Extent, Extents
+    from nbd.aio._reconnect import Reconnection
     from nbd.types import Extent64Callback, ExtentCallback
 
     Parameters = ParamSpec("Parameters")
@@ -67,6 +69,9 @@ _MAX_TIMER_DELAY = 0.1
 #: A longer timeout than this many seconds, three years, is for ever: some loops limit their timers.
 _MAX_TIMEOUT = 1e8
 
+#: The methods of nbd.NBD that do not wait for the server, and that a client has too.
+DELEGATED: list[str] = []
+
 nbdqueue_submit = lib.nbdqueue_submit
 
 
@@ -75,10 +80,16 @@ def _delegate(
 ) -> Callable[Concatenate[Client, Parameters], Result]:
     """Make a method of the client from a method of nbd.NBD that does not wait for the server."""
 
+    name = ask.__name__
+
     def method(self: Client, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        return ask(self.handles[0], *args, **kwargs)
+        if self._reconnection is None:
+            return ask(self.handles[0], *args, **kwargs)
+        result: Result = getattr(self._reconnection.known, name)(*args, **kwargs)
+        return result
 
     update_wrapper(method, ask)
+    DELEGATED.append(name)
     return method
 
 
@@ -95,7 +106,8 @@ class Client:
     Attributes:
         handles: The connections, one nbd.NBD each, for calls that have no method here.  Those that
             wait would block the whole loop.  At first there is one; others are appended when they
-            have joined.
+            have joined.  With `reconnect`, a new one takes the place of one that was lost, which is
+            closed.
     """
 
     __module__ = "nbd.aio"
@@ -103,10 +115,17 @@ class Client:
     _is_closed = True  # until __init__ has succeeded
 
     def __init__(
-        self, handles: list[NBD], depth: int, timeout: float | None, is_command: bool
+        self,
+        handles: list[NBD],
+        depth: int,
+        timeout: float | None,
+        is_command: bool,
+        reconnection: Reconnection | None = None,
     ) -> None:
         self._queue = queue = ShimQueue(depth, PIECE)
         try:
+            if reconnection is not None:
+                queue.set_reconnect(TARGET, JOURNAL)
             for handle in handles:
                 queue.add(TARGET, handle)
             self._fd = queue.fileno()
@@ -125,6 +144,7 @@ class Client:
         self._waiting: dict[int, Future[Any] | None] = {}
         self._line: OrderedDict[Future[int], None] = OrderedDict()
         self._turn = 0
+        self._reconnection = reconnection
         #: The tasks that make further connections.  They do not refer to this client.
         self._joining: set[asyncio.Task[None]] = set()
         self.handles = tuple(handles)
@@ -341,7 +361,10 @@ class Client:
         C: nbd_aio_block_status_64, or nbd_aio_block_status.
         """
         self._check()
-        return self._surveyed(Survey(self.handles[0], context, start, end))
+        r = self._reconnection
+        return self._surveyed(
+            Survey(self.handles[0] if r is None else r.known, context, start, end)
+        )
 
     async def _surveyed(self, survey: Survey) -> AsyncIterator[Any]:
         while not survey.is_complete:
@@ -431,7 +454,7 @@ class Client:
         return not self._is_closed and not self._loop.is_closed()
 
     def _start_joining(self, joining: Coroutine[Any, Any, None]) -> None:
-        """Start a task that makes a further connection; closing the client cancels it."""
+        """Start a task that makes another connection; closing the client cancels it."""
         task = self._loop.create_task(joining)
         self._joining.add(task)
         task.add_done_callback(self._joining.discard)
@@ -536,6 +559,8 @@ class Client:
         if ended:
             if isinstance(ended, int):
                 raise _closed()
+            if self._reconnection is not None:
+                self._reconnection.raise_failure(ended[0])
             raise failure(operation, length, offset, *ended)
 
     async def _by_timeout(self, future: Future[Result], late: str) -> Result:
@@ -558,57 +583,104 @@ class Client:
         token = await self._reserve()
         future: Future[int] = self._loop.create_future()
         self._waiting[token] = future
-        callbacks = _StatusCallbacks(self, token, future, extent)
+        question = Question(self, token, future, method, extent, (count, offset, flags))
         try:
-            handle = self._next_handle(method)
-            send = getattr(handle, f"aio_{method}")
-            send(count, offset, callbacks.extent, callbacks.completion, flags)
-            self._queue.wake()  # makes it watch the socket in the direction libnbd needs now
+            self._send(question)
         except BaseException:
             self._give_back(token)
             raise
         try:
             errnum = await self._by_timeout(future, "the server has not answered")
         except BaseException:
-            callbacks.is_wanted = False
+            question.is_wanted = False
+            if self._reconnection is not None:
+                self._reconnection.drop(self, question)
             raise
         if errnum == _CLOSED:
             raise _closed()
         if errnum:
-            if callbacks.raised is not None and is_by_handler(callbacks.raised.__traceback__):
-                raise callbacks.raised
-            errnum = self._queue.error_of(handle) or errnum
+            raised = question.raised
+            if raised is not None and is_by_handler(raised.__traceback__):
+                raise raised
+            errnum = self._queue.error_of(question.handle) or errnum
             reason = f"{count} bytes at offset {offset} failed: {os.strerror(errnum)}"
-            raise Error(f"nbd_{method}: {reason}", errnum) from callbacks.raised
+            raise Error(f"nbd_{method}: {reason}", errnum) from raised
 
-    def _next_handle(self, method: str) -> NBD:
-        """Return the next connection that is alive."""
-        errnum = 0
+    def _send(self, question: Question) -> None:
+        """Send a question over a connection that is alive."""
+        if self._reconnection is not None:
+            self._reconnection.ask(self, question)
+            return
+        handle = self._alive()
+        if handle is None:
+            errnum = self._queue.error_of(self.handles[self._turn])
+            lost = f"the connection was lost: {os.strerror(errnum)}"
+            raise Error(f"nbd_{question.method}: {lost}", errnum)
+        question.send(handle)
+        self._queue.wake()  # makes it watch the socket in the direction libnbd needs now
+
+    def _alive(self) -> NBD | None:
+        """Return the next connection that is alive; None if all were lost."""
         for _ in self.handles:
             self._turn = (self._turn + 1) % len(self.handles)
             handle = self.handles[self._turn]
-            errnum = self._queue.error_of(handle)
-            if not errnum:
+            if not self._queue.error_of(handle):
                 return handle
-        raise Error(f"nbd_{method}: the connection was lost: {os.strerror(errnum)}", errnum)
+        return None
 
 
-class _StatusCallbacks:
-    """The callbacks of a block_status command, which libnbd calls."""
+class Question:
+    """A block_status command, and its callbacks, which libnbd calls.
 
-    def __init__(self, client: Client, token: int, future: Future[int], extent: Any) -> None:
+    Attributes:
+        token: Its place among the commands in flight.
+        method: The handle's method that sends it, without "aio_".
+        handle: The connection over which it was sent last.
+        errnum: The errno with which it has failed last, or 0.
+        raised: What the caller's function has raised, or None.
+        is_wanted: Whether the caller still waits.
+    """
+
+    handle: NBD
+
+    def __init__(
+        self,
+        client: Client,
+        token: int,
+        future: Future[int],
+        method: str,
+        extent: Any,
+        arguments: tuple[int, int, int],
+    ) -> None:
         self._client = ref(client)
-        self._token = token
+        self.token = token
         self._future = future
+        self.method = method
         self._extent = extent
+        self._arguments = arguments
+        self.handle = client.handles[0]
+        self.errnum = 0
         self.raised: Exception | None = None
         self.is_wanted = True
+        #: The contexts that the caller was told, and those of them from earlier connections.
+        self._told: set[str] = set()
+        self._told_before: frozenset[str] = frozenset()
+
+    def send(self, handle: NBD) -> None:
+        """Send the command; again, if the connection was lost before the reply was complete."""
+        count, offset, flags = self._arguments
+        self.handle = handle
+        self.errnum = 0
+        self._told_before = frozenset(self._told)
+        send = getattr(handle, f"aio_{self.method}")
+        send(count, offset, self.extent, self.completion, flags)
 
     def extent(self, context: str, offset: int, entries: list[Any], error: Any) -> int:
-        """Call the caller's function, unless the caller was cancelled."""
-        if not self.is_wanted:
+        """Call the caller's function, unless the caller was cancelled or knows the answer."""
+        if not self.is_wanted or context in self._told_before:
             return 0
         extent = self._extent
+        self._told.add(context)
         try:
             result = extent(context, offset, entries, error)
         except Exception as raised:
@@ -618,12 +690,30 @@ class _StatusCallbacks:
 
     def completion(self, error: Any) -> int:
         """Free the place, and wake the caller; the result 1 retires the command."""
-        if not self._future.done():
-            self._future.set_result(error.value)
+        self.errnum = errnum = error.value
         client = self._client()
+        if errnum and client is not None and self._is_postponed(client, errnum):
+            return 1
+        if not self._future.done():
+            self._future.set_result(errnum)
         if client is not None:
-            client._give_back(self._token)
+            client._give_back(self.token)
         return 1
+
+    def fail(self, client: Client, reason: Exception) -> None:
+        """End the command with an exception: it could not be sent."""
+        if not self._future.done():
+            self._future.set_exception(reason)
+        client._give_back(self.token)
+
+    def _is_postponed(self, client: Client, errnum: int) -> bool:
+        """Whether the command is asked again over another connection."""
+        if client._reconnection is None or client._is_closed or not self.is_wanted:
+            return False
+        if self.raised is not None or not client._reconnection.is_postponed(self, errnum):
+            return False
+        client._queue.wake()
+        return True
 
 
 def _step(client: ref[Client]) -> None:
@@ -643,6 +733,8 @@ def _step(client: ref[Client]) -> None:
             waiting.pop(token, None)
             kept.pop(token, None)
         queue.take(done, count)
+        if self._reconnection is not None:
+            self._reconnection.look(self)
     except BaseException:
         queue.wake()  # the next step reports the same requests again
         raise

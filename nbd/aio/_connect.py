@@ -34,7 +34,9 @@ from nbd._disks.connect import (
     retry_intervals,
 )
 from nbd._disks.queue import MAX_CONNECTIONS, as_count, timeout_error
-from nbd.aio._client import Client, extended, limited
+from nbd._disks.reconnect import FirstConnection, as_reconnect, check_can_reconnect
+from nbd.aio._client import DELEGATED, Client, extended, limited
+from nbd.aio._reconnect import Reconnection
 from nbd.aio._threads import close_in_thread, in_thread
 
 TYPE_CHECKING = False
@@ -59,6 +61,7 @@ def connect(
     connections: int = 1,
     depth: int = 64,
     timeout: float | None = None,
+    reconnect: float | None = None,
     retry_for: float | None = None,
     contexts: Iterable[str] = (CONTEXT_BASE_ALLOCATION,),
     prepare: Callable[[NBD], object] | None = None,
@@ -73,6 +76,12 @@ def connect(
         depth: The maximum number of commands in flight; further callers wait in line.
         timeout: How many seconds each call may wait, including the connecting.  None waits for
             ever.
+        reconnect: For how many seconds new connections are tried when one was lost, or when the
+            first is refused or lost.  Meanwhile commands wait, at most for their timeout, and are
+            then sent again.  Changes that the server had acknowledged and not flushed are made
+            again, too: their data is kept, up to 64 MiB, and then flushed.  That is right only
+            while no other client writes there.  If the server has no flush, what it has
+            acknowledged counts as stored.  None does not reconnect.
         retry_for, contexts, prepare: As for nbd.connect.
 
     Returns:
@@ -84,7 +93,8 @@ def connect(
         nbd.Timeout: The server does not answer in time.
         RuntimeError: The returned object is used again while its last client is open.
         ValueError: A number is out of range; the URI contradicts the export name or the TLS
-            settings that prepare has set; or prepare has set the option mode.
+            settings that prepare has set; prepare has set the option mode; or a command line is
+            given with reconnect.
 
     Example:
         >>> async def size_of(uri):
@@ -96,12 +106,16 @@ def connect(
     C: nbd_aio_connect_uri or nbd_aio_connect_command.
     """
     count = as_count("connections", connections, MAX_CONNECTIONS)
+    seconds = as_reconnect(reconnect)
+    if seconds is not None:
+        check_can_reconnect("uri", uri)
     plan = Plan(
         uri,
         context_names(contexts),
         prepare,
         None if timeout is None else limited(as_seconds("timeout", timeout)),
         0.0 if retry_for is None else as_seconds("retry_for", retry_for),
+        seconds,
     )
     return Connecting(plan, count, as_number("depth", depth))
 
@@ -156,7 +170,8 @@ class Connecting:
         plan = self._plan
         first = await connected(plan)
         try:
-            client = Client([first], self._depth, plan.timeout, plan.is_command)
+            reconnection = None if plan.reconnect is None else _reconnection(first, plan)
+            client = Client([first], self._depth, plan.timeout, plan.is_command, reconnection)
         except BaseException:
             close_soon([first], plan)
             raise
@@ -180,6 +195,7 @@ class Plan:
         prepare: The caller's function, or None.
         timeout: How many seconds one attempt may take, or None.
         retry_for: For how many seconds to retry.
+        reconnect: For how many seconds to try to replace a lost connection, or None.
     """
 
     def __init__(
@@ -189,6 +205,7 @@ class Plan:
         prepare: Callable[[NBD], object] | None,
         timeout: float | None,
         retry_for: float,
+        reconnect: float | None = None,
     ) -> None:
         self.uri = uri
         self.is_command = isinstance(uri, (list, tuple))
@@ -196,21 +213,42 @@ class Plan:
         self.prepare = prepare
         self.timeout = timeout
         self.retry_for = retry_for
+        self.reconnect = reconnect
 
 
 async def connected(plan: Plan, advice: str = TO_PREPARE) -> NBD:
     """Connect a handle, and retry as long as the plan allows; `advice` is for `advise`."""
     loop = asyncio.get_running_loop()
     intervals = retry_intervals(plan.retry_for)
+    first = None if plan.reconnect is None else FirstConnection(plan.reconnect)
     while True:
         try:
             return await _Attempt(plan, loop).run()
         except Error as reason:
             interval = next(intervals, None) if reason.errnum in NOT_LISTENING else None
+            if interval is None and first is not None:
+                interval = first.next_pause(reason)
             if interval is None:
                 advise(reason, advice)
                 raise
         await asyncio.sleep(interval)
+
+
+def _reconnection(first: NBD, plan: Plan) -> Reconnection:
+    return Reconnection(
+        plan.reconnect or 0.0,
+        str(plan.uri),
+        first,
+        partial(_connected_within, plan),
+        lambda handle: close_soon([handle], plan),
+        DELEGATED,
+    )
+
+
+async def _connected_within(plan: Plan, seconds: float) -> NBD:
+    """Make one attempt to connect, for at most so many seconds, and no longer than the timeout."""
+    timeout = seconds if plan.timeout is None else min(seconds, plan.timeout)
+    return await _Attempt(plan, asyncio.get_running_loop(), limited(timeout)).run()
 
 
 async def _join(client: ref[Client], plan: Plan) -> None:
@@ -219,7 +257,7 @@ async def _join(client: ref[Client], plan: Plan) -> None:
         handle = await connected(plan)
         try:
             self = client()
-            if self is not None and _is_same_export(self.handles[0], handle, plan):
+            if self is not None and _is_same_export(self, handle, plan):
                 self._join(handle)
                 return
         except (ClosedHandle, ValueError):  # the client is closed, or it is another export
@@ -230,12 +268,12 @@ async def _join(client: ref[Client], plan: Plan) -> None:
         close_soon([handle], plan)
 
 
-def _is_same_export(first: NBD, other: NBD, plan: Plan) -> bool:
-    """Return whether two connections seem to be to the same export."""
-    return _properties(first, plan) == _properties(other, plan)
+def _is_same_export(client: Client, other: NBD, plan: Plan) -> bool:
+    """Return whether a connection seems to be to the same export as those of a client."""
+    return _properties(client, plan) == _properties(other, plan)
 
 
-def _properties(handle: NBD, plan: Plan) -> list[int]:
+def _properties(handle: NBD | Client, plan: Plan) -> list[int]:
     """Return what is the same for all connections to an export."""
     return [
         handle.get_size(),
@@ -255,12 +293,13 @@ def close_soon(handles: list[NBD], plan: Plan) -> None:
 
 
 class _Attempt:
-    """One attempt to connect, within the timeout."""
+    """One attempt to connect, within a timeout; None is that of the plan."""
 
-    def __init__(self, plan: Plan, loop: AbstractEventLoop) -> None:
+    def __init__(self, plan: Plan, loop: AbstractEventLoop, timeout: float | None = None) -> None:
         self._plan = plan
         self._loop = loop
-        self._until = None if plan.timeout is None else loop.time() + plan.timeout
+        self._timeout = plan.timeout if timeout is None else timeout
+        self._until = None if self._timeout is None else loop.time() + self._timeout
 
     async def run(self) -> NBD:
         handle, uri = self._new_handle()
@@ -352,10 +391,10 @@ class _Attempt:
             self._loop.remove_writer(fd)
             if timer is not None:
                 timer.cancel()
-        if self._until is None or self._plan.timeout is None:
+        if self._until is None or self._timeout is None:
             return True
         now = self._loop.time()
-        self._until = extended(self._until, now, self._plan.timeout)
+        self._until = extended(self._until, now, self._timeout)
         return now < self._until
 
     async def _in_time(self, awaited: Future[Result] | Coroutine[Any, Any, Result]) -> Result:
@@ -372,7 +411,7 @@ class _Attempt:
             future.cancel()
 
     def _timeout_error(self) -> Timeout:
-        return timeout_error("nbd.aio: the connection was not made within", self._plan.timeout)
+        return timeout_error("nbd.aio: the connection was not made within", self._timeout)
 
 
 def _wake(ready: Future[None]) -> None:

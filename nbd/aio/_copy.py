@@ -167,7 +167,7 @@ class _CopyThread:
         if settings.reconnect is not None:
             check_can_reconnect(side_name(side), what)
         contexts = [CONTEXT_BASE_ALLOCATION]
-        plan = Plan(what, contexts, None, settings.timeout, 0.0)
+        plan = Plan(what, contexts, None, settings.timeout, 0.0, settings.reconnect)
         handle = await connected(plan, TO_CALL)
         self._ours.append(([handle], plan))
         disk = disk_over(handle, what, settings)

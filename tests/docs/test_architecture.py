@@ -33,7 +33,7 @@ LAYERS = {
     layer: re.findall(r"^    (\w+) {2,}", (CHECKOUT / f"nbd/{layer}/__init__.py").read_text(), re.M)
     for layer in ("_binding", "_disks")
 }
-LAYERS["aio"] = ["_threads", "_client", "_connect", "_copy"]
+LAYERS["aio"] = ["_threads", "_client", "_reconnect", "_connect", "_copy"]
 ORDER = [f"{layer}.{module}" for layer, modules in LAYERS.items() for module in modules]
 
 
