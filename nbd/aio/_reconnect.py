@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from errno import ENOTCONN, ESHUTDOWN, ESTALE
+from errno import ENOTCONN, ESHUTDOWN
 from functools import partial
 from socket import AF_UNIX, SHUT_RDWR, SOCK_STREAM, fromfd
 from weakref import ref
@@ -108,10 +108,13 @@ class Reconnection:
                 if self._is_replaced(client(), lost, outage, made):
                     return
         except BaseException as reason:
-            failure = reason if isinstance(reason, Error) else outage.failure()
-            cause = reason if isinstance(reason, Exception) and failure is not reason else None
-            self._give_up(client(), lost, failure, cause)
-            if not isinstance(reason, Exception):  # the task is cancelled, or a signal arrived
+            if isinstance(reason, (Exception, asyncio.CancelledError)):
+                failure = reason if isinstance(reason, Error) else outage.failure()
+                cause = reason if isinstance(reason, Exception) and failure is not reason else None
+                self._give_up(client(), lost, failure, cause)
+            else:
+                self._try_later(client(), lost)  # a signal handler has raised
+            if not isinstance(reason, Exception):
                 raise
 
     async def _connected(self, outage: Outage) -> NBD:
@@ -140,20 +143,22 @@ class Reconnection:
         Raises:
             nbd.Error: It is a connection to another disk.
         """
+        if client is None or client._is_closed or lost not in client.handles:
+            self._close(made)
+            return True
         try:
-            if client is None or lost not in client.handles:  # the client was dropped
-                self._close(made)
-                return True
             check_same(self._what, self._export, made)
             known = Known(made, self._names)
             self._add(client, made)
+            self._outages[made] = outage
+            client.handles = tuple(made if one is lost else one for one in client.handles)
         except BaseException as reason:
+            if made in client.handles:  # a signal handler has raised after the last line
+                raise
             self._close(made)
-            if isinstance(reason, Error) and reason.errnum != ESTALE:
+            if isinstance(reason, Error) and is_worth_retrying(reason):
                 return False
             raise
-        self._outages[made] = outage
-        client.handles = tuple(made if one is lost else one for one in client.handles)
         self.known = known
         self._forget(client, lost)
         log_reconnected(self._what, outage)
@@ -182,6 +187,13 @@ class Reconnection:
         client._queue.give_up(TARGET, failure.errnum)
         client._queue.wake()
         self._ask_waiting(client)
+
+    def _try_later(self, client: Client | None, lost: NBD) -> None:
+        """Have the next step begin again to replace a lost connection."""
+        if client is not None and not client._is_closed:
+            self._lost.discard(lost)
+            self._losses = -1
+            client._queue.wake()
 
     def _forget(self, client: Client, lost: NBD) -> None:
         client._queue.forget(lost)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-from collections.abc import Iterator
+import random
+import signal
+from collections.abc import Coroutine, Iterator
 from functools import partial
 from typing import Any
 
@@ -506,3 +508,120 @@ def test_a_connection_that_the_caller_has_closed_is_made_again(server: MortalSer
             assert await asyncio.wait_for(disk.pread(4, 0), LONG) == b"data"
 
     run(main())
+
+
+def test_ctrl_c_ends_a_program_in_an_outage(server: MortalServer) -> None:
+    async def main() -> None:
+        async with nbd.aio.connect(server.uri, reconnect=1000) as disk:
+            server.kill()
+            asyncio.get_running_loop().call_later(0.05, signal.raise_signal, signal.SIGINT)
+            await disk.pread(4, 0)
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(main())
+    assert registered() == 0
+
+
+def test_a_client_goes_on_after_a_signal_handler_has_ended_an_attempt(
+    server: MortalServer,
+) -> None:
+    prepared: list[nbd.NBD] = []
+
+    def prepare(h: nbd.NBD) -> None:
+        prepared.append(h)
+        if len(prepared) == 2:
+            raise KeyboardInterrupt
+
+    async def connected() -> nbd.aio.Client:
+        return await nbd.aio.connect(server.uri, reconnect=LONG, prepare=prepare)
+
+    loop = asyncio.new_event_loop()
+    disk = loop.run_until_complete(connected())
+    server.cut()
+    read = loop.create_task(disk.pread(4, 0))
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_until_complete(read)
+    assert loop.run_until_complete(read) == b"data"
+    loop.run_until_complete(disk.close())
+    loop.close()
+
+
+def test_a_client_whose_tasks_were_cancelled_fails_instead_of_waiting(server: MortalServer) -> None:
+    async def main() -> None:
+        async with nbd.aio.connect(server.uri, reconnect=1000) as disk:
+            server.kill()
+            await until(lambda: disk._joining)
+            for task in disk._joining:
+                task.cancel()
+            for _ in range(2):
+                assert isinstance(await outcome(disk.pread(4, 0)), nbd.Error)
+
+    run(main())
+
+
+def test_a_copy_of_a_client_fails_and_the_client_goes_on(server: MortalServer) -> None:
+    async def main() -> None:
+        async with nbd.aio.connect(server.uri, reconnect=LONG) as disk:
+            server.stop("read", server.restart)
+            assert isinstance(await outcome(nbd.aio.copy(disk, None)), nbd.Error)
+            assert await disk.pread(4, 0) == b"data"
+
+    run(main())
+
+
+def test_a_connection_that_joins_during_an_outage_serves(server: MortalServer) -> None:
+    async def main() -> None:
+        async with nbd.aio.connect(server.uri, connections=3, reconnect=LONG) as disk:
+            server.restart()
+            assert await disk.pread(4, 0) == b"data"
+            await settled(disk)
+            assert len(disk.handles) == 3
+            assert await disk.pread(MIB, 0) == server.memory
+
+    run(main())
+
+
+def storm(server: MortalServer, chance: random.Random) -> Coroutine[Any, Any, None]:
+    """Read and write in many tasks, while the server is killed; check every byte."""
+    model = bytearray(server.stable)
+    page = 4096
+
+    async def use(disk: nbd.aio.Client, start: int) -> None:
+        for _ in range(10):
+            offset, count = start + chance.randrange(page - 600), chance.randrange(1, 600)
+            place, what = slice(offset, offset + count), chance.random()
+            if what < 0.5:
+                content = bytes(chance.getrandbits(8) for _ in range(count))
+                await disk.pwrite(content, offset)
+                model[place] = content
+            elif what < 0.6:
+                await disk.zero(count, offset)
+                model[place] = bytes(count)
+            elif what < 0.7:
+                await disk.flush()
+            else:
+                assert await disk.pread(count, offset) == model[place]
+
+    async def kill(times: int) -> None:
+        for _ in range(times):
+            await asyncio.sleep(0.02 * chance.random())
+            server.kill()
+            await asyncio.sleep(0.01 * chance.random())
+            server.start()
+
+    async def main() -> None:
+        connections = chance.choice([1, 2, 4])
+        async with nbd.aio.connect(server.uri, connections=connections, reconnect=LONG) as disk:
+            users = (use(disk, page * number) for number in range(16))
+            await asyncio.gather(kill(chance.randrange(3, 8)), *users)
+            await disk.flush()
+            assert server.stable == model
+
+    return main()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_storm_of_tasks_writes_what_it_would_without_kills(
+    server: MortalServer, seed: int
+) -> None:
+    run(storm(server, random.Random(seed)))
