@@ -9,62 +9,35 @@ from __future__ import annotations
 
 import errno
 import functools
-import os
 import random
-import time
-from collections.abc import Iterator
-from typing import Any, Callable
+from typing import Any
 
 import pytest
-from support.cutting import Cutter, random_limits
+from support.cutting import random_limits
 from support.files import read_fully
 from support.forms import SOAK
-from support.hostile import EXPORT_FLAGS, Watchdog
-from support.servers import TIMEOUT
+from support.hostile import EXPORT_FLAGS
+from support.outliving import (
+    LONG,
+    SEEDS,
+    any_server,
+    cutter,
+    nothing_is_left,
+    wait_until,
+    watchdog,
+)
 from support.sizes import KIB, MIB
-from support.usage import collect_garbage, descriptors, resident
-from support.volatile import READ_ONLY, VolatileServer, volatile_server
+from support.usage import resident
+from support.volatile import READ_ONLY, volatile_server
 
 import nbd
 
-LONG = 3.0 * TIMEOUT  # seconds for which it is tried to connect again: longer than a test takes
+__all__ = ["nothing_is_left", "watchdog"]
+
 SIZE = 256 * KIB
-SEEDS = range(200 if SOAK else 6)
 CALLS = 400
-#: Minimum, preferred and maximum block size.
-BLOCKS = ((), (512, 4096, 32 * KIB), (4096, 4096, 64 * KIB))
 #: Where a server can die; "+" is after it has carried out the command, and before its reply.
 PLACES = ("greet", "option", "go", "read", "read+", "write", "write+", "flush", "flush+")
-
-
-@pytest.fixture(autouse=True)
-def watchdog() -> Iterator[None]:
-    """End a test that hangs."""
-    with Watchdog(2 * LONG, bool) as dog:
-        yield
-    assert not dog.late
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
-    """Fail if a test leaves a descriptor or a thread."""
-    collect_garbage()
-    files, before = descriptors(), threads()
-    yield
-    wait_until(lambda: threads() <= before)
-    collect_garbage()
-    assert descriptors() <= files
-
-
-def threads() -> int:
-    """Return how many threads this process has."""
-    return len(os.listdir("/proc/self/task"))
-
-
-def wait_until(reached: Callable[[], bool]) -> None:
-    """Wait; the watchdog bounds it."""
-    while not reached():
-        time.sleep(0.001)
 
 
 class Storm:
@@ -115,15 +88,7 @@ def opened(uri: Any, mode: str = "r+b", **options: Any) -> Any:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_calls_while_the_server_is_killed_are_those_of_a_bytearray(seed: int) -> None:
     rng = random.Random(seed)
-    options: dict[str, Any] = {
-        "tcp": rng.random() < 0.5,
-        "blocks": rng.choice(BLOCKS),
-        "shuffles": rng.random() < 0.5,
-        "structured": rng.random() < 0.7,
-        "writes_back": rng.choice([0, 0.2]),
-        "seed": seed,
-    }
-    with volatile_server(size=SIZE, **options) as server:
+    with volatile_server(size=SIZE, **any_server(rng)) as server:
         uri = rng.choice([server.uri, functools.partial(nbd.connect, server.uri)])
         number, buffering = rng.choice([1, 1, 4]), rng.choice([-1, 0, 4096])
         with opened(uri, connections=number, buffering=buffering) as disk:
@@ -153,12 +118,6 @@ def test_random_calls_while_connections_are_cut_at_random_bytes_are_those_of_a_b
             while proxy.made < 5:
                 storm.run(CALLS // 10)
         assert server.disk() == storm.model
-
-
-def cutter(server: VolatileServer, limit: Any) -> Cutter:
-    """Return a proxy for a server, in its folder."""
-    address = server.options.address
-    return Cutter(address, 0 if isinstance(address, int) else f"{address}-proxy", limit)
 
 
 @pytest.mark.parametrize("connections", [1, 3])
