@@ -187,6 +187,8 @@ class Disk(Endpoint):
             if export_of(handle) != self._export:
                 raise ValueError("handles: the export is not the same")
             add(handle)
+            if self._replacing is not None:
+                self._replacing.note_joined(handle)
 
         self._joining = Joining(self._server, count, self._connect_timeout, check_and_add, fail)
         self._joining.start()
@@ -275,9 +277,11 @@ class Disk(Endpoint):
             return False  # if the connection is lost, the next read reports it
         finally:
             reply.await_briefly()
+        if reply.error:
+            return False
         if self._replacing is not None:
             self._replacing.count_answer()
-        return reply.error == 0
+        return True
 
     def read_at(self, view: memoryview, offset: int) -> memoryview:
         """Read as much as a view takes; returns the view, or other memory with the bytes."""

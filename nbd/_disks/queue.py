@@ -90,11 +90,13 @@ class ShimQueue:
 
     Attributes:
         q: The struct nbdqueue of C; NULL when it is closed.
+        is_dropped: Whether `drop` or `close` was called.
         kept: The pins that keep buffers in place, by the token of each request.  The dictionary
             lives until no command can use a buffer any more, even if the ShimQueue is gone.
     """
 
     q: Any = ffi.NULL
+    is_dropped: bool = False
 
     def __init__(self, depth: int, piece: int) -> None:
         depth = as_count("depth", depth, MAX_DEPTH)
@@ -260,6 +262,7 @@ class ShimQueue:
 
         Only the buffers of commands that were sent and have no reply yet are still kept.
         """
+        self.is_dropped = True
         lib.nbdqueue_drop(self.q)
         for token in list(self.kept):
             if not lib.nbdqueue_uses(self.q, token):

@@ -158,11 +158,12 @@ def was_lost(error: Error) -> bool:
     """Whether a connection attempt has failed because it was refused or lost.
 
     Otherwise the server has refused what was asked for, or the argument was wrong.  libnbd reports
-    a connection that ends during the handshake without an errno, one that ends before it as EINVAL,
-    and both an export and a socket that does not exist as ENOENT.
+    a connection that ends during the handshake without an errno, one that ends before it as an
+    event that is invalid in the handle's state (EINVAL), and both an export and a socket that does
+    not exist as ENOENT.
     """
     if error.errnum == errno.EINVAL:
-        return "is invalid in state CONNECT" in error.string
+        return "external event" in error.string or "is invalid in state CONNECT" in error.string
     if error.errnum == errno.ENOENT:
         return "handshake" not in error.string
     if error.errnum == 0:

@@ -49,6 +49,7 @@ class Replacing:
         self._queues: list[tuple[ShimQueue, int]] = []
         self._losses: dict[ShimQueue, int] = {}
         self._is_stopped = False
+        self._tried: list[NBD] = []  # for the lost one, but they were lost before all queues had it
         self._answers = 0  # outside of queues
         self.failure: Error | None = None
         self._reconnector = Reconnector(
@@ -103,7 +104,7 @@ class Replacing:
         """Replace what a queue loses from now on; it has no request yet."""
         queue.set_reconnect(side, bound)
         with self._lock:
-            self._queues = [one for one in self._queues if one[0].q]
+            self._queues = [one for one in self._queues if not one[0].is_dropped]
             self._queues.append((queue, side))
             self._losses = {one: self._losses.get(one, 0) for one, _ in self._queues}
 
@@ -125,17 +126,26 @@ class Replacing:
         losses = queue.losses()
         if losses == self._losses.get(queue, losses):
             return
-        for handle in list(self._handles):
-            errnum = queue.error_of(handle)
-            if errnum:
-                self.report(handle, errnum)
-        self._losses[queue] = losses  # last: if a signal handler raises, the next call looks again
+        with self._lock:  # a new handle is in its place before its loss is looked for
+            for handle in list(self._handles):
+                errnum = queue.error_of(handle)
+                if errnum:
+                    self.report(handle, errnum)
+            # Last: if a signal handler raises, the next call looks again.
+            self._losses[queue] = losses
+
+    def note_joined(self, handle: NBD) -> None:
+        """Have a further connection made again that was lost before it was in `handles`."""
+        if not _is_alive(handle):
+            self.report(handle, errno.ENOTCONN)
 
     def report(self, handle: NBD, errnum: int) -> None:
         """Have a connection made again that was found to be lost."""
         answers = sum(queue.answers(side) for queue, side in list(self._queues))
         error = Error(os.strerror(errnum), errnum)
-        self._reconnector.lost(handle, error, self._answers + answers)
+        with self._lock:
+            if handle in self._handles:  # it was not replaced meanwhile
+                self._reconnector.lost(handle, error, self._answers + answers)
 
     def count_answer(self) -> None:
         """Note that the server has answered outside of a queue."""
@@ -155,7 +165,9 @@ class Replacing:
         with self._lock:
             if self._is_stopped:
                 raise Error("the copy has ended", errno.ECANCELED)
+            self._tried.append(made)
             self._use(lost, made)
+            self._tried.clear()
             for place, handle in enumerate(self._handles):
                 if handle is lost:
                     self._handles[place] = made
@@ -165,16 +177,18 @@ class Replacing:
 
     def _use(self, lost: NBD, other: NBD) -> None:
         """Have the queues that had a connection use another."""
+        old = [lost, *(handle for handle in self._tried if handle is not other)]
         for queue, side in self._queues:
-            if not queue.q or not queue.has(lost):
+            if queue.is_dropped or not any(map(queue.has, old)):
                 continue
             try:
                 if not queue.has(other):
                     queue.add(side, other)
             except ValueError as reason:
-                if queue.q:
+                if not queue.is_dropped:
                     raise other_disk(self._what, str(reason)) from None
-            queue.forget(lost)
+            for handle in old:
+                queue.forget(handle)
             queue.wake()
 
     def _give_up(self, lost: NBD, error: Error) -> None:
@@ -183,6 +197,7 @@ class Replacing:
             alive = [handle for handle in self._handles if _is_alive(handle)]
             if alive and error.errnum != errno.ESTALE:
                 self._use(lost, alive[0])
+                self._tried.clear()
                 for place, handle in enumerate(self._handles):
                     if handle is lost:
                         self._handles[place] = alive[0]
@@ -190,7 +205,7 @@ class Replacing:
                 return
             self.failure = error
             for queue, side in self._queues:
-                if queue.q:
+                if not queue.is_dropped:
                     queue.give_up(side, error.errnum)
                     queue.wake()
 
