@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support.asyncs import outcome, run, until
 from support.mortal import MortalServer
-from support.servers import TIMEOUT, program, short_folder
+from support.servers import TIMEOUT, StartServer, program, short_folder
 from support.sizes import MIB
 from support.usage import descriptors, registered
 
@@ -402,6 +402,19 @@ def test_the_first_connection_is_tried_again_while_it_is_refused(server: MortalS
         disk = await connecting
         assert await disk.pread(4, 0) == b"data"
         await disk.close()
+
+    run(main())
+
+
+def test_an_export_that_the_first_server_does_not_have_is_not_tried_again(
+    nbdkit: StartServer,
+) -> None:
+    only = ["exportname-strict=true", "exportname=disk"]
+    socket = nbdkit("--filter=exportname", "memory", "1M", *only).socket
+
+    async def main() -> None:
+        with pytest.raises(nbd.Error, match="export"):
+            await nbd.aio.connect(f"nbd+unix:///other?socket={socket}", reconnect=1000)
 
     run(main())
 
