@@ -95,6 +95,8 @@ void journal_interrupt(struct nbdqueue *q, bool is_loss)
 
     if (!journal_is_on(q))
         return;
+    if (is_loss && j->is_replaying && j->size > 0)
+        j->part = (j->part < j->size ? j->part : j->size) / 4;
     j->is_due = true;
     j->is_replaying = false;
     if (is_loss && j->limit / 4 >= MIN_LIMIT)

@@ -36,8 +36,9 @@ void journal_clear(struct nbdqueue *q, uint64_t serial);
 
 /*
  * Have all changes made again, before any other command is sent to the target: a connection was
- * lost or has joined.  A loss also makes the journal smaller, so that connections that do not live
- * long are not spent on making the same changes over and over.
+ * lost or has joined.  A loss also makes the journal smaller; and one during a replay has the next
+ * replay flush in between.  So connections that do not live long are not spent on making the same
+ * changes over and over.
  */
 void journal_interrupt(struct nbdqueue *q, bool is_loss);
 

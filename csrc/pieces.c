@@ -360,7 +360,8 @@ static bool assign_member(struct slot *slot)
     } else {
         slot->is_in_flight = true;
         slot->token = slot->request->token;
-        slot->flushes = q->journal.serial;
+        slot->flushes =
+            slot->request->origin == OF_REPLAY ? q->journal.flush_serial : q->journal.serial;
         slot->member->in_flight++;
         q->in_flight++;
         atomic_fetch_add(&q->references, 1); /* libnbd's, until `retire` */
@@ -825,6 +826,26 @@ static bool overlaps_replay(const struct slot *slot)
 }
 
 /*
+ * The slot for a flush of what was made again so far, or NULL if it has to wait for that.  q->lock
+ * is locked.
+ */
+static struct slot *flush_part(struct nbdqueue *q)
+{
+    struct journal *j = &q->journal;
+    struct slot *slot;
+
+    if (j->in_flight > 0)
+        return NULL;
+    slot = reserve(q, &j->part_flush);
+    if (slot == NULL)
+        return NULL;
+    j->flush_serial = j->cursor->serial - 1;
+    j->replayed = 0;
+    j->in_flight++;
+    return slot;
+}
+
+/*
  * The slot for the next change that has to be made again, or NULL if it has to wait or there is
  * none.  After the last one, the journal is not due any more.  Changes that overlap are made one
  * after the other.  q->lock is locked.
@@ -843,13 +864,18 @@ static struct slot *next_replay(struct nbdqueue *q)
         for (struct change *c = j->first; c != NULL; c = c->next)
             c->request.cut = c->request.start;
         j->cursor = j->first;
+        j->replayed = 0;
         j->is_replaying = true;
     }
     if (j->cursor == NULL) {
-        if (j->in_flight == 0)
-            j->is_due = j->is_replaying = false;
+        if (j->in_flight > 0)
+            return NULL;
+        j->is_due = j->is_replaying = false;
+        j->part = UINT64_MAX;
         return NULL;
     }
+    if (j->replayed > j->part)
+        return flush_part(q);
     r = &j->cursor->request;
     slot = reserve(q, r);
     if (slot == NULL)
@@ -861,8 +887,10 @@ static struct slot *next_replay(struct nbdqueue *q)
     }
     j->in_flight++;
     r->cut += slot->length;
-    if (r->cut == r->stop)
+    if (r->cut == r->stop) {
+        j->replayed += j->cursor->cost;
         j->cursor = j->cursor->next;
+    }
     return slot;
 }
 

@@ -126,6 +126,9 @@ int nbdqueue_set_reconnect(struct nbdqueue *q, enum nbdqueue_side side, uint64_t
         q->journal.bound = q->journal.limit = bound;
         q->journal.flush =
             (struct request){.operation = NBDQUEUE_FLUSH, .stop = 1, .origin = OF_JOURNAL};
+        q->journal.part_flush =
+            (struct request){.operation = NBDQUEUE_FLUSH, .stop = 1, .origin = OF_REPLAY};
+        q->journal.part = UINT64_MAX;
     }
     return 0;
 }

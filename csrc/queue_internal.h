@@ -101,13 +101,16 @@ struct journal {
     uint64_t size;
     uint64_t serial; /* of the latest change */
     struct change *first, **last;
-    atomic_bool is_due;    /* its changes have to be made again */
-    bool is_replaying;     /* they are being made again, */
-    struct change *cursor; /* and this one is next */
-    unsigned in_flight;    /* slots that work on that, or on a replay that was interrupted */
-    struct request flush;  /* OF_JOURNAL */
-    bool is_flushing;      /* a slot works on it */
-    int flush_error;       /* of the last one, for the change that waits for it */
+    atomic_bool is_due;        /* its changes have to be made again */
+    bool is_replaying;         /* they are being made again, */
+    struct change *cursor;     /* and this one is next */
+    uint64_t part, replayed;   /* of how many bytes a flush follows, and how many were made */
+    uint64_t flush_serial;     /* the latest change that such a flush includes */
+    struct request part_flush; /* such a flush: OF_REPLAY */
+    unsigned in_flight;        /* slots that work on that, or on a replay that was interrupted */
+    struct request flush;      /* OF_JOURNAL */
+    bool is_flushing;          /* a slot works on it */
+    int flush_error;           /* of the last one, for the change that waits for it */
 };
 
 /* A piece of a request, and the command in flight for it. */

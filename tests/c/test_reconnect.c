@@ -201,6 +201,38 @@ static void changes_that_overlap_are_made_again_in_their_order(void)
     tear_down(&rig);
 }
 
+static void a_replay_that_was_interrupted_flushes_in_between(void)
+{
+    struct rig rig;
+    char data[SIZE];
+    struct command command;
+
+    set_up_replaceable(&rig, LARGE);
+    write_one(&rig, 0, 'a');
+    write_one(&rig, SIZE, 'b');
+    lose(&rig);
+    replace(&rig);
+    CHECK(is_command(receive(&rig, data), CMD_WRITE, 0));
+    CHECK(is_command(receive(&rig, data), CMD_WRITE, SIZE));
+    lose(&rig);
+    replace(&rig);
+    command = receive(&rig, data);
+    CHECK(is_command(command, CMD_WRITE, 0));
+    move(&rig);
+    CHECK(recv(rig.server, data, 1, MSG_DONTWAIT) == -1);
+    answer(rig.server, command, 0, NULL, 0);
+    move(&rig);
+    command = receive_command(rig.server);
+    CHECK(command.type == CMD_FLUSH);
+    answer(rig.server, command, 0, NULL, 0);
+    move(&rig);
+    CHECK(is_command(receive(&rig, data), CMD_WRITE, SIZE));
+    lose(&rig);
+    replace(&rig);
+    CHECK(is_command(receive(&rig, data), CMD_WRITE, SIZE)); /* the first one is flushed */
+    tear_down(&rig);
+}
+
 static void a_full_journal_is_flushed_before_the_next_change(void)
 {
     struct rig rig;
@@ -600,6 +632,7 @@ RUN_TESTS(TEST(a_lost_command_is_sent_again),
           TEST(what_was_not_flushed_is_written_again_before_anything_else),
           TEST(what_was_flushed_is_not_written_again), TEST(a_write_with_fua_is_not_written_again),
           TEST(changes_that_overlap_are_made_again_in_their_order),
+          TEST(a_replay_that_was_interrupted_flushes_in_between),
           TEST(a_full_journal_is_flushed_before_the_next_change),
           TEST(a_flush_of_the_journal_that_fails_fails_the_next_change),
           TEST(a_copy_keeps_what_it_has_read),
