@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Callable, Union
 
+from support.volatile import interpreter
+
 Address = Union[str, int]  # the path of a Unix socket, or a port on 127.0.0.1
 
 CHUNK = 64 << 10
@@ -226,7 +228,7 @@ def cutting_process(server: Address, address: str, pause: float) -> Iterator[str
     tests = str(Path(__file__).resolve().parent.parent)
     arguments = json.dumps([server, address, pause])
     with subprocess.Popen(
-        [sys.executable, "-S", "-m", "support.cutting", arguments],
+        [interpreter(), "-S", "-m", "support.cutting", arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": tests},

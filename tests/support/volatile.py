@@ -336,6 +336,12 @@ def end_with_parent() -> None:
 # --- for tests ----------------------------------------------------------------------------------
 
 
+def interpreter() -> str:
+    """Return the interpreter for a server: PyPy would take ten times as long to start it."""
+    is_slow = sys.implementation.name != "cpython"
+    return (shutil.which("python3") if is_slow else None) or sys.executable
+
+
 class VolatileServer:
     """A server with a volatile cache, in a process of its own.
 
@@ -386,7 +392,7 @@ class VolatileServer:
             setattr(self.options, name, value)
         tests = str(Path(__file__).resolve().parent.parent)
         self._process = subprocess.Popen(
-            [sys.executable, "-S", "-m", "support.volatile", json.dumps(asdict(self.options))],
+            [interpreter(), "-S", "-m", "support.volatile", json.dumps(asdict(self.options))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": tests},
