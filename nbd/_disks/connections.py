@@ -33,7 +33,7 @@ from nbd._disks.connect import (
     finish_shutdown,
     prepared,
 )
-from nbd._disks.handles import export_of
+from nbd._disks.handles import WeakMaker, export_of
 from nbd._disks.queue import TARGET, IdleTimer, Queue, timeout_error
 from nbd._disks.reconnect import JOURNAL, Reconnector, other_disk
 
@@ -94,6 +94,7 @@ class Connections:
         can_flush: Whether the server supports flush.
         is_stalled: Whether the last wait was stopped by an exception.
         is_hurried: Whether the file is about to be closed, so that its waits are short.
+        failure: Why lost connections were given up, and none is left; or None.
     """
 
     def __init__(
@@ -130,8 +131,7 @@ class Connections:
         self._reconnector: Reconnector | None = None
         self._what = ""
         self._losses = 0
-        # Why the connections were given up.
-        self._failure: Error | None = None
+        self.failure: Error | None = None
         self.queue = Queue(self.ours or self._borrowed, depth=depth, piece=piece)
 
     def keep(self, file: Any) -> None:
@@ -161,8 +161,9 @@ class Connections:
         """
         self._what = what
         self.queue._shim_queue.set_reconnect(TARGET, JOURNAL)
+        kept = server if isinstance(server, str) else WeakMaker(server)  # the file keeps the Maker
         self._reconnector = Reconnector(
-            server, seconds, timeout, what, self.ours[0], self._replace, self._give_up
+            kept, seconds, timeout, what, self.ours[0], self._replace, self._give_up
         )
 
     def _note_losses(self) -> None:
@@ -180,6 +181,9 @@ class Connections:
 
     def _replace(self, lost: NBD, made: NBD) -> None:
         """Use a new connection instead of a lost one; called in the thread that has made it."""
+        if lost not in self.ours:  # it was reported again while this thread was replacing it
+            made.__exit__(None, None, None)
+            return
         handle = _Adopted(made) if self._is_of_program else made
         self.ours.append(handle)
         if self._is_abandoned:  # in this order: `abandon` closes it, or our caller does
@@ -196,10 +200,14 @@ class Connections:
     def _give_up(self, lost: NBD, error: Error) -> None:
         """Go on without a lost connection, or fail if it was the last; called in the thread."""
         queue = self.queue._shim_queue
-        if any(one not in self._joining and not queue.error_of(one) for one in list(self.ours)):
+        alive = [
+            one for one in list(self.ours) if one not in self._joining and not queue.error_of(one)
+        ]
+        if alive and error.errnum != errno.ESTALE:
             self._drop(lost)
+            queue.wake()  # one that a callable has made may have to join
             return
-        self._failure = error
+        self.failure = error
         queue.give_up(TARGET, error.errnum)
         queue.wake()
 
@@ -209,9 +217,9 @@ class Connections:
         self.queue._shim_queue.forget(lost)
         lost.__exit__(None, None, None)
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """Raise the reason why the connections were given up, unless the file is being closed."""
-        failure = self._failure
+        failure = self.failure
         if failure is not None and not self.is_hurried:
             raise DiskError(failure.string, failure.errnum)
 
@@ -271,7 +279,7 @@ class Connections:
             TypeError, ValueError: The caller's callable has returned what cannot be a connection.
         """
         if is_over():
-            self._check()
+            self.check()
             return
         if self._mistakes and not self.is_hurried:
             raise self._mistakes.popleft()
@@ -289,7 +297,7 @@ class Connections:
                 self._is_late = self.is_hurried
                 raise self._timeout_error()
         self.is_stalled = False
-        self._check()
+        self.check()
 
     def wait_for(self, request: Request) -> None:
         """Wait until a request is done, as `wait_until` does."""
@@ -336,7 +344,7 @@ class Connections:
             if self._maker_thread is not None:
                 self._maker_thread.begin_to_stop()
             self.queue.close()
-            close_all(self.ours)
+            close_all(list(self.ours))  # a copy, as the reconnector's thread may remove one
         finally:
             self._let_go()
 

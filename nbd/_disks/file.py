@@ -220,10 +220,11 @@ def _opened(
         raw = DiskFile(connections, source, mode, *can, size)
         if more:
             connections.add(server, more)
-        file = _buffered(raw, *can, size)
+        file: Any = _buffered(raw, *can, size)
+        file.maker = server
         _close_at_exit(raw, file)
         connections.keep(raw if size else None)
-        return file
+        return file  # type: ignore[no-any-return]
     except BaseException:
         connections.abandon()
         raise
@@ -341,9 +342,14 @@ def _go_back(file: Any, start: int) -> None:
 
 
 class _Buffer:
-    """What the buffers have in common.  It comes before io's class in their base classes."""
+    """What the buffers have in common.  It comes before io's class in their base classes.
+
+    Attributes:
+        maker: By what connections are made; the DiskFile may not refer to a callable.
+    """
 
     raw: DiskFile
+    maker: str | Maker = ""
 
     @_alone
     def flush(self) -> None:
@@ -410,6 +416,7 @@ class _Buffer:
 
     def detach(self) -> DiskFile:
         raw: DiskFile = super().detach()  # type: ignore[misc]  # of io
+        raw.maker = self.maker
         raw.detached()
         return raw
 

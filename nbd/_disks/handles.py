@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import signal
+from weakref import ref
 
 from nbd._binding.constants import SIZE_MAXIMUM, SIZE_MINIMUM
 from nbd._binding.errors import ClosedHandle, Error
@@ -78,6 +79,35 @@ class Maker:
                 made.close()  # a coroutine: else Python warns that nothing has awaited it
             needed = f"a coroutine function cannot be used here; {needed}"
         return TypeError(f"{self._name}: the callable has returned {kind}: {needed}")
+
+
+class WeakMaker:
+    """A Maker for what lives longer than the program needs it, and so may not keep its callable.
+
+    Args:
+        maker: The Maker, to which something else has to refer.
+    """
+
+    def __init__(self, maker: Maker) -> None:
+        self._maker = ref(maker)
+
+    def call(self) -> object:
+        """Call the callable, as a Maker does.
+
+        Raises:
+            nbd.Error: The Maker is gone (ECANCELED).
+        """
+        return self._strong().call()
+
+    def checked(self, made: object) -> NBD:
+        """Check its result, as a Maker does."""
+        return self._strong().checked(made)
+
+    def _strong(self) -> Maker:
+        maker = self._maker()
+        if maker is None:
+            raise Error("the disk was dropped", errno.ECANCELED)
+        return maker
 
 
 def is_maker(what: Any) -> bool:

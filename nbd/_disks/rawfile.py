@@ -123,6 +123,7 @@ class DiskFile(io.RawIOBase):
         closing: The lock of the thread that closes it.
         asked: The buffer's call that is running: its position, and the size to read or the memory
             to fill.  None if no call is running, or it does not say how much it reads.
+        maker: By what connections are made, unless a buffer refers to it.
     """
 
     __module__ = "nbd"
@@ -158,6 +159,7 @@ class DiskFile(io.RawIOBase):
         self._last_move: list[int] = []
         self._is_stopped = False  # whether commands of an interrupted call may be in flight
         self.asked: tuple[int, Any] | None = None
+        self.maker: object = ""
         # The id of the exception that interrupted the last call; 0 if it failed by itself.
         self._interrupted_by = 0
         self._is_dirty = False  # whether it was written to since the last flush
@@ -481,6 +483,8 @@ class DiskFile(io.RawIOBase):
         self, move: list[int], work: Callable[[Any, int], tuple[Any, int]], argument: Any
     ) -> Any:
         at = self._begin()
+        if self._connections.failure is not None:  # type: ignore[union-attr]  # _begin has checked
+            self._opened().check()
         result, stop = work(argument, at)
         move.append(at)
         self._last_move = move
@@ -653,6 +657,7 @@ class DiskFile(io.RawIOBase):
                 except DiskError as reason:
                     if filled:
                         break
+                    self._opened().check()  # raises a better error for a lost connection
                     wanted = len(part) if self._buffering else len(view)
                     text = failure(READ, wanted, at, reason.errnum).args
                     raise DiskError(*text) from None

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
 
-    from nbd._disks.handles import Maker
+    from nbd._disks.handles import Maker, WeakMaker
 
 #: How many bytes of unflushed data are kept, to be written again.
 JOURNAL = 64 * 1024 * 1024
@@ -44,12 +44,20 @@ _PROPERTIES = ("export name", "read-only flag", "size", "minimum block size", "m
 
 
 def as_reconnect(reconnect: float | None) -> float | None:
-    """Convert the caller's argument `reconnect`: a number of seconds, or None.
+    """Convert the caller's argument `reconnect`: a number of seconds, which may be 0, or None.
 
     Raises:
         TypeError, ValueError: It is something else.
     """
-    return None if reconnect is None else as_seconds("reconnect", reconnect)
+    if reconnect is None or (isinstance(reconnect, (int, float)) and not reconnect):
+        return reconnect
+    try:
+        return as_seconds("reconnect", reconnect)
+    except ValueError:
+        raise ValueError(
+            f"reconnect: {reconnect} is not a number of seconds that is at least 0; None does not "
+            "reconnect"
+        ) from None
 
 
 def refuse_to_reconnect(name: str, what: str) -> NoReturn:
@@ -128,12 +136,19 @@ class Outage:
         """Return how many seconds ago the connection was lost."""
         return monotonic() - self._since
 
-    def failure(self) -> Error:
-        """Return the exception for a connection that was not made again in time."""
+    def failure(self, reason: BaseException | None = None) -> Error:
+        """Return the exception for a connection that was not made again.
+
+        Args:
+            reason: Why no further attempt was made; None if the time was over.  Only its text is
+                kept, as an exception of the program's refers to objects of the program.
+        """
         first = self._first or Error("unknown", errno.ENOTCONN)
+        why = f"within {self._seconds:g} seconds"
+        if reason is not None:
+            why = f"as the callable has raised {type(reason).__name__}: {reason}"
         return Error(
-            f"{self._what} was lost ({first.string}), and could not be made again within "
-            f"{self._seconds:g} seconds",
+            f"{self._what} was lost ({first.string}), and could not be made again {why}",
             first.errnum or errno.ENOTCONN,
         )
 
@@ -212,7 +227,8 @@ class Reconnector:
     for a lock that a caller of `stop` holds.
 
     Args:
-        server: The URI of the server, or the caller's callable.
+        server: The URI of the server, or the caller's callable; a WeakMaker if nobody calls `stop`
+            when the program drops what it has.
         seconds: For how long to try after a loss.
         timeout: How many seconds one attempt may take; None is as long as there is time.
         what: What was lost, for messages: "nbd.open: the connection to URI".
@@ -224,7 +240,7 @@ class Reconnector:
 
     def __init__(
         self,
-        server: str | Maker,
+        server: str | Maker | WeakMaker,
         seconds: float,
         timeout: float | None,
         what: str,
@@ -232,7 +248,7 @@ class Reconnector:
         replace: Callable[[NBD, NBD], object],
         give_up: Callable[[NBD, Error], object],
     ) -> None:
-        self._server: str | Maker | None = server
+        self._server: str | Maker | WeakMaker | None = server
         self._timeout = timeout
         self._what = what
         self._export = export_of(first)
@@ -301,7 +317,6 @@ class Reconnector:
 
     def _make_again(self, lost: NBD) -> None:
         """Replace a lost connection, or give it up."""
-        failure = self._outage.failure()
         try:
             while not self._try(lost):
                 if self._is_stopped:
@@ -309,7 +324,7 @@ class Reconnector:
         except Error as reason:
             failure = reason
         except BaseException as reason:  # of the caller's callable: nobody else could handle it
-            failure.__cause__ = reason.with_traceback(None)
+            failure = self._outage.failure(reason)
         else:
             self._lost.remove(lost)
             return
@@ -344,7 +359,8 @@ class Reconnector:
             if isinstance(reason, Error) and is_worth_retrying(reason):
                 return False
             raise
-        log_reconnected(self._what, self._outage)
+        with suppress(Exception):  # of a filter of the program
+            log_reconnected(self._what, self._outage)
         return True
 
     def _connected(self) -> NBD:
@@ -359,9 +375,11 @@ class Reconnector:
             return made
         timeout = max(0.001, remaining if self._timeout is None else min(self._timeout, remaining))
         try:
-            return connect(server, timeout=timeout, prepare=self._note)
+            made = connect(server, timeout=timeout, prepare=self._note)
         finally:
             self._connecting = None
+        made.settimeout(self._timeout)  # as the first one has
+        return made
 
     def _note(self, handle: NBD) -> None:
         """Remember a handle that is about to be connected, so that `stop` can close it."""
