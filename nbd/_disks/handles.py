@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import signal
+from contextlib import suppress
 from weakref import ref
 
 from nbd._binding.constants import SIZE_MAXIMUM, SIZE_MINIMUM
@@ -68,8 +69,14 @@ class Maker:
             check_connected(f"{self._name}: what the callable has returned", made)
         except BaseException:
             made.__exit__(None, None, None)
+            self.forget(made)
             raise
         return made
+
+    def forget(self, handle: NBD) -> None:
+        """Drop the reference to what this callable has made, and what is closed now."""
+        with suppress(ValueError):  # it is not in use any more
+            self._given.remove(handle._h)
 
     def _type_error(self, made: object) -> TypeError:
         kind = type(made).__name__
@@ -102,6 +109,10 @@ class WeakMaker:
     def checked(self, made: object) -> NBD:
         """Check its result, as a Maker does."""
         return self._strong().checked(made)
+
+    def forget(self, handle: NBD) -> None:
+        """Drop the reference to what the callable has made, as a Maker does."""
+        self._strong().forget(handle)
 
     def _strong(self) -> Maker:
         maker = self._maker()

@@ -356,12 +356,21 @@ class Reconnector:
             self._replace(lost, made)
         except BaseException as reason:
             made.__exit__(None, None, None)
+            self._forget(made)
             if isinstance(reason, Error) and is_worth_retrying(reason):
                 return False
             raise
+        self._forget(lost)
         with suppress(Exception):  # of a filter of the program
             log_reconnected(self._what, self._outage)
         return True
+
+    def _forget(self, closed: NBD) -> None:
+        """Let the callable's Maker drop its reference: it would keep one for each loss."""
+        server = self._server
+        if server is not None and not isinstance(server, str):
+            with suppress(Error):  # the Maker is gone
+                server.forget(closed)
 
     def _connected(self) -> NBD:
         server, remaining = self._server, self._outage.remaining()

@@ -298,7 +298,7 @@ def test_a_disk_of_another_size_is_never_written_to(volatile: VolatileServer, si
 
 
 def test_a_callable_that_raises_ends_it_with_its_reason(volatile: VolatileServer) -> None:
-    calls = [partial(nbd.connect, volatile.uri), partial(int, "no connection")]
+    calls: list[Any] = [partial(nbd.connect, volatile.uri), partial(int, "no connection")]
     with nbd.open(lambda: calls.pop(0)(), reconnect=LONG) as disk:
         volatile.restart()
         with pytest.raises(nbd.DiskError, match="raised ValueError: invalid literal"):
@@ -435,12 +435,14 @@ def test_a_program_without_logging_prints_nothing(volatile: VolatileServer) -> N
 def test_neither_threads_nor_descriptors_are_left(volatile: VolatileServer) -> None:
     connect = partial(nbd.connect, volatile.uri, timeout=TIMEOUT)
     for source in (volatile.uri, connect):
-        with nbd.open(source, "r+b", reconnect=LONG, connections=2, buffering=0) as disk:
+        disk: Any = nbd.open(source, "r+b", reconnect=LONG, connections=2, buffering=0)
+        with disk:
             for _ in range(3):
                 disk.write(b"h")
                 volatile.restart()
                 disk.flush()
             assert len(disk._ours) <= 2
+            assert disk.maker == volatile.uri or len(disk.maker._given) <= 2
     threads_end()
 
 
