@@ -17,7 +17,7 @@ import pytest
 from support.figures import Figure
 from support.files import BUFFERINGS
 from support.forms import SOAK
-from support.injection import Injector, came_out, places
+from support.injection import Injector, came_out, exception_of_a_destructor, places
 from support.servers import StartServer
 from support.signals import Stop, handling, stop
 from support.sizes import KIB
@@ -127,16 +127,6 @@ def test_a_stopped_write_moves_nothing(
         figure(f"nbd.open {buffering} write {size}: places of an exception", places(once))
     assert not any(moved)
     assert image.read_bytes() == DATA[:9000] + data + DATA[9000 + size :]
-
-
-def exception_of_a_destructor() -> BaseException | None:
-    """Return the exception raised inside a destructor, which the next call raises."""
-    try:
-        with nbd.NBD() as handle:
-            handle.get_version()
-    except KeyboardInterrupt as raised:
-        return raised
-    return None
 
 
 def sockets() -> int:

@@ -21,6 +21,7 @@ import pytest
 from support.cutting import random_limits
 from support.files import BUFFERINGS
 from support.hostile import DiskServer, HungUp, Request, Wire
+from support.injection import Injector, came_out, exception_of_a_destructor, places
 from support.outliving import LONG, cutter, wait_until
 from support.programs import output_of
 from support.servers import TIMEOUT
@@ -335,6 +336,33 @@ def test_a_signal_ends_the_wait_and_the_file_stays_usable(volatile: VolatileServ
         assert disk.read(512) == b"g" * 512
         disk.flush()
     assert volatile.disk()[:512] == b"g" * 512
+
+
+def test_an_exception_at_any_place_leaves_the_file_usable(
+    volatile: VolatileServer, unraisable: list[Any]
+) -> None:
+    written: dict[str, bytes] = {}
+    with cutter(volatile) as proxy, opened(proxy, buffering=0) as disk:
+
+        def write() -> None:
+            disk.seek(0)
+            disk.write(written["now"])
+            disk.flush()
+
+        def once(injector: Injector) -> None:
+            written["now"] = injector.left.to_bytes(2, "big") * 16
+            proxy.cut()
+            error = injector.run(write)
+            late = exception_of_a_destructor()  # of the lost handle
+            seen = [error, late, *unraisable]
+            assert any(map(came_out, seen)) == injector.raised
+            unraisable.clear()
+            write()
+            disk.seek(0)
+            assert disk.read(32) == written["now"]
+
+        assert places(once) > 1
+        assert len(disk._ours) == 1
 
 
 def test_a_signal_that_leaves_the_block_closes_the_file(volatile: VolatileServer) -> None:

@@ -106,6 +106,16 @@ def came_out(error: BaseException | None) -> bool:
     return any(isinstance(one, Injected) for one in chain(error))
 
 
+def exception_of_a_destructor() -> BaseException | None:
+    """Return the exception raised inside a destructor, which the next call raises."""
+    try:
+        with nbd.NBD() as handle:
+            handle.get_version()
+    except KeyboardInterrupt as raised:
+        return raised
+    return None
+
+
 def places(once: Callable[[Injector], None], most: int = 5000) -> int:
     """Call once(injector) for each place in turn; return the number of places."""
     for place in range(1, most):
