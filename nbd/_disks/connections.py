@@ -166,11 +166,11 @@ class Connections:
             kept, seconds, timeout, what, self.ours[0], self._replace, self._give_up
         )
 
-    def _note_losses(self) -> None:
+    def _note_losses(self, reconnector: Reconnector) -> None:
         """Have connections made again that were lost since the last call."""
-        reconnector, queue = self._reconnector, self.queue._shim_queue
+        queue = self.queue._shim_queue
         losses = queue.losses()
-        if reconnector is None or losses == self._losses:
+        if losses == self._losses:
             return
         for handle in list(self.ours):
             errnum = queue.error_of(handle)
@@ -279,7 +279,8 @@ class Connections:
             TypeError, ValueError: The caller's callable has returned what cannot be a connection.
         """
         if is_over():
-            self.check()
+            if self.failure is not None:
+                self.check()
             return
         if self._mistakes and not self.is_hurried:
             raise self._mistakes.popleft()
@@ -288,7 +289,8 @@ class Connections:
         timer = IdleTimer(shim_queue, self._timeout)
         while True:
             self.let_join()
-            self._note_losses()
+            if self._reconnector is not None:
+                self._note_losses(self._reconnector)
             count = queue._finish(*shim_queue.wait(1, self._slice(timer.remaining())))
             queue._finished.clear()  # Request.is_done is enough
             if is_over():
@@ -297,7 +299,8 @@ class Connections:
                 self._is_late = self.is_hurried
                 raise self._timeout_error()
         self.is_stalled = False
-        self.check()
+        if self.failure is not None:
+            self.check()
 
     def wait_for(self, request: Request) -> None:
         """Wait until a request is done, as `wait_until` does."""
