@@ -22,7 +22,7 @@ from support.cutting import random_limits
 from support.files import BUFFERINGS
 from support.hostile import DiskServer, HungUp, Request, Wire
 from support.injection import Injector, came_out, exception_of_a_destructor, places
-from support.outliving import LONG, cutter, wait_until
+from support.outliving import LONG, cutter, nothing_is_left, wait_until, watchdog
 from support.programs import output_of
 from support.servers import TIMEOUT
 from support.signals import Stop, alarm
@@ -32,6 +32,8 @@ from support.volatile import VolatileServer
 
 import nbd
 from nbd._disks.background import running
+
+__all__ = ["nothing_is_left", "watchdog"]
 
 SIZE = 1 * MIB
 #: Seconds after which a file gives up.
