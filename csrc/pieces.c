@@ -1144,12 +1144,16 @@ static bool explain(struct slot *slot)
     return true;
 }
 
-/* Count a command that its server has answered, for nbdqueue_answers. */
+/*
+ * Count a command that its server has answered, for nbdqueue_answers.  A change that was made again
+ * may have to be made once more, so only a flush of it counts.
+ */
 static void count_answer(const struct slot *slot)
 {
     struct endpoint *endpoint = &slot->q->endpoints[side_of(slot)];
+    bool is_progress = slot->request->origin != OF_REPLAY || slot->command == NBDQUEUE_FLUSH;
 
-    if (endpoint->can_reconnect && slot->member != NULL)
+    if (endpoint->can_reconnect && slot->member != NULL && is_progress)
         endpoint->answers++;
 }
 

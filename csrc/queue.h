@@ -142,7 +142,10 @@ int nbdqueue_set_reconnect(struct nbdqueue *q, enum nbdqueue_side side, uint64_t
  */
 unsigned nbdqueue_losses(const struct nbdqueue *q);
 
-/* How many commands of a side a server has answered so far, with or without an error. */
+/*
+ * How many commands of a side a server has answered so far, with or without an error.  Changes that
+ * were made again do not count.
+ */
 uint64_t nbdqueue_answers(const struct nbdqueue *q, enum nbdqueue_side side);
 
 /*
