@@ -553,13 +553,14 @@ class Copy:
         max_wait = TICK if is_first and self._settings.progress is not None else None
         timer = IdleTimer(self, self._settings.timeout)
         while not self._settings.is_stopped:
+            # Before each wait: the one that a loss has ended may also have reported requests.
+            self._source.note_losses(worker.queue)
+            self._target.note_losses(worker.queue)
             done, count = worker.queue.wait(1, timer.remaining(max_wait))
             unmoved = sum(self._finish_task(worker, done[i]) for i in range(count))
             worker.queue.take(done, count)
             if count:
                 return unmoved
-            self._source.note_losses(worker.queue)
-            self._target.note_losses(worker.queue)
             if timer.is_over():
                 raise late(self._settings.timeout)
             if is_first:

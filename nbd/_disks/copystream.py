@@ -89,10 +89,10 @@ def await_some(queue: Queue, disk: Endpoint) -> list[Request]:
     """
     wait = BoundedWait(disk.settings, moves=queue._shim_queue)
     while True:
+        disk.note_losses(queue._shim_queue)
         done = queue.wait(1, wait.slice())
         if done:
             return done
-        disk.note_losses(queue._shim_queue)
         wait.check()
 
 
