@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import random
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -19,9 +20,9 @@ from typing import Any, Callable
 
 import pytest
 from support.asyncs import run, until
-from support.hostile import EXPORT_FLAGS, DiskServer
+from support.hostile import CMD_READ, CMD_WRITE, EXPORT_FLAGS, DiskServer, Request, Wire
 from support.servers import StartServer, program
-from support.signals import Stop, alarm
+from support.signals import Stop, alarm, handling
 from support.sizes import KIB, MIB
 from support.usage import descriptors
 from support.volatile import SEND_FLUSH, VolatileServer, volatile_server
@@ -93,6 +94,34 @@ class KillOnce:
             if self._size is not None:
                 server.resize(self._size)
             server.start()
+
+
+class Holding(DiskServer):
+    """A server that does not carry out the last of some commands of a kind, and holds its reply.
+
+    Attributes:
+        held: The connection and the request of that command, once it has arrived.
+    """
+
+    def __init__(self, folder: Path, command: int, last: int) -> None:
+        self._command = command
+        self._count = last
+        self.held: list[tuple[Wire, Request]] = []
+        super().__init__(folder, 2 * MIB)
+
+    def _answer(self, wire: Wire, request: Request) -> None:
+        self._count -= request.command == self._command
+        if request.command != self._command or self._count != 0:
+            super()._answer(wire, request)
+            return
+        if request.command == CMD_WRITE:
+            wire.receive(request.count)
+        self.held.append((wire, request))
+
+    def reply(self) -> None:
+        """Send the reply."""
+        wire, request = self.held[0]
+        wire.simple(request.cookie)
 
 
 class Cutting:
@@ -241,6 +270,28 @@ def test_progress_never_goes_back_and_bytes_are_counted_once(
     assert killer.calls[-1] == SIZE
     assert copied.written == SIZE - 3 * MIB
     assert copied == (SIZE - 3 * MIB, 3 * MIB)
+
+
+def test_a_loss_that_is_found_together_with_a_reply_is_noticed(short_path: Path) -> None:
+    with Holding(short_path, CMD_READ, 2) as source, Holding(short_path, CMD_WRITE, 1) as target:
+
+        def at_once(number: int, frame: object) -> None:
+            if source.held and target.held:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                source.held[0][0].sock.shutdown(socket.SHUT_RDWR)
+                target.reply()
+
+        with handling(at_once):
+            signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+            copied = nbd.copy(
+                *(source.uri, target.uri),
+                ranges=[(0, 4 * KIB), (MIB, 4 * KIB)],
+                sparse=False,
+                connections=1,
+                timeout=LONG / 3,
+                reconnect=LONG,
+            )
+    assert copied == (8 * KIB, 0)
 
 
 def test_a_lost_connection_is_no_bad_range(source: VolatileServer, target: VolatileServer) -> None:
