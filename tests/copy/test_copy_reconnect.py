@@ -273,7 +273,8 @@ def test_progress_never_goes_back_and_bytes_are_counted_once(
 
 
 def test_a_loss_that_is_found_together_with_a_reply_is_noticed(short_path: Path) -> None:
-    with Holding(short_path, CMD_READ, 2) as source, Holding(short_path, CMD_WRITE, 1) as target:
+    source, target = Holding(short_path, CMD_READ, 2), Holding(short_path, CMD_WRITE, 1)
+    with source, target:
 
         def at_once(number: int, frame: object) -> None:
             if source.held and target.held:
