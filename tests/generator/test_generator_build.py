@@ -79,6 +79,7 @@ extern int nbd_aio_opt_abort (struct nbd_handle *h);
 extern int nbd_poll (struct nbd_handle *h, int timeout);
 extern int nbd_shutdown (struct nbd_handle *h, uint32_t flags);
 extern int64_t nbd_get_size (struct nbd_handle *h);
+extern int nbd_can_flush (struct nbd_handle *h);
 extern int nbd_can_zero (struct nbd_handle *h);
 extern int64_t nbd_aio_pread (struct nbd_handle *h, void *buf, size_t count, uint64_t offset,
                               nbd_completion_callback completion_callback, uint32_t flags);
@@ -147,6 +148,7 @@ int nbd_aio_opt_abort (struct nbd_handle *h) { (void) h; return -1; }
 int nbd_poll (struct nbd_handle *h, int timeout) { (void) h; return -!!timeout; }
 int nbd_shutdown (struct nbd_handle *h, uint32_t flags) { (void) h; return -!!flags; }
 int64_t nbd_get_size (struct nbd_handle *h) { (void) h; return -1; }
+int nbd_can_flush (struct nbd_handle *h) { (void) h; return -1; }
 int nbd_can_zero (struct nbd_handle *h) { (void) h; return -1; }
 
 static int64_t refuse (nbd_completion_callback done)
