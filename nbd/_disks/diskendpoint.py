@@ -62,7 +62,7 @@ from nbd._disks.reconnect import (
     first_connection,
     refuse_to_reconnect,
 )
-from nbd._disks.replacing import Replacing
+from nbd._disks.replacing import Replacing, is_alive
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -232,11 +232,8 @@ class Disk(Endpoint):
             nbd.Timeout: Nothing has moved on the connection for too long.
             nbd.Error: The server breaks the protocol.
         """
-        handle = self._live(worker)
-        if not handle.can_meta_context(CONTEXT_BASE_ALLOCATION):
-            return
-        survey = Survey(handle, CONTEXT_BASE_ALLOCATION, start, stop)
-        while not survey.is_complete:
+        handle, survey = self._survey(start, stop, worker)
+        while survey is not None and not survey.is_complete:
             question = survey.question()
             while not self._ask(handle, survey.method, question):
                 lost, handle = handle, self._live(worker)
@@ -246,6 +243,18 @@ class Disk(Endpoint):
             for extent in found:
                 if extent.flags & STATE_ZERO:
                     yield extent.offset, extent.offset + extent.length
+
+    def _survey(self, start: int, stop: int, worker: int) -> tuple[NBD, Survey | None]:
+        """The connection of a worker and a survey; None if the server does not report extents."""
+        while True:
+            handle = self._live(worker)
+            try:
+                if not handle.can_meta_context(CONTEXT_BASE_ALLOCATION):
+                    return handle, None
+                return handle, Survey(handle, CONTEXT_BASE_ALLOCATION, start, stop)
+            except Error:
+                if self._replacing is None or is_alive(handle):
+                    raise
 
     def _live(self, worker: int) -> NBD:
         """The connection of a worker; if it is lost, the one that replaces it."""

@@ -180,7 +180,7 @@ def was_lost(error: Error) -> bool:
     if error.errnum == errno.EINVAL:
         return "external event" in error.string or "is invalid in state CONNECT" in error.string
     if error.errnum == errno.ENOENT:
-        return "handshake" not in error.string
+        return "server has no export" not in error.string
     if error.errnum == 0:
         return "disconnected" in error.string
     return error.errnum in _LOST

@@ -97,7 +97,7 @@ class Replacing:
                     use(handle)
                     return
                 except Error:
-                    if _is_alive(handle):
+                    if is_alive(handle):
                         raise
 
     def enroll(self, queue: ShimQueue, side: int, bound: int) -> None:
@@ -112,7 +112,7 @@ class Replacing:
         """Return the connection in a place, as soon as it is not lost; raises as add_to."""
         while True:
             handle = self._handles[place]
-            if _is_alive(handle):
+            if is_alive(handle):
                 return handle
             self.report(handle, errno.ENOTCONN)
             if self.failure is not None:
@@ -136,7 +136,7 @@ class Replacing:
 
     def note_joined(self, handle: NBD) -> None:
         """Have a further connection made again that was lost before it was in `handles`."""
-        if not _is_alive(handle):
+        if not is_alive(handle):
             self.report(handle, errno.ENOTCONN)
 
     def report(self, handle: NBD, errnum: int) -> None:
@@ -194,7 +194,7 @@ class Replacing:
     def _give_up(self, lost: NBD, error: Error) -> None:
         """Use another connection instead of a lost one, or fail if there is none."""
         with self._lock:
-            alive = [handle for handle in self._handles if _is_alive(handle)]
+            alive = [handle for handle in self._handles if is_alive(handle)]
             if alive and error.errnum != errno.ESTALE:
                 self._use(lost, alive[0])
                 self._tried.clear()
@@ -210,7 +210,8 @@ class Replacing:
                     queue.wake()
 
 
-def _is_alive(handle: NBD) -> bool:
+def is_alive(handle: NBD) -> bool:
+    """Whether a connection was not found to be lost."""
     try:
         return not handle.aio_is_dead() and not handle.aio_is_closed()
     except ClosedHandle:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 #: The errnos of a command whose connection was lost, or whose server is ending.
 _OF_LOSS = (ENOTCONN, ESHUTDOWN)
+#: What surveys of extents ask besides; later versions of libnbd have it.
+_OF_SURVEYS = ("get_extended_headers_negotiated",)
 #: The arguments of nbd.NBD.get_block_size.
 _SIZES = range(4)
 
@@ -270,7 +272,7 @@ class Known:
             "get_block_size": [(size,) for size in _SIZES],
             "can_meta_context": [(context,) for context in contexts],
         }
-        for name in names:
+        for name in (*names, *(one for one in _OF_SURVEYS if hasattr(handle, one))):
             for given in arguments.get(name, [()]):
                 self._answers[(name, *given)] = _answer(getattr(handle, name), *given)
 
