@@ -420,7 +420,6 @@ class DiskServer:
         self.line: tuple[int, float] | None = None
         self.stopped = threading.Event()
         self._info = export_info(size, flags)
-        self._more_info: list[bytes] = []
         self._left = 1 << 30 if connections is None else connections
         self._stop_at: str | None = None
         self._on_stop: Callable[[], object] = bool
@@ -489,7 +488,7 @@ class DiskServer:
             if self._left < 0:
                 wire.linger()
             self.reach("greet")
-            wire.negotiate(contexts=[(1, b"base:allocation")], info=[self._info, *self._more_info])
+            wire.negotiate(contexts=[(1, b"base:allocation")], info=[self._info])
             while True:
                 request = wire.any_request()
                 kind = COMMANDS[request.command]
