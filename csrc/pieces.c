@@ -1134,8 +1134,8 @@ static bool explain(struct slot *slot)
         (nbd_aio_is_dead(m->s->h) == 1 || nbd_aio_is_closed(m->s->h) == 1))
         pieces_mark_lost(slot->q, m, ENOTCONN);
     if (is_answer && slot->error == ESHUTDOWN && is_awaited(slot->q, m->side)) {
-        (void)shutdown(nbd_aio_get_fd(m->s->h),
-                       SHUT_RDWR); /* the server ends: do not wait for it */
+        /* The server is ending, and has done nothing: do not wait until it disconnects. */
+        (void)shutdown(nbd_aio_get_fd(m->s->h), SHUT_RDWR);
         return true;
     }
     if (!m->is_lost || is_answer)

@@ -30,7 +30,7 @@
  * wait until nbdqueue_add gives one, or nbdqueue_give_up ends the wait.  A server that was killed
  * may have lost what it had not flushed.  So the queue keeps a journal of the changes of the target
  * since the last flush.  When a connection was lost, and when one joins, it waits until no command
- * to the target is in flight, makes these changes again, in their order, and goes on then.  When
+ * to the target is in flight, makes these changes again in their order, and then continues.  When
  * the journal is full, the queue flushes before it sends the next change.  A server without flush
  * has no journal.
  *

@@ -246,7 +246,7 @@ def _reconnection(first: NBD, plan: Plan) -> Reconnection:
 
 
 async def _connected_within(plan: Plan, seconds: float) -> NBD:
-    """Make one attempt to connect, for at most so many seconds, and no longer than the timeout."""
+    """Make one attempt to connect, for at most `seconds`, and no longer than the timeout."""
     timeout = seconds if plan.timeout is None else min(seconds, plan.timeout)
     return await _Attempt(plan, asyncio.get_running_loop(), limited(timeout)).run()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
-"""How a client goes on after a lost connection: nbd.aio.connect with reconnect=.
+"""How a client continues after a lost connection: nbd.aio.connect with reconnect=.
 
 The queue keeps the commands of a lost connection, and what was written and not flushed.  Here a
 task makes another connection, checks that it is to the same disk, and gives it to the queue.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from nbd._binding.methods import NBD
     from nbd.aio._client import Client, Question
 
-    # Makes one attempt to connect, for at most so many seconds.
+    # Makes one attempt to connect; its argument is how many seconds that may take.
     Attempt = Callable[[float], Awaitable[NBD]]
 
 #: The errnos of a command whose connection was lost, or whose server is ending.

@@ -446,7 +446,7 @@ class VolatileServer:
     def killed_at_random(
         self, rng: random.Random, times: int, longest: float = 0.1
     ) -> Iterator[None]:
-        """Kill and restart the server inside the block, so many times at most.
+        """Kill and restart the server inside the block, up to `times` times.
 
         Args:
             rng: Draws the moments.
