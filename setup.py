@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ commands: dict[str, Any] = {"build_py": BuildModules, "build_ext": BuildShim}
 options = {}
 if build.mode == "API":
     extension = build_nbd.api_builder(build).distutils_extension(str(build.folder))
-    if sys.implementation.name == "cpython":
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):  # free-threaded CPython has no limited API
+        extension.define_macros.append(("_CFFI_NO_LIMITED_API", None))
+    elif sys.implementation.name == "cpython":
         extension.py_limited_api = True  # type: ignore[attr-defined]
         extension.define_macros.append(("Py_LIMITED_API", "0x03090000"))
         options["bdist_wheel"] = {"py_limited_api": "cp39"}

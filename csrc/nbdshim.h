@@ -131,6 +131,9 @@ void nbdshim_register(const struct nbdshim_upcalls *upcalls);
  */
 void *nbdshim_adopt(void *owner);
 
+/* Return the next token, a number that was never returned before; in any thread. */
+uint64_t nbdshim_next_token(void);
+
 /*
  * Announce that this thread ends the process.  Other threads make no upcalls from now on: a
  * callback there counts as one that returned -1, and no tokens are released.

@@ -19,6 +19,7 @@
 
 struct nbdshim_upcalls nbdshim_up;
 static _Atomic(void *) owner_of_upcalls;
+static _Atomic(uint64_t) last_token;
 _Thread_local struct nbdshim_upcall *nbdshim_current_upcall;
 _Thread_local struct nbdshim_closure *nbdshim_released;
 atomic_bool nbdshim_is_ending;
@@ -43,6 +44,11 @@ void *nbdshim_adopt(void *owner)
     void *first = NULL;
 
     return atomic_compare_exchange_strong(&owner_of_upcalls, &first, owner) ? owner : first;
+}
+
+uint64_t nbdshim_next_token(void)
+{
+    return atomic_fetch_add_explicit(&last_token, 1, memory_order_relaxed) + 1;
 }
 
 void nbdshim_end_other_threads(void)

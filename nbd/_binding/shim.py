@@ -30,6 +30,7 @@ except ModuleNotFoundError:
 __all__ = [
     "BY_HANDLER",
     "IS_CPYTHON",
+    "IS_FREE_THREADED",
     "LIBNBD",
     "MODE",
     "as_text",
@@ -126,6 +127,11 @@ except (ImportError, OSError) as reason:
     raise ImportError(_explain(reason)) from reason
 
 
+#: Whether threads run Python code at the same time: CPython without the GIL.  Code that the GIL
+#: protects asks for this.  A GIL that is enabled here is never disabled later.
+IS_FREE_THREADED = hasattr(sys, "_is_gil_enabled") and not sys._is_gil_enabled()
+
+
 class Process:
     """What all imports of this package in one process share.
 
@@ -150,8 +156,11 @@ class Process:
 
     def __init__(self) -> None:
         self.registry: dict[int, Any] = {}
-        # An iterator of range, as itertools would have to be imported.
-        self.next_token = iter(range(1, sys.maxsize)).__next__
+        # An iterator of range, as itertools would have to be imported.  It is atomic only under the
+        # GIL; without it, two threads would get the same token.  With it, the shim's function would
+        # release the GIL for nothing.
+        one_by_one = iter(range(1, sys.maxsize)).__next__
+        self.next_token = lib.nbdshim_next_token if IS_FREE_THREADED else one_by_one
         self.pending: list[tuple[int, Any, BaseException]] = []
         self.upcalls: dict[str, Any] = {}
         self.classes: dict[str, Any] = {}
