@@ -6,7 +6,8 @@ A result is the bytearray that pread returns.  Every read has a new one.
 A block is the memory of an nbd.Buffer.  On CPython it is a bytearray.  A pool keeps blocks of
 dropped Buffers for new ones of the same size, up to a limit (set_pool_limit).  Fresh memory would
 cost a page fault for each page, which the kernel clears: with the pool, reads of 1 MiB into new
-Buffers take a third of the time.
+Buffers take a third of the time.  Without the GIL the pool stays empty: a block is free if nothing
+else refers to it, and the reference counts that tell so may be changing in another thread.
 
 A pin is the cdata that ffi.from_buffer makes of an object.  As long as it lives, CPython neither
 moves nor resizes the object.  PyPy before 8 may do both.  Later versions do not, but they keep the
@@ -23,7 +24,7 @@ from errno import ERANGE
 
 from nbd._binding.convert import as_number
 from nbd._binding.errors import Error
-from nbd._binding.shim import IS_CPYTHON, ffi, lib, one_for_all_imports
+from nbd._binding.shim import IS_CPYTHON, IS_FREE_THREADED, ffi, lib, one_for_all_imports
 
 if not IS_CPYTHON:
     from nbd._binding import pypy
@@ -122,7 +123,7 @@ def set_pool_limit(size: int) -> None:
 
     PyPy keeps none, because it notices late that an object was dropped.  There the limit is the
     number of bytes that may be allocated for reads before garbage is collected; the minimum is
-    8 MiB.
+    8 MiB.  A free-threaded CPython keeps none either, and the limit has no effect there.
 
     Args:
         size: The limit in bytes; 0 keeps no memory.  The default is 64 MiB (PyPy: 32 MiB).
@@ -177,7 +178,7 @@ def _new_block(size: int) -> Block:
         return Block(memoryview(ffi.buffer(pin)), pin, _STALE)
     storage, is_clean = _new_bytearray(size)
     block = Block(storage, from_buffer(_CHARS, storage, True), _CLEAN if is_clean else _STALE)
-    if 0 < size <= _pool_limit:
+    if 0 < size <= _pool_limit and not IS_FREE_THREADED:
         _keep(block, size)
     return block
 
