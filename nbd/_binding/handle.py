@@ -170,18 +170,24 @@ class Handle:
             raise_pending(self._h)
 
     def __del__(self) -> None:
+        if lib is None:
+            # Python has cleared this module: without the GIL it may do so before it finalizes the
+            # last objects.  _close_all has closed the handles that were open.
+            return
         if _is_exiting and is_finalizing():  # Python has ended, so no callback can run
             lib.nbdshim_end_upcalls()
-        if self._h in _held:
-            _dropped.add(self._h)
-        else:
-            _close_quietly(self._h)
+        _dropped.add(self._h)  # before the check, as the last user does these two in reverse order
+        _close_dropped(self._h)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
             "a handle is a connection of this process, so it cannot be copied or pickled; "
             "make another one with nbd.NBD() and connect it"
         )
+
+
+# A finalizer calls let_go, and may run in the midst of these functions.  So they take no lock; the
+# order of their steps makes them safe beside other threads.
 
 
 def hold(h: Any, user: object) -> None:
@@ -193,11 +199,19 @@ def let_go(h: Any, user: object) -> None:
     """Undo `hold`, if it was called; the last user closes a handle whose object was dropped."""
     users = _held.get(h, set())
     users.discard(user)
-    if not users:
-        _held.pop(h, None)
-        if h in _dropped:
-            _close_quietly(h)
-            _dropped.discard(h)
+    if users:
+        return
+    # `hold` may have added a user to this set after the check: then it is used further.
+    for late in list(_held.pop(h, ())):
+        hold(h, late)
+    _close_dropped(h)
+
+
+def _close_dropped(h: Any) -> None:
+    """Close a handle whose object was dropped, unless a file uses it."""
+    if h in _dropped and h not in _held:
+        _close_quietly(h)
+        _dropped.discard(h)
 
 
 def _close_quietly(h: Any) -> None:

@@ -74,6 +74,8 @@ class _Adopted(NBD):
         hold(self._h, _Adopted)
 
     def __del__(self) -> None:
+        if let_go is None:  # see Handle.__del__
+            return
         let_go(self._h, _Adopted)
         super().__del__()
 

@@ -276,6 +276,8 @@ class ShimQueue:
         self.q = ffi.NULL
 
     def __del__(self) -> None:
+        if lib is None:  # see Handle.__del__
+            return
         if is_finalizing():  # the interpreter is shutting down and can run no upcall
             lib.nbdshim_end_upcalls()
         if self.q:
@@ -762,7 +764,7 @@ class Queue:
         queue.kept[token] = request = Request(operation, length, offset, pin, target)
         result = nbdqueue_submit(queue.q, operation, token, pointer, length, offset, flags)
         if result < 0:
-            del queue.kept[token]
+            queue.kept.pop(token, None)  # another thread's `close` may have removed it
             raise queue.refused(result)
         return request
 

@@ -406,6 +406,8 @@ class DiskFile(io.RawIOBase):
         raise TypeError("a file on a connection cannot be copied or pickled; open it again")
 
     def __del__(self) -> None:
+        if warnings is None:  # see Handle.__del__
+            return
         if self.__dict__.get("_connections") is not None:  # __init__ may have failed
             try:
                 self._dealloc_warn(self)

@@ -437,7 +437,7 @@ class Client:
         await self.close()
 
     def __del__(self) -> None:
-        if self._is_closed or is_finalizing():
+        if is_finalizing is None or self._is_closed or is_finalizing():  # see Handle.__del__
             return
         self._is_closed = True
         # In a forked child the loop's selector is the parent's.
