@@ -28,7 +28,7 @@ from nbd._binding.convert import as_number, as_seconds
 from nbd._binding.errors import DiskError
 from nbd._binding.memory import as_bytes
 from nbd._binding.methods import NBD
-from nbd._binding.shim import IS_CPYTHON
+from nbd._binding.shim import IS_CPYTHON, IS_FREE_THREADED
 from nbd._disks.connect import connect_uri
 from nbd._disks.connections import Connections
 from nbd._disks.handles import (
@@ -272,6 +272,8 @@ def _moving_together(*names: str) -> Callable[[Class], Class]:
     """Let methods of a class restore the position if an exception interrupts them."""
 
     def decorate(cls: Class) -> Class:
+        if IS_FREE_THREADED:  # io's tell stores the position that it has asked for
+            cls.tell = _alone(cls.tell)  # type: ignore[attr-defined]
         for name in names:
             going_back = _sized if name in _SIZED else _going_back
             setattr(cls, name, _alone(going_back(getattr(cls, name), cls.tell)))  # type: ignore[attr-defined]
@@ -281,8 +283,12 @@ def _moving_together(*names: str) -> Callable[[Class], Class]:
 
 
 def _alone(method: Any) -> Any:
-    """On PyPy, let only one thread at a time into a method: its io crashes in seek beside close."""
-    if IS_CPYTHON:
+    """Let only one thread at a time into a method where io itself does not.
+
+    PyPy's io crashes in seek beside close.  CPython's takes bytes from its buffer without a lock,
+    so two threads would get the same bytes without the GIL (seen in 3.13).
+    """
+    if IS_CPYTHON and not IS_FREE_THREADED:
         return method
 
     @wraps(method)
@@ -434,6 +440,8 @@ class _Buffer:
         return self.raw
 
     def __del__(self) -> None:
+        if io is None:  # see Handle.__del__
+            return
         try:
             raw = self._raw()
         except ValueError:  # the buffer was detached, or __init__ failed
