@@ -12,12 +12,17 @@ import pytest
 from support.programs import run_program, run_silently
 from support.servers import StartServer
 
+from nbd._binding.shim import IS_FREE_THREADED
+
 pytestmark = [
     pytest.mark.skipif(
         hasattr(ctypes.CDLL(None), "__asan_init"), reason="AddressSanitizer needs its address space"
     ),
     pytest.mark.skipif(
         sys.implementation.name == "pypy", reason="PyPy aborts where its own heap cannot grow"
+    ),
+    pytest.mark.skipif(
+        IS_FREE_THREADED, reason="CPython without the GIL reserves address space before the limit"
     ),
 ]
 
