@@ -17,7 +17,7 @@ from roots import AS_ROOT, derived, entering
 from servers import servers
 
 PROBE = Path(__file__).resolve().with_name("probe.py")
-PYTHONS = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14")
+PYTHONS = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14", "3.15")
 
 
 class Found(NamedTuple):
