@@ -13,6 +13,7 @@ from typing import Callable
 
 import pytest
 from support import shadows
+from support.forks import forks
 from support.servers import StartServer
 
 import nbd
@@ -23,6 +24,8 @@ SCRIPT = str(Path(sys.executable).with_name("nbdsh"))
 PROMPT = "nbd> "
 CONTROLS = re.compile(r"\r|\x1b(\[[0-9;?]*[A-Za-z]|[=>])")
 UP = "\x10"  # Ctrl-P: every line editor treats it like the arrow key
+
+pytestmark = forks  # pexpect forks for each terminal
 
 Open = Callable[..., "Session"]
 
