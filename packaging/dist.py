@@ -28,7 +28,10 @@ PYTHON, PYPY = "/usr/bin/python3", "/usr/bin/pypy3"
 
 # The roots and interpreters that verify each bundled wheel.
 VERIFIED_IN = {
-    "manylinux_2_38_x86_64": (("trixie", PYTHON), ("trixie", PYPY), ("forky", PYTHON)),
+    "manylinux_2_38_x86_64": (
+        *(("trixie", PYTHON), ("trixie", PYPY)),
+        *(("forky", PYTHON), ("forky", "/usr/bin/python3.15")),
+    ),
     "manylinux_2_38_aarch64": ((EMULATED, PYTHON),),
     "manylinux_2_17_x86_64": (("bullseye", PYTHON), ("bookworm", PYTHON), ("bookworm", PYPY)),
     "manylinux_2_17_aarch64": ((EMULATED, PYTHON),),

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from console import Failure, clean_environment, locked, must, new_log, show_end, shown
-from roots import AS_ROOT, derived, entering
+from roots import AS_ROOT, BESIDE, derived, entering
 from servers import servers
 
 PROBE = Path(__file__).resolve().with_name("probe.py")
-PYTHONS = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14")
+PYTHONS = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14", "3.15")
 
 
 class Found(NamedTuple):
@@ -117,9 +117,13 @@ probe /tmp/fresh/bin/python /tmp/probe.py "$uris"
 
 
 def installable(suite: str) -> Path:
-    """A bare root with python3 and pip, and with PyPy where Debian's is not too old."""
-    pypy = () if "-" in suite or suite == "bullseye" else ("pypy3", "pypy3-venv")
-    return derived(suite, "python", ("python3", "python3-venv", *pypy))
+    """A bare root with Debian's interpreters and their pip, but not with a PyPy that is too old."""
+    names = ["python3"]
+    if "-" not in suite and suite != "bullseye":
+        names.append("pypy3")
+    if suite in BESIDE:
+        names.append(BESIDE[suite])
+    return derived(suite, "python", [*names, *(f"{name}-venv" for name in names)])
 
 
 def verify_in_root(suite: str, wheel: Path, offered: Sequence[Path], python: str) -> Found:

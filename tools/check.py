@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.0-or-later
 """./run check: the test suite on both interpreters and in both modes, here and in Debian roots.
 
-Each environment runs the rooms of the suite in which only it can fail: see PLAN.
+Each environment runs the rooms of the suite in which only it can fail: see planned().
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ _OF_THE_MODE = ("binding", "packaging")
 #: What only an interpreter can break: its buffers, collector, io, asyncio, threads and exit.
 _OF_THE_INTERPRETER = ("robustness", "binding", "aio", "copy", "file", "queue", "shell")
 
+#: What only a version of CPython can break above the extension module, which has the limited API.
+_OF_THE_VERSION = ("binding", "aio", "shell")
+
 #: What `./run check` runs.
 PLAN: Plan = {
     CPYTHON_API: ROOMS,
@@ -33,9 +36,10 @@ PLAN: Plan = {
     PYPY_API: _OF_THE_INTERPRETER,
     PYPY_ABI: _OF_THE_MODE,
 }
-#: What `./run check --all` runs in roots, whose interpreters and libnbd are newer: CPython's is
-#: another, so is PyPy's; the modes are those that the other one does not have here.
-PLAN_OF_ROOTS: Plan = {CPYTHON_API: ROOMS, PYPY_ABI: _OF_THE_INTERPRETER}
+#: What `./run check --all` runs in a root, whose interpreters and libnbd are newer; in the newest
+#: root, where another CPython is beside Debian's own, that one takes the place of it.
+PLAN_OF_ROOT: Plan = {CPYTHON_API: ROOMS, PYPY_ABI: ("binding", "shell")}
+PLAN_OF_NEWEST_ROOT: Plan = {CPYTHON_API: _OF_THE_VERSION, PYPY_ABI: _OF_THE_INTERPRETER}
 #: What `./run check --whole` runs.
 WHOLE: Plan = dict.fromkeys(ALL, ROOMS)
 OF_WHEELS: Plan = dict.fromkeys(OF_WHEEL, ROOMS)
@@ -51,6 +55,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--root", action="append", default=[], metavar="SUITE", choices=SUITES)
     parser.add_argument("--all", action="store_true", help="here and in every root, and a table")
     parser.add_argument("--whole", action="store_true", help="every test in every environment")
+    parser.add_argument("--beside", metavar="PYTHON", help="run this CPython, too: python3.15")
     parser.add_argument("--as-root", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--wheel", type=Path, help="a wheel that has libnbd inside")
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
@@ -64,11 +69,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def planned(options: argparse.Namespace) -> Plan:
     """What is to be run here."""
+    beside = {"api": ROOMS, "abi": _OF_THE_MODE}
     if "NBD_WHEEL" in os.environ:
-        return OF_WHEELS
-    if options.whole:
-        return WHOLE
-    return PLAN_OF_ROOTS if options.as_root else PLAN
+        plan, beside = OF_WHEELS, {"wheel": ROOMS}
+    elif options.whole:
+        plan, beside = WHOLE, dict.fromkeys(beside, ROOMS)
+    elif options.as_root:
+        plan = PLAN_OF_NEWEST_ROOT if options.beside else PLAN_OF_ROOT
+    else:
+        plan = PLAN
+    if not options.beside:
+        return plan
+    return {**{Environment(options.beside, mode): beside[mode] for mode in beside}, **plan}
 
 
 def check_here(plan: Plan, options: Sequence[str], variables: dict[str, str]) -> list[Outcome]:

@@ -32,7 +32,7 @@ QUIET = ("--quiet", "--disable-pip-version-check", "--no-input", "--no-compile")
 class Environment(NamedTuple):
     """An interpreter, and the mode that the package is built in for it."""
 
-    interpreter: str  # "cpython" or "pypy"
+    interpreter: str  # "cpython", "pypy", or the command of another one, such as "python3.15"
     mode: str  # "api", "abi", or "wheel": what NBD_WHEEL names
 
     @property
@@ -53,9 +53,9 @@ OF_WHEEL = tuple(Environment(interpreter, "wheel") for interpreter in ("cpython"
 
 
 def base_interpreter(interpreter: str) -> str:
-    """The command that makes environments for "cpython" or "pypy"."""
-    variable = {"cpython": "NBD_PYTHON", "pypy": "NBD_PYPY"}[interpreter]
-    return os.environ[variable]
+    """The command that makes environments for an interpreter."""
+    variable = {"cpython": "NBD_PYTHON", "pypy": "NBD_PYPY"}.get(interpreter)
+    return os.environ[variable] if variable else interpreter
 
 
 def source_files() -> list[Path]:

@@ -27,6 +27,7 @@ NOT_COPIED = (".git", ".cache", "build", "dist", "*.egg-info", "__pycache__", ".
 SCRIPTS = Path("/usr/share/debootstrap")
 FOREIGN_PROGRAMS = Path("/proc/sys/fs/binfmt_misc")
 QEMU_NAMES = {"arm64": "aarch64"}
+BESIDE = {"forky": "python3.15"}  # a CPython besides the suite's own; tools/packages has it
 
 AS_ROOT: tuple[str, ...] = () if os.geteuid() == 0 else ("sudo",)
 
@@ -213,6 +214,8 @@ def check_in_root(
         if wheel:
             copy_into(root, wheel, CHECKOUT / wheel.name)
             flags = [*flags, f"--wheel=/{CHECKOUT / wheel.name}"]
+        if suite in BESIDE:
+            flags = [*flags, f"--beside={BESIDE[suite]}"]
         command = [f"/{CHECKOUT}/run", "check", f"--json=/{report}", *flags, "--", *options]
         run_showing(suite, entering(root, command))
         if not (root / report).is_file():

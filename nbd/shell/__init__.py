@@ -34,10 +34,14 @@ _LONG_OPTIONS = (
 
 #: The modules that the shell and the package import late, and the modules that those import.
 _LATER = (
-    *("nbd.memory", "nbd.shell.tracebacks", "nbd.types", "ast", "codeop", "ctypes", "difflib"),
-    *("encodings.idna", "socket", "tokenize", "types"),
+    *("nbd._disks.file", "nbd.aio", "nbd.memory", "nbd.queue", "nbd.types"),
+    *("ctypes", "encodings.idna", "logging", "random", "socket"),
 )
-_LATER_IN_A_SESSION = ("nbd.shell.console", "readline", "rlcompleter", "subprocess")
+_LATER_IN_A_SESSION = (
+    *("nbd.shell.console", "readline", "rlcompleter", "subprocess"),
+    # What help() imports: pydoc, the texts for keywords, and what its pager needs.
+    *("pydoc", "pydoc_data.topics", "tempfile", "termios", "textwrap", "tty"),
+)
 
 # The text of every command that was run, by the file name in its frames.
 _sources: dict[str, str] = {}
@@ -153,8 +157,8 @@ def _scope(handle: nbd.NBD | None) -> dict[str, object]:
 def _import_from_here(is_interactive: bool) -> None:
     """Let commands import from the current folder, as `python -c` and libnbd's nbdsh do.
 
-    If the folder has a file with the name of a standard module, the modules that the shell and the
-    package will need later are imported first, so that they do not come from the folder.
+    If the folder has a file with the name of a standard module, the modules that the shell, the
+    package and tracebacks will need later are imported first, so that they do not come from there.
     """
     if "" in sys.path or sys.flags.isolated or getattr(sys.flags, "safe_path", False):
         return
@@ -164,6 +168,9 @@ def _import_from_here(is_interactive: bool) -> None:
         for name in _LATER + (_LATER_IN_A_SESSION if is_interactive else ()):
             with suppress(ImportError):
                 importlib.import_module(name)
+        from nbd.shell import tracebacks
+
+        tracebacks.rehearse()
     sys.path.insert(0, "")
 
 

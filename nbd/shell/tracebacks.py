@@ -6,12 +6,21 @@ This module is imported only when a command fails, because linecache and traceba
 
 from __future__ import annotations
 
+import io
 import linecache
 import sys
 import traceback
+from contextlib import redirect_stderr
 from types import TracebackType
 
 SHELL = "nbd.shell"
+
+# Commands that fail in all the ways for which traceback imports modules of its own: the width of
+# letters outside ASCII, carets below a part of a line, and suggestions.
+_FAULTS = (
+    *("fro é in (): pass", "(é := 1) / 0", "prnt", "''.lenght", "from sys import pth"),
+    "import nbd.shell.nowhere",
+)
 
 
 def install(sources: dict[str, str]) -> None:
@@ -29,6 +38,21 @@ def show(error: BaseException, sources: dict[str, str]) -> None:
     """Print the traceback of `error`, which a command with one of these sources raised."""
     _remember(sources)
     _show(type(error), error, error.__traceback__)
+
+
+def rehearse() -> None:
+    """Show tracebacks of all kinds to nobody, so that Python imports now what it needs for them.
+
+    Each version of Python needs others, and may import them as late as here.
+    """
+    with redirect_stderr(io.StringIO()):
+        for text in _FAULTS:
+            try:
+                exec(compile(text, "<rehearsal>", "exec"), {})
+            except Exception as error:
+                show(error, {"<rehearsal>": text})
+                sys.__excepthook__(type(error), error, error.__traceback__)
+    del linecache.cache["<rehearsal>"]
 
 
 def _remember(sources: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from support import servers
+from support.forks import forks
 from support.sizes import MIB
 
 import nbd
@@ -146,6 +147,7 @@ def test_map_is_text_when_piped(run: Run) -> None:
     assert run("map.py").stdout == DEFAULT_MAP
 
 
+@forks
 def test_map_is_a_strip_on_a_terminal() -> None:
     assert on_terminal("map.py").splitlines() == [
         DEFAULT_STRIP,
@@ -456,6 +458,7 @@ def test_asyncio_check_reports_a_server_that_is_not_there(
     assert "disk 2: 1048576 bytes, 0 bad" in shown
 
 
+@forks
 def test_asyncio_check_shows_progress_on_a_terminal() -> None:
     assert re.search(r"\r\d+ of \d+ bytes", on_terminal("asyncio_check.py"))
 

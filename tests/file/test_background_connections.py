@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from support.forks import forks
 from support.programs import run_program
 from support.servers import StartServer
 
@@ -115,6 +116,7 @@ while joining._connecting is None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@forks
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_the_child_of_a_fork_can_stop_while_a_handle_was_being_handed_over(
     nbdkit: StartServer,

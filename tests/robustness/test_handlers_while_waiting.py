@@ -11,6 +11,7 @@ from typing import Any, Callable
 
 import pytest
 from support.figures import Figure, pass_on
+from support.forks import forks
 from support.forms import SOAK
 from support.programs import output_of
 from support.servers import TIMEOUT, Server, StartServer
@@ -95,6 +96,7 @@ def test_a_handler_may_set_the_timeout_of_later_calls(server: Server, slow: nbd.
         slow.pread(BLOCK, 0)
 
 
+@forks
 def test_a_handler_may_fork(slow: nbd.NBD) -> None:
     def fork() -> int:
         child = os.fork()
@@ -108,6 +110,7 @@ def test_a_handler_may_fork(slow: nbd.NBD) -> None:
     assert handler.result == 0
 
 
+@forks
 def test_a_child_that_a_handler_forked_does_not_take_the_reply(slow: nbd.NBD) -> None:
     parent = os.getpid()
     handler = Handler(lambda: os.fork())

@@ -11,7 +11,9 @@ from support.servers import TIMEOUT, StartServer
 
 # A file instead of -c, because a process that is not forked imports the program.
 HEAD = """
-import errno, multiprocessing, nbd, sys
+import errno, multiprocessing, nbd, sys, warnings
+# CPython 3.15 says so of the program when a process that was not forked formats a traceback.
+warnings.filterwarnings("ignore", "Module globals is missing a __spec__", DeprecationWarning)
 from concurrent.futures import ProcessPoolExecutor
 
 def connected():

@@ -419,6 +419,13 @@ SHELL_ALONE: dict[str, tuple[list[str], str, int, str]] = {
     "success": (["-c", "pass"], "", 0, ""),
     "a traceback": (["-c", "x = 1\nx / 0"], "", 1, ZERO),
     "a syntax error": (["-c", "x = = 1"], "", 1, "SyntaxError: invalid syntax"),
+    "a misspelt keyword": (["-c", "fro x in (): pass"], "", 1, "SyntaxError: invalid syntax"),
+    "a misspelt name": (["-c", "prnt('é')"], "", 1, "NameError: name 'prnt' is not defined"),
+    "a misspelt attribute": (["-c", "'é'.lenght"], "", 1, "AttributeError: 'str' object has no"),
+    "a misspelt import": (["-c", "from sys import pth"], "", 1, "ImportError: cannot import name"),
+    "a missing module": (["-c", "import gone"], "", 1, "ModuleNotFoundError: No module named"),
+    "a missing submodule": (["-c", "import nbd.gone"], "", 1, "ModuleNotFoundError: No module"),
+    "wide letters": (["-c", "len('\u65e5\u672c') / 0"], "", 1, ZERO),
     "an interrupt": (["-c", "raise KeyboardInterrupt"], "", -2, "KeyboardInterrupt"),
     "an exit": (["-c", "exit('bye')"], "", 1, "bye"),
     "nbd.Error": (["-c", "raise nbd.Error('broken', 5)"], "", 1, f"{FAILED}broken"),
@@ -435,6 +442,7 @@ SHELL_ALONE: dict[str, tuple[list[str], str, int, str]] = {
         *("", 1, "TypeError: addr: the port must be int, not str"),
     ),
     "a host": (["-c", "h.aio_connect(('.ü', 1))"], "", 1, ""),
+    "the parts that are loaded late": (["-c", "nbd.aio, nbd.memory, nbd.types"], "", 0, ""),
     "a large buffer": (["-c", "nbd.Buffer(1 << 20).is_zero()"], "", 0, ""),
     "an unraisable exception": (
         ["-c", "h.set_debug_callback(lambda *message: 1 / 0)", "-c", "h.set_debug(True)"],
@@ -445,6 +453,7 @@ SHELL_ALONE: dict[str, tuple[list[str], str, int, str]] = {
         *("", 0, ""),
     ),
     "statements on a pipe": ([], "h.get_size()\nbytes(100)\n1 / 0\n", 0, ZERO),
+    "help on a pipe": ([], "help(nbd.NBD.get_size)\nhelp('if')\nhelp('nbd.gone')\n", 0, ""),
     "half a statement on a pipe": ([], "(", 1, "nbdsh: standard input ends inside a statement"),
 }
 
@@ -476,6 +485,21 @@ def test_the_shell_as_a_module_imports_nothing_from_the_current_folder(
     done = nbdsh(*options, stdin=stdin, cwd=folder, program=MODULE)
     assert (shadows.taken_from(folder), done.returncode) == ([], status)
     assert any(line.startswith(last) for line in [*done.stderr.splitlines(), ""]), done.stderr
+
+
+def test_the_package_imports_nothing_from_the_current_folder(
+    nbdsh: Run, uri: str, tmp_path: Path
+) -> None:
+    folder = shadows.make(tmp_path)
+    uses = (
+        "with nbd.open(uri, 'r+b', reconnect=1) as disk: disk.write(b'x')",
+        "nbd.copy(uri, None), nbd.copy(uri, '../copy')",
+        "nbd.queue.Queue(nbd.connect(uri)), h.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)",
+        "h.connect_uri(uri), nbd.extents(h)",
+    )
+    options = [word for use in (f"uri = {uri!r}", *uses) for word in ("-c", use)]
+    done = nbdsh(*options, cwd=folder)
+    assert (shadows.taken_from(folder), done.returncode, done.stderr) == ([], 0, "")
 
 
 @pytest.mark.parametrize("program", [SCRIPT, MODULE], ids=["script", "-m"])

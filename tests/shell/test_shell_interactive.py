@@ -13,6 +13,7 @@ from typing import Callable
 
 import pytest
 from support import shadows
+from support.forks import forks
 from support.servers import StartServer
 
 import nbd
@@ -23,6 +24,8 @@ SCRIPT = str(Path(sys.executable).with_name("nbdsh"))
 PROMPT = "nbd> "
 CONTROLS = re.compile(r"\r|\x1b(\[[0-9;?]*[A-Za-z]|[=>])")
 UP = "\x10"  # Ctrl-P: every line editor treats it like the arrow key
+
+pytestmark = forks  # pexpect forks for each terminal
 
 Open = Callable[..., "Session"]
 
@@ -421,8 +424,11 @@ def test_a_folder_as_the_history_is_no_error(session: Open, tmp_path: Path) -> N
 def test_a_session_imports_nothing_from_the_current_folder(session: Open, tmp_path: Path) -> None:
     folder = shadows.make(tmp_path)
     for _ in range(2):  # the second session has a history
-        shell = session(cwd=folder)
+        shell = session(cwd=folder, PAGER="cat")
         shell.prompt()
+        assert "Help on function get_size" in shell.ask("help(nbd.NBD.get_size)")
+        assert '"if" statement' in shell.ask("help('if')")
+        assert "NameError: name 'prnt'" in shell.ask("prnt('é')")
         assert "ZeroDivisionError" in shell.ask("1 / 0")
         assert "SyntaxError" in shell.ask("x = = 2")
         assert "nbd.Error: nbd_get_size: " in shell.ask("h.get_size()")
