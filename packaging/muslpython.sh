@@ -35,3 +35,4 @@ export CPP="$CC -E -D__DEFINED_va_list"
 make
 make DESTDIR=/opt/unfinished install
 mv "/opt/unfinished/opt/python-$architecture" /opt
+rm -rf "/opt/build-$architecture"
