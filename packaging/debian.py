@@ -115,7 +115,7 @@ def built(target: Target, folder: Path) -> Libraries:
     shutil.copytree(unpacked_sources(target.suite), sources, symlinks=True)
     must(
         log(target),
-        ["bash", LIBRARIES_SH, sources, zig(), target.architecture, target.zig],
+        ["bash", LIBRARIES_SH, sources, zig(), target.zig],
         f"the libraries for {target.platform} cannot be built",
         environ={**os.environ, "MAKEFLAGS": f"-j{os.cpu_count()}"},
         cwd=folder,

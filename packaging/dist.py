@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from console import Failure, must, new_log, run, say
 from debian import forget
 from environments import Environment, tools, venv
 from index import write_index
+from muslpython import with_musl
 from roots import able_to_run
 from targets import TARGETS, Target
 from verify import Found, installable, pythons, verify_here, verify_in_root
@@ -35,6 +36,8 @@ VERIFIED_IN = {
     "manylinux_2_38_aarch64": ((EMULATED, PYTHON),),
     "manylinux_2_17_x86_64": (("bullseye", PYTHON), ("bookworm", PYTHON), ("bookworm", PYPY)),
     "manylinux_2_17_aarch64": ((EMULATED, PYTHON),),
+    "musllinux_1_2_x86_64": (("trixie", "/opt/python-x86_64/bin/python3"),),
+    "musllinux_1_2_aarch64": ((EMULATED, "/opt/python-aarch64/bin/python3"),),
 }
 HEADINGS = ("file", "tag", "size", "verified on", "mode", "libnbd", "GnuTLS")
 
@@ -64,17 +67,42 @@ def in_roots(target: Target, wheels: dict[Target, Path]) -> Row:
     # The one root for aarch64 is new.  There pip would never choose the wheel for old systems.
     is_alone = target.architecture == "aarch64" and target.from_source
     offered = [wheel] if is_alone else list(wheels.values())
-    if target.is_musl:
-        return wheel, [Found("not run: Debian has no Python for musl")]
     found = []
     for suite, python in VERIFIED_IN[target.platform]:
         reason = obstacle(suite)
         if reason:
             found.append(Found(f"{suite}: not run, {reason}"))
         else:
-            found.append(verify_in_root(suite, wheel, offered, python))
+            found.append(verify_in_root(root_for(target, suite), wheel, offered, python))
         say(f"  {wheel.name}: {found[-1].where}")
     return wheel, found
+
+
+def root_for(target: Target, suite: str) -> Path:
+    """The root in which a target's wheel is verified."""
+    return with_musl(target) if target.is_musl else installable(suite)
+
+
+def prepare_roots(targets: Iterable[Target]) -> None:
+    """Make the roots that verify the wheels, apart from those that cannot run here."""
+    for target in targets:
+        for suite, _ in VERIFIED_IN[target.platform]:
+            if not obstacle(suite):
+                root_for(target, suite)
+
+
+def chosen(arguments: Sequence[str]) -> list[Target]:
+    """The targets whose wheels can be run here; with --unverified, all of them."""
+    if set(arguments) - {"--unverified"}:
+        raise Failure("the only option of dist is --unverified")
+    targets = []
+    for target in TARGETS:
+        reason = "".join({obstacle(suite) for suite, _ in VERIFIED_IN[target.platform]})
+        if reason and not arguments:
+            say(f"no wheel for {target.platform}, unless with --unverified: {reason}")
+        else:
+            targets.append(target)
+    return targets
 
 
 def obstacle(suite: str) -> str:
@@ -107,6 +135,7 @@ def table(rows: list[Row]) -> list[str]:
 def main(arguments: list[str]) -> int:
     """Build and verify everything; a failure of either ends the command."""
     started = time.monotonic()
+    targets = chosen(arguments)
     shutil.rmtree(DIST, ignore_errors=True)
     FOR_SYSTEM.mkdir(parents=True)
     set_time()
@@ -119,28 +148,27 @@ def main(arguments: list[str]) -> int:
     say("building")
     sdist = build_sdist()
     with ThreadPoolExecutor(max_workers=2) as pool:
-        # First, because it takes longest: qemu runs the programs of this root.
-        root = None if obstacle(EMULATED) else pool.submit(installable, EMULATED)
-        building = {one: pool.submit(build_bundled, sdist, one) for one in reversed(TARGETS)}
+        # First, because it takes longest: qemu runs programs, and CPython is compiled.
+        preparing = pool.submit(prepare_roots, targets)
+        building = {one: pool.submit(build_bundled, sdist, one) for one in reversed(targets)}
         api = build_wheel(sdist, builder("cpython", "api"))
         api_pypy = build_wheel(sdist, builder("pypy", "api"))
         abi = build_wheel(sdist, builder("cpython", "abi"))
-        bundled = {target: building[target].result() for target in TARGETS}
-        if root:
-            root.result()
+        bundled = {target: building[target].result() for target in targets}
+        preparing.result()
     public = [sdist, *bundled.values()]
     check = [programs / "twine", "check", "--strict", *public, *FOR_SYSTEM.iterdir()]
     must(log, check, "twine check failed")
     write_index(DIST, public)
     say(f"verifying in fresh environments, after {time.monotonic() - started:.0f} s")
     with ThreadPoolExecutor(max_workers=2) as pool:
-        verifying = {one: pool.submit(in_roots, one, bundled) for one in TARGETS}
+        verifying = {one: pool.submit(in_roots, one, bundled) for one in targets}
         rows = [
             here(sdist, [os.environ["NBD_PYTHON"], pypy], "API"),
             here(api, every, "API"),
             here(api_pypy, [pypy], "API"),
             here(abi, [*every, pypy], "ABI"),
-            *(verifying[target].result() for target in TARGETS),
+            *(verifying[target].result() for target in targets),
         ]
     say("\n".join(table(rows)))
     say(f"all: {time.monotonic() - started:.0f} s")

@@ -1,11 +1,11 @@
 #!/bin/bash
 # SPDX-License-Identifier: LGPL-2.0-or-later
 # Build libnbd and its dependencies from the sources in SOURCES/NAME for a target, into ./root/usr.
-# Usage, in a folder of its own: libraries.sh SOURCES ZIG ARCHITECTURE ZIG-TARGET
+# Usage, in a folder of its own: libraries.sh SOURCES ZIG ZIG-TARGET
 #
 # Only what libnbd uses is built: GnuTLS without PKCS#11 tokens, and the URI parser of libxml2.
 set -euo pipefail
-sources=$1 zig=$2 architecture=$3 target=$4
+sources=$1 zig=$2 target=$3
 here=$PWD
 root=$here/root
 
@@ -16,7 +16,7 @@ for tool in cc ar ranlib; do
     printf '#!/bin/sh\nexec %s %s %s "$@"\n' "$zig" $tool "$options" >"bin/$tool"
     chmod +x "bin/$tool"
 done
-export CC=$here/bin/cc AR=$here/bin/ar RANLIB=$here/bin/ranlib
+export CC=$here/bin/cc AR=$here/bin/ar RANLIB=$here/bin/ranlib CC_FOR_BUILD=gcc
 export CFLAGS="-O2 -g0 -fPIC -ffile-prefix-map=$here=." CPPFLAGS="-I$root/usr/include"
 # Version scripts name functions that are not built here, which only GNU's linker accepts by default.
 # libtool drops a plain -s.
@@ -30,8 +30,10 @@ configure() {
     # Generated files are part of the source.  Debian's patches are newer, but must not rebuild them.
     find . -name aclocal.m4 -exec touch {} +
     find . \( -name configure -o -name '*.in' -o -name '*.info' \) -exec touch {} +
-    ./configure --host="$architecture-linux-gnu" --prefix=/usr --libdir=/usr/lib \
-        --sysconfdir=/etc --localstatedir=/var --enable-shared --disable-static \
+    # --build differs from every --host, so configure cross compiles: it must not find out by running
+    # programs, which works on some machines and not on others.
+    ./configure --build="$(uname -m)-build-linux-gnu" --host="${target%%.*}" --prefix=/usr \
+        --libdir=/usr/lib --sysconfdir=/etc --localstatedir=/var --enable-shared --disable-static \
         --disable-dependency-tracking "${@:2}"
 }
 

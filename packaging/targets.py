@@ -44,7 +44,7 @@ class Target(NamedTuple):
 
 CURRENT = [Target(a, "gnu.2.38", "manylinux_2_38", "forky", False) for a in DEBIAN_NAMES]
 OLDER = [Target(a, "gnu.2.17", "manylinux_2_17", "trixie", True) for a in DEBIAN_NAMES]
-MUSL = [Target("x86_64", "musl", "musllinux_1_2", "trixie", True)]
+MUSL = [Target(a, "musl", "musllinux_1_2", "trixie", True) for a in DEBIAN_NAMES]
 TARGETS = (*CURRENT, *OLDER, *MUSL)
 
 

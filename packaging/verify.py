@@ -91,9 +91,19 @@ def checked(findings: dict[str, Any], mode: str) -> Found:
 _INSIDE = """
 set -e
 python=$1 uris=$2 uri=$3 authority=$4
-"$python" -m venv /tmp/fresh
-/tmp/fresh/bin/python -m pip install --no-input --no-cache-dir --find-links /tmp/offered \\
-    --only-binary :all: libnbd-cffi
+case $python in
+/opt/python-*)  # for musl, without pip: Debian's pip chooses for it
+    "$python" -m venv --without-pip /tmp/fresh
+    architecture=${python#/opt/python-}
+    set -- python3 -m pip install --target /tmp/fresh/lib/python3.*/site-packages \\
+        --platform "musllinux_1_2_${architecture%%/*}"
+    ;;
+*)
+    "$python" -m venv /tmp/fresh
+    set -- /tmp/fresh/bin/python -m pip install
+    ;;
+esac
+"$@" --no-input --no-cache-dir --find-links /tmp/offered --only-binary :all: libnbd-cffi
 cd /
 probe() {
     env -u SSL_CERT_FILE "$@"
@@ -126,10 +136,10 @@ def installable(suite: str) -> Path:
     return derived(suite, "python", [*names, *(f"{name}-venv" for name in names)])
 
 
-def verify_in_root(suite: str, wheel: Path, offered: Sequence[Path], python: str) -> Found:
-    """Let pip choose among wheels in a bare root; check that it chose this one, and use it."""
-    root = installable(suite)
-    log = new_log(f"verify-{suite}-{Path(python).name}")
+def verify_in_root(root: Path, wheel: Path, offered: Sequence[Path], python: str) -> Found:
+    """Let pip choose among wheels in a root; check that it chose this one, and use it."""
+    suite = root.name.removesuffix("-python")
+    log = new_log(f"verify-{wheel.stem}-{suite}-{Path(python).name}")
     with locked(root), servers(root) as running:
         temporary = root / "tmp"
         stale = [temporary / name for name in ("fresh", "offered", "probe.py")]

@@ -7,12 +7,11 @@ import gzip
 import io
 import os
 import shutil
-import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
 
-from console import ROOT, clean_environment, must, new_log
+from console import ROOT, Failure, clean_environment, must, new_log, output
 from environments import Environment, tools
 
 DIST = ROOT / "dist"
@@ -28,9 +27,11 @@ SAME_BYTES = {"CFLAGS": "-g0"}
 def set_time() -> None:
     """Set the time of all files in distributions to that of the commit, for reproducible builds."""
     if "SOURCE_DATE_EPOCH" not in os.environ:
-        command = ["git", "-C", str(ROOT), "log", "-1", "--format=%ct"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        os.environ["SOURCE_DATE_EPOCH"] = done.stdout.strip() or "1000000000"
+        command = ["git", "-C", ROOT, "log", "-1", "--format=%ct"]
+        try:
+            os.environ["SOURCE_DATE_EPOCH"] = output(command, "the commit has no time")
+        except Failure:  # no git, or not a clone
+            os.environ["SOURCE_DATE_EPOCH"] = "1000000000"
 
 
 def build_sdist() -> Path:
