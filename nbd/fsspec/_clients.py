@@ -20,14 +20,14 @@ from nbd.aio._client import Client
 from nbd.fsspec._options import Options
 
 #: How many seconds an unused connection is kept.
-IDLE = 30.0
+IDLE = 5.0
 #: The maximum number of requests in flight that a client has from a file system.
 DEPTH = 64
 #: How many seconds the end of the program waits for connections to be closed.
 _AT_EXIT = 1.0
 
 
-class _Kept:
+class Kept:
     """A client that is connected or being connected, and how many calls use it.
 
     Attributes:
@@ -43,6 +43,11 @@ class _Kept:
         self.users = 0
         self.places = asyncio.Semaphore(DEPTH)
         self.timer: asyncio.TimerHandle | None = None
+
+    @property
+    def connected(self) -> Client:
+        """The client, once it is connected."""
+        return self.connecting.result()
 
     def client(self) -> Client | None:
         """Return the client, or None if it is not connected, or not any more."""
@@ -78,19 +83,19 @@ class _LoopClients:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._kept: dict[str, _Kept] = {}
+        self._kept: dict[str, Kept] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._end: AsyncGenerator[None, None] | None = None
 
     @asynccontextmanager
-    async def use(self, url: str) -> AsyncIterator[_Kept]:
+    async def use(self, url: str) -> AsyncIterator[Kept]:
         """Connect a client, unless there is one, and keep it for the time of a `with` block."""
         if self._end is None:
             self._end = self._until_end()
             await self._end.__anext__()
         kept = self._kept.get(url)
         if kept is None or kept.is_useless():
-            kept = _Kept(self._connected(url))
+            kept = Kept(self._connected(url))
             self._kept[url] = kept
         if kept.timer is not None:
             kept.timer.cancel()
@@ -106,7 +111,7 @@ class _LoopClients:
     async def _connected(self, url: str) -> Client:
         return await self._options.client(url)
 
-    def _rest(self, url: str, kept: _Kept) -> None:
+    def _rest(self, url: str, kept: Kept) -> None:
         """Close a client that no call uses: now if it is useless, or else after a while."""
         if self._kept.get(url) is not kept or kept.client() is None:
             self._close(url, kept)
@@ -114,7 +119,7 @@ class _LoopClients:
         loop = asyncio.get_running_loop()
         kept.timer = loop.call_later(IDLE, self._close, url, kept)
 
-    def _close(self, url: str, kept: _Kept) -> None:
+    def _close(self, url: str, kept: Kept) -> None:
         if self._kept.get(url) is kept:
             del self._kept[url]
         task = asyncio.get_running_loop().create_task(kept.close())

@@ -75,9 +75,7 @@ class Exports(_Attempt):
         finally:
             close_soon([handle], self._plan)
 
-    async def _info(
-        self, handle: NBD, server: Url, name: str, with_sizes: bool
-    ) -> dict[str, Any]:
+    async def _info(self, handle: NBD, server: Url, name: str, with_sizes: bool) -> dict[str, Any]:
         url = str(server.export(name))
         if with_sizes:
             handle.set_export_name(name)

@@ -43,9 +43,20 @@ class Url(NamedTuple):
         """The export name, decoded."""
         return unquote(self.name, errors="surrogateescape")
 
+    @property
+    def file_name(self) -> str:
+        """A name for a local file with the contents of the export."""
+        name = self.export_name or "disk"
+        return name.replace(".", "%2E") if name in (".", "..") else _flat(name)
+
     def export(self, name: str) -> Url:
         """Return the URI of another export of the same server."""
         return self._replace(name=quote(name, safe="", errors="surrogateescape"))
+
+
+def _flat(name: str) -> str:
+    """Return a name without slashes, so that a server cannot choose the folder."""
+    return name.replace("/", "%2F").replace("\0", "%00")
 
 
 def split(url: str) -> Url:
