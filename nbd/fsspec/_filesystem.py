@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from glob import has_magic
 from inspect import iscoroutinefunction
 from pathlib import Path
-from typing import Any, BinaryIO, Callable
+from typing import Any, BinaryIO, Callable, NamedTuple
 from uuid import uuid4
 from weakref import finalize
 
@@ -31,6 +31,19 @@ from nbd.fsspec._url import SCHEMES, Url, split
 
 #: A read or write is cut into requests of at most this many bytes.
 _PIECE = 1024 * 1024
+
+
+class _Range(NamedTuple):
+    """A range of a disk as fsspec describes it: a slice, and where its bytes belong."""
+
+    index: int
+    start: int | None
+    end: int | None
+
+    def of(self, size: int) -> tuple[int, int]:
+        """Return the start and end for a disk of this size."""
+        start, end, _ = slice(self.start, self.end).indices(size)
+        return start, end
 
 
 class NBDFileSystem(AsyncFileSystem):  # type: ignore[misc] # fsspec has no annotations
@@ -189,8 +202,7 @@ class NBDFileSystem(AsyncFileSystem):  # type: ignore[misc] # fsspec has no anno
         self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any
     ) -> bytes:
         async with self._using(self._strip_protocol(path)) as kept:
-            size = kept.connected.get_size()
-            return await _read(kept, *slice(start, end).indices(size)[:2])
+            return await _read(kept, *_Range(0, start, end).of(kept.connected.get_size()))
 
     async def _cat_ranges(
         self,
@@ -206,20 +218,40 @@ class NBDFileSystem(AsyncFileSystem):  # type: ignore[misc] # fsspec has no anno
         if not isinstance(paths, list):
             raise TypeError(f"paths: a list is needed, not {type(paths).__name__}")
         first, last = _as_list(starts, len(paths)), _as_list(ends, len(paths))
+        ranges: dict[str, list[_Range]] = {}
+        for i, path in enumerate(paths):
+            ranges.setdefault(self._strip_protocol(path), []).append(_Range(i, first[i], last[i]))
         results: list[Any] = [None] * len(paths)
-        ranges = enumerate(zip(paths, first, last))
-
-        async def work() -> None:
-            for i, (path, start, end) in ranges:
-                try:
-                    results[i] = await self._cat_file(path, start, end)
-                except Exception as error:
-                    if on_error != "return":
-                        raise
-                    results[i] = error
-
-        await _together([work() for _ in range(min(batch_size or DEPTH, len(paths)))])
+        is_strict = on_error != "return"
+        disks = [self._cat_disk(path, some, results, is_strict) for path, some in ranges.items()]
+        await _together(disks)
         return results
+
+    async def _cat_disk(
+        self, path: str, ranges: list[_Range], results: list[Any], is_strict: bool
+    ) -> None:
+        """Read ranges of one disk, and put their bytes or exceptions into the results."""
+        waiting = iter(ranges)
+
+        async def work(kept: Kept) -> None:
+            size = kept.connected.get_size()
+            for one in waiting:
+                try:
+                    with naming(path):
+                        results[one.index] = await _read(kept, *one.of(size))
+                except Exception as error:
+                    if is_strict:
+                        raise
+                    results[one.index] = error
+
+        try:
+            async with self._using(path) as kept:
+                await _together([work(kept) for _ in range(min(DEPTH, len(ranges)))])
+        except Exception as error:
+            if is_strict:
+                raise
+            for one in ranges:
+                results[one.index] = error
 
     async def _pipe_file(
         self,
@@ -355,7 +387,10 @@ class NBDFileSystem(AsyncFileSystem):  # type: ignore[misc] # fsspec has no anno
             )
         self._clients.drop(path)  # the server may accept a single connection
         with naming(path):
-            return self._options.file(path, mode)
+            file = self._options.file(path, mode)
+        file.size = file.seek(0, os.SEEK_END)  # type: ignore[attr-defined] # fsspec expects it
+        file.seek(0)
+        return file
 
     @asynccontextmanager
     async def _using(self, path: str) -> AsyncIterator[Kept]:
