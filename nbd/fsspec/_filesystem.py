@@ -411,14 +411,26 @@ class NBDFileSystem(AsyncFileSystem):  # type: ignore[misc] # fsspec has no anno
             raise RuntimeError("the file system is asynchronous: await its methods, such as _info")
         if asyncio._get_running_loop() is loop:
             raise NotImplementedError("a synchronous method is called in the event loop of fsspec")
-        future = asyncio.run_coroutine_threadsafe(function(*args, **kw), loop)
+        future = asyncio.run_coroutine_threadsafe(_outcome(function(*args, **kw)), loop)
         try:
-            return future.result()
+            result, error = future.result()
         except BaseException:
             future.cancel()
             raise
+        if error is None:
+            return result
+        try:
+            raise error
         finally:
-            del future  # its exception refers to this frame
+            del error, future  # the exception refers to this frame
+
+
+async def _outcome(coroutine: Coroutine[Any, Any, Any]) -> tuple[Any, Exception | None]:
+    """Return a coroutine's result or exception: a future would copy some without their filename."""
+    try:
+        return await coroutine, None
+    except Exception as error:
+        return None, error
 
 
 def _synchronous(name: str) -> Any:
