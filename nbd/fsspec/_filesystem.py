@@ -7,7 +7,7 @@ import asyncio
 import errno
 import io
 import os
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager
 from fnmatch import fnmatchcase
 from glob import has_magic
@@ -36,7 +36,7 @@ _PIECE = 1024 * 1024
 class _Range(NamedTuple):
     """A range of a disk as fsspec describes it: a slice, and where its bytes belong."""
 
-    index: int
+    place: int
     start: int | None
     end: int | None
 
@@ -76,7 +76,8 @@ class NBDFileSystem(AsyncFileSystem):  # type: ignore[misc] # fsspec has no anno
     """
 
     protocol = SCHEMES
-    cachable = True
+    _pid: int
+    _loop: asyncio.AbstractEventLoop | None
 
     def __init__(
         self,
@@ -126,8 +127,7 @@ class NBDFileSystem(AsyncFileSystem):  # type: ignore[misc] # fsspec has no anno
         if self._pid != os.getpid():
             self._loop = None if self.asynchronous else get_loop()
             self._pid = os.getpid()
-        loop: asyncio.AbstractEventLoop | None = self._loop
-        return loop
+        return self._loop
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
@@ -186,6 +186,14 @@ class NBDFileSystem(AsyncFileSystem):  # type: ignore[misc] # fsspec has no anno
         files = {split(info["name"]).name: info for info in infos}
         yield (path, {}, files) if kwargs.get("detail") else (path, [], list(files))
 
+    def walk(self, path: str, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any, Any]]:
+        """Yield the exports of a server by their names; older versions of fsspec need this."""
+
+        async def walked() -> list[tuple[str, Any, Any]]:
+            return [one async for one in self._walk(path, *args, **kwargs)]
+
+        return iter(self._sync(walked))
+
     async def _glob(self, path: str, maxdepth: int | None = None, **kwargs: Any) -> Any:
         """Find the exports of a server whose name matches; the "?" of a URI is no pattern."""
         path = self._strip_protocol(path)
@@ -238,11 +246,11 @@ class NBDFileSystem(AsyncFileSystem):  # type: ignore[misc] # fsspec has no anno
             for one in waiting:
                 try:
                     with naming(path):
-                        results[one.index] = await _read(kept, *one.of(size))
+                        results[one.place] = await _read(kept, *one.of(size))
                 except Exception as error:
                     if is_strict:
                         raise
-                    results[one.index] = error
+                    results[one.place] = error
 
         try:
             async with self._using(path) as kept:
@@ -251,7 +259,7 @@ class NBDFileSystem(AsyncFileSystem):  # type: ignore[misc] # fsspec has no anno
             if is_strict:
                 raise
             for one in ranges:
-                results[one.index] = error
+                results[one.place] = error
 
     async def _pipe_file(
         self,
