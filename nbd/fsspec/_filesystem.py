@@ -290,19 +290,24 @@ class NBDFileSystem(AsyncFileSystem):  # type: ignore[misc] # fsspec has no anno
                 await _write(kept, bytes(data), offset or 0)
 
     async def _get(
-        self, rpath: Any, lpath: Any, recursive: bool = False, **kwargs: Any
+        self,
+        rpath: Any,
+        lpath: Any,
+        recursive: bool = False,
+        callback: Any = DEFAULT_CALLBACK,
+        maxdepth: int | None = None,
+        **kwargs: Any,
     ) -> list[Any]:
         """Copy disks to local files; in a folder, they get the names of the exports."""
         if isinstance(rpath, list) and isinstance(lpath, list):
-            return await super()._get(rpath, lpath, **kwargs)  # type: ignore[no-any-return]
-        maxdepth = kwargs.pop("maxdepth", None)
+            return await super()._get(rpath, lpath, callback=callback, **kwargs)  # type: ignore[no-any-return]
         found = await self._expand_path(rpath, recursive=recursive, maxdepth=maxdepth)
         paths = [path for path in found if not await self._isdir(path)]
         targets = [os.fspath(lpath)]
         is_one = isinstance(rpath, str) and not recursive and not has_magic(split(rpath).name)
         if not is_one or targets[0].endswith("/") or os.path.isdir(targets[0]):
             targets = [os.path.join(targets[0], split(path).file_name) for path in paths]
-        return await super()._get(paths, targets, **kwargs)  # type: ignore[no-any-return]
+        return await super()._get(paths, targets, callback=callback, **kwargs)  # type: ignore[no-any-return]
 
     async def _get_file(
         self, rpath: str, lpath: Any, callback: Any = DEFAULT_CALLBACK, **kwargs: Any
@@ -383,10 +388,12 @@ class NBDFileSystem(AsyncFileSystem):  # type: ignore[misc] # fsspec has no anno
         mode: str = "rb",
         block_size: object = None,
         autocommit: bool = True,
-        cache_type: object = None,
         cache_options: object = None,
+        cache_type: object = None,
+        **unknown: Any,
     ) -> BinaryIO:
         """Open a disk by nbd.open, which reads ahead; fsspec's caches are not used."""
+        _check_known(unknown)
         if "x" in mode:
             raise FileExistsError(errno.EEXIST, "a disk cannot be created; use mode 'r+b'", path)
         if sorted(mode) not in (["b", "r"], ["+", "b", "r"]):
