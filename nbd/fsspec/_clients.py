@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from concurrent import futures
 from contextlib import asynccontextmanager, suppress
-from functools import partial
 from typing import Any
 
 from nbd._binding.errors import ClosedHandle, Error
@@ -23,8 +22,8 @@ from nbd.fsspec._options import Options
 IDLE = 5.0
 #: The maximum number of requests in flight that a client has from a file system.
 DEPTH = 64
-#: How many seconds the end of the program waits for connections to be closed.
-_AT_EXIT = 1.0
+#: How many seconds to wait at most for connections to be closed.
+_MAX_CLOSE = 1.0
 
 
 class Kept:
@@ -142,6 +141,11 @@ class _LoopClients:
         if self._closing:
             await asyncio.wait(self._closing)
 
+    def begin_to_close(self, closed: futures.Future[None]) -> None:
+        """Close all clients in a task, and set the future then."""
+        task = asyncio.get_running_loop().create_task(self.close())
+        task.add_done_callback(lambda _: closed.set_result(None))
+
     async def _until_end(self) -> AsyncGenerator[None, None]:
         """Close all clients when the loop closes its asynchronous generators, at its end.
 
@@ -178,22 +182,21 @@ class Clients:
     def drop(self, url: str | None) -> None:
         """Have unused connections closed, by their event loops."""
         self._forget_others()
-        self._call(lambda clients: partial(clients.drop, url))
+        for loop, clients in list(self._by_loop.items()):
+            with suppress(RuntimeError):  # the loop was closed meanwhile
+                loop.call_soon_threadsafe(clients.drop, url)
 
     def close(self, wait: bool = False) -> None:
         """Close all connections, and wait for that for at most a second, if the caller wants to."""
         self._forget_others()
         closing: list[futures.Future[None]] = []
         for loop, clients in list(self._by_loop.items()):
-            with suppress(RuntimeError):  # the loop was closed meanwhile
-                closing.append(asyncio.run_coroutine_threadsafe(clients.close(), loop))
-        if wait:
-            futures.wait(closing, _AT_EXIT)
-
-    def _call(self, what: Callable[[_LoopClients], Callable[[], None]]) -> None:
-        for loop, clients in list(self._by_loop.items()):
+            closed: futures.Future[None] = futures.Future()
             with suppress(RuntimeError):
-                loop.call_soon_threadsafe(what(clients))
+                loop.call_soon_threadsafe(clients.begin_to_close, closed)
+                closing.append(closed)
+        if wait:
+            futures.wait(closing, _MAX_CLOSE)
 
     def _forget_others(self) -> None:
         """Drop the clients of loops that are closed, and those of a parent process."""
