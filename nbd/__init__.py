@@ -26,6 +26,7 @@ Where things are:
     nbd.extents       where a disk has data or holes, and which parts have changed
     nbd.connect       a connected handle, also to a server that is still starting
     nbd.aio           disks for asyncio
+    nbd.fsspec        disks for programs that open URLs by fsspec; to be imported by its name
     nbd.queue         many commands in flight, over one handle or several
     nbd.memory        how much memory is kept for new nbd.Buffers
     nbd.types         types of callbacks, for annotations

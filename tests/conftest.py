@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -206,6 +207,33 @@ def opt(nbdkit: servers.StartServer, h: nbd.NBD) -> nbd.NBD:
     h.set_opt_mode(True)
     h.connect_unix(nbdkit("memory", "1M").socket)
     return h
+
+
+@pytest.fixture
+def fs() -> Iterator[Any]:
+    """Return the file system of fsspec, whose connections are closed after the test."""
+    from nbd.fsspec import NBDFileSystem
+
+    made = NBDFileSystem(timeout=servers.TIMEOUT, skip_instance_cache=True)
+    yield made
+    made._clients.close(wait=True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with two files of random bytes, "one" and "two 2"."""
+    folder = tmp_path / "exports"
+    folder.mkdir()
+    (folder / "one").write_bytes(os.urandom(100 * KIB))
+    (folder / "two 2").write_bytes(os.urandom(4 * KIB))
+    return folder
+
+
+@pytest.fixture
+def url(nbdkit: servers.StartServer, folder: Path) -> Callable[[str], str]:
+    """Return a function that makes the URL of an export of the server of that folder."""
+    server = nbdkit("file", f"dir={folder}")
+    return lambda name: server.uri.replace("/?", f"/{name}?")
 
 
 @pytest.fixture

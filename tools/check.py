@@ -24,7 +24,9 @@ CPYTHON_API, CPYTHON_ABI, PYPY_API, PYPY_ABI = ALL
 #: What only a mode can break is below the methods: how the shim is loaded, called and calls back.
 _OF_THE_MODE = ("binding", "packaging")
 #: What only an interpreter can break: its buffers, collector, io, asyncio, threads and exit.
-_OF_THE_INTERPRETER = ("robustness", "binding", "aio", "copy", "file", "queue", "shell")
+_OF_THE_INTERPRETER = (
+    *("robustness", "binding", "aio", "copy", "file", "queue", "shell", "filesystem"),
+)
 
 #: What only a version of CPython can break above the extension module, which has the limited API.
 _OF_THE_VERSION = ("binding", "aio", "shell")

@@ -18,7 +18,7 @@ from environments import Environment
 #: The folders of tests/, those that take longest first.
 ROOMS = (
     *("robustness", "binding", "aio", "copy", "file", "queue"),
-    *("shell", "packaging", "generator", "docs"),
+    *("shell", "packaging", "filesystem", "generator", "docs"),
 )
 TIMEOUT = 3600  # seconds; a room takes minutes
 NO_TESTS = 5  # pytest's status where the options select none of the tests

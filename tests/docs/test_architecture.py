@@ -34,6 +34,7 @@ LAYERS = {
     for layer in ("_binding", "_disks")
 }
 LAYERS["aio"] = ["_threads", "_client", "_reconnect", "_connect", "_copy"]
+LAYERS["fsspec"] = ["_url", "_options", "_exports", "_clients", "_filesystem"]
 ORDER = [f"{layer}.{module}" for layer, modules in LAYERS.items() for module in modules]
 
 

@@ -34,6 +34,7 @@ MADE_IN_PLACE = re.compile(
 )
 
 Pip = Callable[..., str]
+SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock")
 
 
 def test_the_metadata_describes_the_package() -> None:
@@ -51,15 +52,22 @@ def test_the_classifiers_name_this_interpreter() -> None:
     assert f"Programming Language :: Python :: Implementation :: {kind}" in classifiers
 
 
-def test_cffi_is_required_except_on_pypy_which_contains_it() -> None:
-    (requirement,) = distribution("libnbd-cffi").requires or []
-    assert re.match(r"cffi>=[\d.]+; platform_python_implementation != \"PyPy\"", requirement)
+def test_only_cffi_is_required_except_on_pypy_which_contains_it() -> None:
+    cffi, fsspec = distribution("libnbd-cffi").requires or []
+    assert re.match(r"cffi>=[\d.]+; platform_python_implementation != \"PyPy\"", cffi)
+    assert re.match(r"fsspec>=[\d.]+; extra == .fsspec.", fsspec)
 
 
 def test_the_command_is_installed() -> None:
-    (command,) = distribution("libnbd-cffi").entry_points
-    assert command.name == "nbdsh"
+    points = distribution("libnbd-cffi").entry_points
+    assert [one.name for one in points if one.group == "console_scripts"] == ["nbdsh"]
     assert Path(sys.executable).with_name("nbdsh").exists()
+
+
+def test_fsspec_finds_the_file_system_by_each_scheme() -> None:
+    points = distribution("libnbd-cffi").entry_points
+    found = {one.name: one.value for one in points if one.group == "fsspec.specs"}
+    assert found == dict.fromkeys(SCHEMES, "nbd.fsspec:NBDFileSystem")
 
 
 def test_the_package_is_marked_as_typed() -> None:
