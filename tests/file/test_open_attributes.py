@@ -27,9 +27,11 @@ def test_mode_is_what_the_builtin_open_says(
 ) -> None:
     path = tmp_path / "file"
     path.touch()
-    with open(path, mode, buffering=buffering) as file:
-        with nbd.open(server.uri, mode, buffering=buffering) as disk:
-            assert disk.mode == file.mode
+    with (
+        open(path, mode, buffering=buffering) as file,
+        nbd.open(server.uri, mode, buffering=buffering) as disk,
+    ):
+        assert disk.mode == file.mode
 
 
 @pytest.mark.parametrize("buffering", BUFFERINGS)
@@ -77,9 +79,11 @@ def test_truncating_to_another_size_is_refused(
 
 @pytest.mark.parametrize("buffering", BUFFERINGS)
 def test_a_file_for_reading_is_not_truncated(server: Server, buffering: int) -> None:
-    with nbd.open(server.uri, buffering=buffering) as disk:
-        with pytest.raises(io.UnsupportedOperation, match="truncate"):
-            disk.truncate(MIB)
+    with (
+        nbd.open(server.uri, buffering=buffering) as disk,
+        pytest.raises(io.UnsupportedOperation, match="truncate"),
+    ):
+        disk.truncate(MIB)
 
 
 @pytest.mark.parametrize("buffering", BUFFERINGS)
@@ -99,16 +103,20 @@ def test_it_has_no_descriptor_and_is_no_terminal(server: Server, buffering: int)
 
 
 def test_mmap_says_what_to_use_instead(server: Server) -> None:
-    with nbd.open(server.uri) as disk:
-        with pytest.raises(io.UnsupportedOperation, match="has no descriptor; read it with"):
-            mmap.mmap(disk.fileno(), 0, access=mmap.ACCESS_READ)
+    with (
+        nbd.open(server.uri) as disk,
+        pytest.raises(io.UnsupportedOperation, match="has no descriptor; read it with"),
+    ):
+        mmap.mmap(disk.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 @pytest.mark.parametrize("buffering", BUFFERINGS)
 def test_a_file_is_not_pickled(server: Server, buffering: int) -> None:
-    with nbd.open(server.uri, buffering=buffering) as disk:
-        with pytest.raises(TypeError, match="pickle"):
-            pickle.dumps(disk)
+    with (
+        nbd.open(server.uri, buffering=buffering) as disk,
+        pytest.raises(TypeError, match="pickle"),
+    ):
+        pickle.dumps(disk)
 
 
 def test_a_text_layer_reads_and_writes_lines(server: Server) -> None:
