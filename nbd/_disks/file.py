@@ -95,7 +95,7 @@ def open(
 
     Up to 8 MiB, a write does not wait for the server; if it fails, the next write, flush or close
     raises the error.  A disk has a fixed size: a write past its end is refused with ENOSPC, and
-    truncate is not supported.
+    truncate to another size with io.UnsupportedOperation.
 
     Where a part of the disk cannot be read, only reads of that part fail.
 
@@ -164,7 +164,7 @@ def open(
         check_can_reconnect("source", source)
     if handles is not None:
         made = _connections(handles, can, seconds, is_ours=False)
-        return _opened(made, source, mode, can, size)
+        return _opened(made, source, can, size)
     server: Any = source
     is_made = is_maker(source)
     if is_made:
@@ -181,7 +181,7 @@ def open(
         made = _connections([handle], can, seconds, is_ours=True, is_of_program=is_made)
         if reconnect is not None:
             made.reconnect(server, reconnect, seconds, f"nbd.open: the connection to {name}")
-        return _opened(made, name, mode, can, size, server, more)
+        return _opened(made, name, can, size, server, more)
     except BaseException:
         handle.__exit__(None, None, None)
         raise
@@ -209,7 +209,6 @@ def _connections(
 def _opened(
     connections: Connections,
     source: object,
-    mode: str,
     can: tuple[bool, bool],
     size: int,
     server: str | Maker = "",
@@ -217,7 +216,7 @@ def _opened(
 ) -> BinaryIO:
     """Make a file, and begin to make `more` connections; if that fails, its handles are closed."""
     try:
-        raw = DiskFile(connections, source, mode, *can, size)
+        raw = DiskFile(connections, source, *can, size)
         if more:
             connections.add(server, more)
         file: Any = _buffered(raw, *can, size)

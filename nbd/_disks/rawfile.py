@@ -117,7 +117,7 @@ class DiskFile(io.RawIOBase):
 
     Attributes:
         name: What was opened: the URI, or the repr of the command line or of the handle.
-        mode: The mode it was opened with.
+        mode: "rb", "rb+" or "wb", as the built-in open says: "w+b" is "rb+", too.
         is_inherited: Whether a parent process opened it; then it can only be closed.
         has_given_up: Whether it is being closed without being flushed.
         closing: The lock of the thread that closes it.
@@ -132,14 +132,13 @@ class DiskFile(io.RawIOBase):
         self,
         connections: Connections,
         source: object,
-        mode: str,
         readable: bool,
         writable: bool,
         buffering: int,
     ) -> None:
         queue = connections.queue
         self.name = source if isinstance(source, str) else repr(source)
-        self.mode = mode
+        self.mode = ("rb+" if writable else "rb") if readable else "wb"
         self.is_inherited = False
         self.has_given_up = False
         self._readable = readable
@@ -201,10 +200,31 @@ class DiskFile(io.RawIOBase):
         self._at = position
         return position
 
-    def truncate(self, size: int | None = None, /) -> NoReturn:
-        """Refused: a disk has a fixed size."""
+    def fileno(self) -> NoReturn:
+        """Refused: a disk has no descriptor of its own."""
         self._check_open()
-        raise io.UnsupportedOperation("truncate: a disk has a fixed size")
+        raise io.UnsupportedOperation(
+            "fileno: a disk has no descriptor; read it with read or readinto, as in "
+            "numpy.frombuffer(disk.read(size)) instead of numpy.fromfile, or mmap"
+        )
+
+    def truncate(self, size: int | None = None, /) -> int:
+        """Return the size of the disk if it is `size`; refused otherwise, as it is fixed.
+
+        Without a size, the position is taken.
+        """
+        self._check_ours()
+        if not self._writable:
+            raise io.UnsupportedOperation(
+                "truncate: the disk was opened for reading; use mode 'r+b'"
+            )
+        wanted = self._at if size is None else as_number("size", size)
+        if wanted != self._size:
+            raise io.UnsupportedOperation(
+                f"truncate: a disk has a fixed size, here {self._size} bytes, and cannot have "
+                f"{wanted}; overwrite its contents instead"
+            )
+        return wanted
 
     # A signal handler can raise at any bytecode of a call that moves the position, even after its
     # last line.  Then the caller gets no result, and the position has to be the old one again.

@@ -84,7 +84,6 @@ def test_letters_of_a_mode_come_in_any_order(server: Server, mode: str) -> None:
             "w" in mode or "+" in mode,
             True,
         )
-        assert disk.mode == mode
 
 
 @pytest.mark.parametrize("mode", ["r", "w", "rt", "", "+"])
@@ -179,21 +178,6 @@ def test_a_write_past_the_end_is_refused_as_a_whole(server: Server) -> None:
             disk.write(b"abc")
         assert caught.value.errno == errno.ENOSPC
         assert disk.read(2) == b"\0\0"
-
-
-def test_a_disk_has_a_fixed_size(server: Server) -> None:
-    with (
-        nbd.open(server.uri, "r+b", buffering=0) as disk,
-        pytest.raises(io.UnsupportedOperation, match="a disk has a fixed size"),
-    ):
-        disk.truncate(10)
-
-
-def test_it_has_no_descriptor_and_is_no_terminal(server: Server) -> None:
-    with nbd.open(server.uri) as disk:
-        assert not disk.isatty()
-        with pytest.raises(io.UnsupportedOperation):
-            disk.fileno()
 
 
 def test_lines_and_peek_work(server: Server) -> None:
