@@ -31,12 +31,16 @@ _OF_THE_INTERPRETER = (
 #: What only a version of CPython can break above the extension module, which has the limited API.
 _OF_THE_VERSION = ("binding", "aio", "shell")
 
+#: Large packages that open disks by URL need an environment of their own, and only one.
+ECOSYSTEM = Environment("cpython", "api", "ecosystem")
+
 #: What `./run check` runs.
 PLAN: Plan = {
     CPYTHON_API: ROOMS,
     CPYTHON_ABI: _OF_THE_MODE,
     PYPY_API: _OF_THE_INTERPRETER,
     PYPY_ABI: _OF_THE_MODE,
+    ECOSYSTEM: ("ecosystem",),
 }
 #: What `./run check --all` runs in a root, whose interpreters and libnbd are newer; in the newest
 #: root, where another CPython is beside Debian's own, that one takes the place of it.
@@ -97,7 +101,7 @@ def check_here(plan: Plan, options: Sequence[str], variables: dict[str, str]) ->
         longest_first = sorted(plan, key=lambda one: one.interpreter != "pypy")
         running = {
             pool.submit(run_room, environment, room, options, variables): (environment, room)
-            for room in ROOMS
+            for room in (*ROOMS, "ecosystem")
             for environment in longest_first
             if room in plan[environment]
         }

@@ -34,10 +34,12 @@ class Environment(NamedTuple):
 
     interpreter: str  # "cpython", "pypy", or the command of another one, such as "python3.15"
     mode: str  # "api", "abi", or "wheel": what NBD_WHEEL names
+    requirements: str = "suite"  # the file of tools/requirements that lists what else is in it
 
     @property
     def name(self) -> str:
-        return f"{self.interpreter}-{self.mode}"
+        more = "" if self.requirements == "suite" else f"-{self.requirements}"
+        return f"{self.interpreter}-{self.mode}{more}"
 
     @property
     def folder(self) -> Path:
@@ -126,7 +128,7 @@ def tools(name: str) -> Path:
 def ready(environment: Environment) -> None:
     """Bring an environment, and the package in it, up to date."""
     base = base_interpreter(environment.interpreter)
-    venv(environment.folder, base, "suite")
+    venv(environment.folder, base, environment.requirements)
     if environment.mode == "wheel":
         install_wheel(environment)
         return
