@@ -41,7 +41,7 @@ from nbd._disks.handles import (
     name_of_made,
 )
 from nbd._disks.queue import MAX_CONNECTIONS, PIECE, as_count
-from nbd._disks.rawfile import DiskFile
+from nbd._disks.rawfile import DiskFile, refuse_to_pickle
 from nbd._disks.reconnect import (
     as_reconnect,
     check_can_reconnect,
@@ -53,7 +53,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
-    from typing import Any, BinaryIO, TypeVar
+    from typing import Any, BinaryIO, NoReturn, TypeVar
 
     from _typeshed import ReadableBuffer, WriteableBuffer
 
@@ -424,6 +424,9 @@ class _Buffer:
         raw.maker = self.maker
         raw.detached()
         return raw
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        refuse_to_pickle()
 
     def _explain(self) -> None:
         """Raise a better ValueError than io's, if another thread has closed the file.

@@ -423,7 +423,7 @@ class DiskFile(io.RawIOBase):
         return f"<nbd.DiskFile of {self.name!r}, mode {self.mode!r}, {state}>"
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise TypeError("a file on a connection cannot be copied or pickled; open it again")
+        refuse_to_pickle()
 
     def __del__(self) -> None:
         if warnings is None:  # see Handle.__del__
@@ -740,6 +740,11 @@ class DiskFile(io.RawIOBase):
         """Wait for a request, and raise its error."""
         self._opened().wait_for(request)
         _raise_error(request)
+
+
+def refuse_to_pickle() -> NoReturn:
+    """Raise the exception for an attempt to copy or pickle a file."""
+    raise TypeError("a file on a connection cannot be copied or pickled; open it again")
 
 
 def _size_of(argument: Any) -> int:
