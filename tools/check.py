@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from console import run, say
-from environments import ALL, OF_WHEEL, Environment, ready
+from environments import ALL, FREE_THREADED, OF_WHEEL, Environment, ready
 from suite import ROOMS, Outcome, described, run_room
 
 Plan = dict[Environment, tuple[str, ...]]
@@ -49,6 +49,10 @@ PLAN_OF_NEWEST_ROOT: Plan = {CPYTHON_API: _OF_THE_VERSION, PYPY_ABI: _OF_THE_INT
 #: What `./run check --whole` runs.
 WHOLE: Plan = dict.fromkeys(ALL, ROOMS)
 OF_WHEELS: Plan = dict.fromkeys(OF_WHEEL, ROOMS)
+#: What `./run check --free-threaded` runs.
+WITHOUT_GIL: Plan = {
+    Environment(FREE_THREADED, mode, FREE_THREADED): _OF_THE_INTERPRETER for mode in ("api", "abi")
+}
 
 NEWER = ("trixie", "forky")  # what --all checks besides this machine
 SUITES = ("bookworm", *NEWER)
@@ -61,6 +65,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--root", action="append", default=[], metavar="SUITE", choices=SUITES)
     parser.add_argument("--all", action="store_true", help="here and in every root, and a table")
     parser.add_argument("--whole", action="store_true", help="every test in every environment")
+    parser.add_argument("--free-threaded", action="store_true", help="on CPython without the GIL")
     parser.add_argument("--beside", metavar="PYTHON", help="run this CPython, too: python3.15")
     parser.add_argument("--as-root", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--wheel", type=Path, help="a wheel that has libnbd inside")
@@ -76,6 +81,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def planned(options: argparse.Namespace) -> Plan:
     """What is to be run here."""
     beside = {"api": ROOMS, "abi": _OF_THE_MODE}
+    if options.free_threaded:
+        return WITHOUT_GIL
     if "NBD_WHEEL" in os.environ:
         plan, beside = OF_WHEELS, {"wheel": ROOMS}
     elif options.whole:

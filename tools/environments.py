@@ -38,7 +38,7 @@ class Environment(NamedTuple):
 
     @property
     def name(self) -> str:
-        more = "" if self.requirements == "suite" else f"-{self.requirements}"
+        more = f"-{self.requirements}" if self.requirements == "ecosystem" else ""
         return f"{self.interpreter}-{self.mode}{more}"
 
     @property
@@ -51,11 +51,17 @@ class Environment(NamedTuple):
 
 
 ALL = tuple(Environment(i, m) for i in ("cpython", "pypy") for m in ("api", "abi"))
+#: The interpreter, and the requirements, of environments without the GIL.
+FREE_THREADED = "free-threaded"
 OF_WHEEL = tuple(Environment(interpreter, "wheel") for interpreter in ("cpython", "pypy"))
 
 
 def base_interpreter(interpreter: str) -> str:
     """The command that makes environments for an interpreter."""
+    if interpreter == FREE_THREADED:
+        import freethreaded  # it imports this module
+
+        return freethreaded.interpreter()
     variable = {"cpython": "NBD_PYTHON", "pypy": "NBD_PYPY"}.get(interpreter)
     return os.environ[variable] if variable else interpreter
 
@@ -115,6 +121,10 @@ def venv(folder: Path, base: str, requirements: str) -> None:
         must(log, make, f"{base} cannot make environments: {hint}")
         install = [folder / "bin" / "python", "-m", "pip", "install", *QUIET, "-r", wanted]
         must(log, install, f"pip cannot install what {wanted.name} lists; it needs a package index")
+        if requirements == FREE_THREADED:
+            import freethreaded
+
+            freethreaded.install_cffi(folder)
         (folder / "requirements.key").write_text(key)
 
 

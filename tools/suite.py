@@ -27,12 +27,12 @@ NO_TESTS = 5  # pytest's status where the options select none of the tests
 VARIABLES = {"PYPY_GC_NURSERY": "2M"}
 
 _DESCRIBE = """
-import json, platform
+import json, platform, sys
 import nbd
 implementation = platform.python_implementation()
 print(json.dumps({
     "interpreter": implementation.lower(),
-    "version": ".".join(platform.python_version_tuple()[:2]),
+    "version": ".".join(platform.python_version_tuple()[:2]) + getattr(sys, "abiflags", ""),
     "libnbd": nbd.__version__,
 }))
 """
