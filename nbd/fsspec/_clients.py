@@ -83,7 +83,7 @@ class _LoopClients:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._kept: dict[str, Kept] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._closing: dict[Kept, asyncio.Task[None]] = {}
         self._end: AsyncGenerator[None, None] | None = None
 
     @asynccontextmanager
@@ -121,9 +121,8 @@ class _LoopClients:
     def _close(self, url: str, kept: Kept) -> None:
         if self._kept.get(url) is kept:
             del self._kept[url]
-        task = asyncio.get_running_loop().create_task(kept.close())
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+        task = self._closing[kept] = asyncio.get_running_loop().create_task(kept.close())
+        task.add_done_callback(lambda _: task.cancelled() or self._closing.pop(kept, None))
 
     def drop(self, url: str | None) -> None:
         """Close the unused client of a URL, or all; those in use are closed afterwards."""
@@ -139,7 +138,11 @@ class _LoopClients:
         for url, kept in list(self._kept.items()):
             self._close(url, kept)
         if self._closing:
-            await asyncio.wait(self._closing)
+            await asyncio.wait(self._closing.values())
+        # The end of a loop cancels all tasks, also those that were closing clients.
+        for kept in list(self._closing):
+            await kept.close()
+            self._closing.pop(kept, None)
 
     def begin_to_close(self, closed: futures.Future[None]) -> None:
         """Close all clients in a task, and set the future then."""
