@@ -117,7 +117,7 @@ class DiskFile(io.RawIOBase):
 
     Attributes:
         name: What was opened: the URI, or the repr of the command line or of the handle.
-        mode: "rb", "rb+" or "wb", as the built-in open says: "w+b" is "rb+", too.
+        mode: "rb", "rb+" or "wb", as the built-in open says; "w+b" is "rb+", as it erases nothing.
         is_inherited: Whether a parent process opened it; then it can only be closed.
         has_given_up: Whether it is being closed without being flushed.
         closing: The lock of the thread that closes it.

@@ -31,7 +31,8 @@ def test_mode_is_what_the_builtin_open_says(
         open(path, mode, buffering=buffering) as file,
         nbd.open(server.uri, mode, buffering=buffering) as disk,
     ):
-        assert disk.mode == file.mode
+        # CPython 3.15 says that the file was truncated, which a disk is not.
+        assert disk.mode == file.mode.replace("wb+", "rb+")
 
 
 @pytest.mark.parametrize("buffering", BUFFERINGS)
