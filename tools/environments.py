@@ -39,7 +39,7 @@ class Environment(NamedTuple):
     @property
     def name(self) -> str:
         more = f"-{self.requirements}" if self.requirements == "ecosystem" else ""
-        return f"{self.interpreter}-{self.mode}{more}"
+        return f"{Path(self.interpreter).name}-{self.mode}{more}"
 
     @property
     def folder(self) -> Path:
